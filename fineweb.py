@@ -1,13 +1,13 @@
 """
 Text in, token shards out.
 
-    python fineweb.py                                    # FineWeb-Edu sample-10BT from the Hub: 100 shards, 20 GB
-    python fineweb.py --max_tokens 300000000             # the first 300 million tokens of it: a trial
+    python fineweb.py                                    # FineWeb-Edu sample-10BT from the Hub: 100 shards,
+    20 GB python fineweb.py --max_tokens 300000000             # the first 300 million tokens of it: a trial
     python fineweb.py --input my_text/*.txt --output_dir my_shards --shard_size 1000000
 
 A shard is a 1-D uint16 `.npy` file of token ids. The stream that is cut into shards is, for every document in
-input order, `<|endoftext|>` and then the document's tokens. The first shard is the validation split, the others
-are for training. `shards.json`, written last, says what they were made from.
+input order, `<|endoftext|>` and then the document's tokens. The first shard is the validation split, the
+others are for training. `shards.json`, written last, says what they were made from.
 
 This file also holds the two encodings (`get_encoding`), the prose that the demo trains on
 (`standard_library_prose`) and the way every script here starts (`run_command`).
@@ -70,7 +70,8 @@ class InputError(ValueError):
 
 
 def run_command(main: Callable[[Any], None], config: Any) -> None:
-    """Parse the command line into `config` (a dataclass, or an instance that holds the defaults), call `main`.
+    """Parse the command line into `config` (a dataclass, or an instance that holds the defaults), call
+    `main`.
 
     Bad input ends with one line on standard error and exit status 2, never a traceback.
     """
@@ -80,7 +81,8 @@ def run_command(main: Callable[[Any], None], config: Any) -> None:
     try:
         main(arguments)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun, say it once
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -95,16 +97,17 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     """
     if name == "bytes":
         single_bytes = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding("bytes", pat_str="(?s:.)", mergeable_ranks=single_bytes,
-                                 special_tokens={END_OF_TEXT: 256})
+        return tiktoken.Encoding(
+            "bytes", pat_str="(?s:.)", mergeable_ranks=single_bytes, special_tokens={END_OF_TEXT: 256}
+        )
     if name != "gpt2":
         raise InputError(f"encoding {name!r} is unknown; there are 'gpt2' and 'bytes'")
     try:
         return tiktoken.get_encoding("gpt2")
     except (OSError, ValueError) as error:  # requests' exceptions are OSErrors
         raise InputError(
-            "tiktoken could not download GPT-2's vocabulary (vocab.bpe and encoder.json). Without a network, copy "
-            "tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or use the "
+            "tiktoken could not download GPT-2's vocabulary (vocab.bpe and encoder.json). Without a network, "
+            "copy tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or use the "
             f"'bytes' encoding. What it said: {str(error).splitlines()[0]}"
         ) from error
 
@@ -123,7 +126,8 @@ class Documents:
 
 
 def read_documents(path: Path, name: str) -> Iterator[Documents]:
-    """The documents of a .parquet, .jsonl or .txt file (a .txt file is one document), in order, in small groups.
+    """The documents of a .parquet, .jsonl or .txt file (a .txt file is one document), in order, in small
+    groups.
 
     Raises InputError, naming file and line, for what is not a document.
     """
@@ -131,7 +135,9 @@ def read_documents(path: Path, name: str) -> Iterator[Documents]:
         yield Documents(name, 0, [path.read_text(encoding="utf-8", errors="replace")])
     elif path.suffix == ".jsonl":
         with open(path, encoding="utf-8", errors="replace") as lines:
-            yield from in_groups(name, (text_of_line(path, number, line) for number, line in enumerate(lines, 1)))
+            yield from in_groups(
+                name, (text_of_line(path, number, line) for number, line in enumerate(lines, 1))
+            )
     elif path.suffix == ".parquet":
         import pyarrow
         import pyarrow.parquet
@@ -139,14 +145,20 @@ def read_documents(path: Path, name: str) -> Iterator[Documents]:
         try:
             with pyarrow.parquet.ParquetFile(path) as parquet:
                 if "text" not in parquet.schema_arrow.names:
-                    raise InputError(f"{path}: no column 'text', only {', '.join(parquet.schema_arrow.names)}")
-                row_groups = (parquet.read_row_group(i, columns=["text"]) for i in range(parquet.num_row_groups))
+                    raise InputError(
+                        f"{path}: no column 'text', only {', '.join(parquet.schema_arrow.names)}"
+                    )
+                row_groups = (
+                    parquet.read_row_group(i, columns=["text"]) for i in range(parquet.num_row_groups)
+                )
                 texts = (text or "" for table in row_groups for text in table.column("text").to_pylist())
                 yield from in_groups(name, texts)
         except pyarrow.ArrowException as error:
             raise InputError(f"{path}: not a sound parquet file ({error})") from error
     else:
-        raise InputError(f"{path}: ends in {path.suffix or 'nothing'}; --input takes .parquet, .jsonl and .txt")
+        raise InputError(
+            f"{path}: ends in {path.suffix or 'nothing'}; --input takes .parquet, .jsonl and .txt"
+        )
 
 
 def text_of_line(path: Path, number: int, line: str) -> str:
@@ -193,7 +205,9 @@ def hub_files(revision: str) -> tuple[str, list[str]]:
     names = [s.rfilename for s in info.siblings or []]
     files = sorted(n for n in names if n.startswith(DATASET_FOLDER + "/") and n.endswith(".parquet"))
     if not files:
-        raise InputError(f"{DATASET} at {revision!r} has no parquet files in {DATASET_FOLDER}; try --revision main")
+        raise InputError(
+            f"{DATASET} at {revision!r} has no parquet files in {DATASET_FOLDER}; try --revision main"
+        )
     return info.sha, files
 
 
@@ -203,7 +217,9 @@ def hub_documents(commit: str, files: list[str], folder: Path) -> Iterator[Docum
 
     for name in files:
         with hub_errors(name):
-            path = Path(hf_hub_download(DATASET, name, repo_type="dataset", revision=commit, local_dir=folder))
+            path = Path(
+                hf_hub_download(DATASET, name, repo_type="dataset", revision=commit, local_dir=folder)
+            )
         yield from read_documents(path, name)
         path.unlink()
 
@@ -225,7 +241,9 @@ class hub_errors:
         network = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
         if isinstance(error, network) or type(error).__module__.startswith(("http", "requests")):
             first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(f"could not fetch {self.wanted} from the Hugging Face Hub: {first_line}") from error
+            raise InputError(
+                f"could not fetch {self.wanted} from the Hugging Face Hub: {first_line}"
+            ) from error
 
 
 def standard_library_prose() -> Iterator[str]:
@@ -284,8 +302,9 @@ def encode_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     return encode_documents(_worker_encoding, texts)
 
 
-def encode_stream(stream: Iterable[Documents], encoding_name: str,
-                  workers: int) -> Iterator[tuple[Documents, np.ndarray, np.ndarray]]:
+def encode_stream(
+    stream: Iterable[Documents], encoding_name: str, workers: int
+) -> Iterator[tuple[Documents, np.ndarray, np.ndarray]]:
     """Each group of documents with its tokens and lengths (see `encode_documents`), in input order.
 
     At most three groups per worker are in flight, so memory is bounded however large the input. Workers are
@@ -321,7 +340,8 @@ def sha256(path: Path) -> str:
 
 
 def write_file(path: Path, write: Callable[[Any], None]) -> None:
-    """Call `write(file)` on a temporary file, flush it to disk, then give it its final name: all or nothing."""
+    """Call `write(file)` on a temporary file, flush it to disk, then give it its final name: all or
+    nothing."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -333,8 +353,16 @@ def write_file(path: Path, write: Callable[[Any], None]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_shards(stream: Iterable[Documents], output_dir: Path, *, shard_size: int, encoding_name: str,
-                 workers: int = 1, max_tokens: int | None = None, source: dict[str, Any]) -> dict[str, Any]:
+def write_shards(
+    stream: Iterable[Documents],
+    output_dir: Path,
+    *,
+    shard_size: int,
+    encoding_name: str,
+    workers: int = 1,
+    max_tokens: int | None = None,
+    source: dict[str, Any],
+) -> dict[str, Any]:
     """Tokenize `stream` and cut it into shards in `output_dir`; returns the contents of shards.json.
 
     A shard ends after exactly `shard_size` tokens, in the middle of a document if need be; only the last is
@@ -354,7 +382,9 @@ def write_shards(stream: Iterable[Documents], output_dir: Path, *, shard_size: i
         write_file(path, lambda file: np.save(file, buffer[:filled]))
         shards.append({"file": path.name, "tokens": filled, "sha256": sha256(path), "ends_at": ends_at})
 
-    with tqdm(total=max_tokens, unit=" tokens", unit_scale=True, desc="tokenizing", dynamic_ncols=True) as bar:
+    with tqdm(
+        total=max_tokens, unit=" tokens", unit_scale=True, desc="tokenizing", dynamic_ncols=True
+    ) as bar:
         for documents, tokens, lengths in encode_stream(stream, encoding_name, workers):
             document_ends = np.cumsum(lengths)
             taken = 0
@@ -378,8 +408,8 @@ def write_shards(stream: Iterable[Documents], output_dir: Path, *, shard_size: i
         raise InputError("the input has no document")
     if not shards:
         raise InputError(
-            f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation split, and "
-            f"leave none to train on; choose a smaller --shard_size, for example {max(1, n_tokens // 10)}"
+            f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation split, "
+            f"and leave none to train on; choose a smaller --shard_size, for example {max(1, n_tokens // 10)}"
         )
     if filled:
         finish_shard()
@@ -397,14 +427,20 @@ def write_shards(stream: Iterable[Documents], output_dir: Path, *, shard_size: i
 
 
 def write_demo_shards(output_dir: Path) -> None:
-    """The demo's data: `standard_library_prose` in the bytes encoding. Does nothing if it is already there."""
+    """The demo's data: `standard_library_prose` in the bytes encoding. Does nothing if it is already
+    there."""
     if (output_dir / "shards.json").exists():
         return
     print(f"writing the prose of the standard library of Python {sys.version.split()[0]} to {output_dir}")
     output_dir.mkdir(parents=True, exist_ok=True)
     texts = tqdm(standard_library_prose(), unit=" documents", desc="reading docstrings", dynamic_ncols=True)
-    write_shards(in_groups("standard library", texts), output_dir, shard_size=200_000, encoding_name="bytes",
-                 source={"dataset": f"the prose of Python {sys.version.split()[0]}'s standard library"})
+    write_shards(
+        in_groups("standard library", texts),
+        output_dir,
+        shard_size=200_000,
+        encoding_name="bytes",
+        source={"dataset": f"the prose of Python {sys.version.split()[0]}'s standard library"},
+    )
 
 
 def main(config: ShardConfig) -> None:
@@ -433,19 +469,34 @@ def main(config: ShardConfig) -> None:
         different = [key for key, value in wanted.items() if record[key] != value]
         if different:
             key = different[0]
-            raise InputError(f"{config.output_dir} was made with {key} {record[key]}, not {wanted[key]}; "
-                             "choose another --output_dir")
-        print(f"{config.output_dir} is finished: {record['tokens']:,} tokens in {len(record['shards'])} shards")
+            raise InputError(
+                f"{config.output_dir} was made with {key} {record[key]}, not {wanted[key]}; "
+                "choose another --output_dir"
+            )
+        print(
+            f"{config.output_dir} is finished: {record['tokens']:,} tokens in {len(record['shards'])} shards"
+        )
         return
     if list(config.output_dir.glob("*.npy")):
-        raise InputError(f"{config.output_dir} holds shards but no shards.json: a run that did not finish, or shards "
-                         "made elsewhere; remove them or choose another --output_dir")
+        raise InputError(
+            f"{config.output_dir} holds shards but no shards.json: a run that did not finish, or shards "
+            "made elsewhere; remove them or choose another --output_dir"
+        )
     config.output_dir.mkdir(parents=True, exist_ok=True)
-    record = write_shards(stream, config.output_dir, shard_size=config.shard_size, encoding_name=config.encoding,
-                          workers=config.workers, max_tokens=config.max_tokens, source=source)
+    record = write_shards(
+        stream,
+        config.output_dir,
+        shard_size=config.shard_size,
+        encoding_name=config.encoding,
+        workers=config.workers,
+        max_tokens=config.max_tokens,
+        source=source,
+    )
     last = record["shards"][-1]
-    print(f"{record['documents']:,} documents, {record['tokens']:,} tokens in {len(record['shards'])} shards in "
-          f"{config.output_dir} (the last one holds what was left: {last['tokens']:,})")
+    print(
+        f"{record['documents']:,} documents, {record['tokens']:,} tokens in {len(record['shards'])} shards "
+        f"in {config.output_dir} (the last one holds what was left: {last['tokens']:,})"
+    )
 
 
 if __name__ == "__main__":

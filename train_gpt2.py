@@ -1,0 +1,1145 @@
+"""
+Let's reproduce GPT-2 (124M).
+
+One process:             python train_gpt2.py
+One node, 8 GPUs:        torchrun --standalone --nproc_per_node=8 train_gpt2.py
+No GPU, three minutes:   python train_gpt2.py --demo
+After an interruption:   the same command with --resume
+
+The recipe is the one of the lecture: GPT-2's architecture, GPT-3's schedule, 10 billion tokens of
+FineWeb-Edu, 524,288 of them a step. The defaults below are that recipe, and every number of it is a flag.
+
+This file, top to bottom: configuration, model, optimisation, data, evaluation, run plumbing, main. Beside it:
+fineweb.py writes the token shards and holds the encodings, hellaswag.py scores a model, sample.py lets it
+write, plot.py draws the curves.
+"""
+
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors.torch
+import tiktoken
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import hellaswag
+import plot
+from fineweb import InputError, get_encoding, hub_errors, run_command, sha256, write_demo_shards
+
+# -----------------------------------------------------------------------------
+# configuration
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The architecture; it goes into the checkpoint. The defaults are GPT-2 (124M)."""
+
+    block_size: int = 1024  # longest sequence, tokens
+    vocab_size: int = 50257  # 50,000 BPE merges + 256 bytes + <|endoftext|>
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768  # width of the residual stream
+    encoding: str = "gpt2"  # what the token ids stand for, see fineweb.get_encoding
+
+
+# Table 2 of the GPT-2 paper; there its smallest model is called 117M.
+PRESETS = {
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M parameters
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Train GPT-2 on token shards. The defaults reproduce GPT-2 (124M) on FineWeb-Edu.
+
+    An interval of 0 means never.
+    """
+
+    demo: bool = False  # a small GPT on the prose of Python's own documentation, minutes on a CPU
+    data_dir: Path = Path("edu_fineweb10B")  # token shards, as fineweb.py writes them
+    log_dir: Path = Path("log")  # the run's folder: log, picture, checkpoints
+    resume: bool = False  # go on from the newest checkpoint in log_dir; start if there is none
+
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # shape of the model
+    init_from: str | None = None  # start from these weights: a Hub name (gpt2) or a checkpoint folder
+    n_layer: int | None = None  # layers; default: the model's
+    n_head: int | None = None  # attention heads; default: the model's
+    n_embd: int | None = None  # width; default: the model's
+    sequence_length: int = 1024  # tokens in a row of the batch; the new model's block size
+
+    total_batch_size: int = 524_288  # tokens per step, 2**19: about 0.5M (GPT-3 paper, table 2.1)
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: by the device's memory
+    max_steps: int = 19_073  # one epoch of 10 billion tokens at 2**19 a step
+    warmup_steps: int = 715  # 375 million tokens (GPT-3 paper, appendix B)
+    max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
+    weight_decay: float = 0.1  # on matrices only (GPT-3 paper, appendix B)
+    grad_clip: float = 1.0  # largest global gradient norm (GPT-3 paper, appendix B)
+
+    val_every: int = 250  # steps between validation losses
+    val_tokens: int = 10_485_760  # tokens of the validation split to measure on: 20 steps' worth
+    hellaswag_every: int = 250  # steps between HellaSwag scores
+    hellaswag_data: Path | None = None  # a local HellaSwag .jsonl; default: from the Hub
+    sample_every: int = 250  # steps between samples
+    checkpoint_every: int = 1000  # steps between checkpoints; the last two are kept
+    keep_every: int = 5000  # steps between checkpoints that are kept for good
+
+    seed: int = 1337  # of the initial weights and the order of the data
+    shuffle: bool = True  # visit shards and windows in random order, else as they lie
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
+
+
+# What --demo changes; any flag still overrides it.
+DEMO = TrainConfig(
+    demo=True, data_dir=Path("demo_data"), log_dir=Path("log/demo"),
+    n_layer=4, n_head=4, n_embd=128, sequence_length=128,
+    total_batch_size=4096, micro_batch_size=32, max_steps=1000, warmup_steps=50, max_lr=3e-3,
+    val_every=200, val_tokens=65_536, hellaswag_every=0, sample_every=200, checkpoint_every=500,
+    dtype="float32", compile=False,
+)  # fmt: skip
+
+MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
+PROMPT = "Hello, I'm a language model,"
+PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
+
+# -----------------------------------------------------------------------------
+# model; the names are those of OpenAI's checkpoint
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which a position sees itself and what came before it."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).split(C, dim=2)
+        q, k, v = (
+            t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
+        )  # (B, nh, T, hs)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side
+        return self.c_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # erf was slow in 2018; the weights have grown up with tanh
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    """Attention is where tokens communicate, the MLP is where each one thinks; both only add to the residual
+    stream. The norms stand before them (GPT-2 paper, section 2.3): gradients flow back along it unchanged."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
+
+
+class GPT(nn.Module):
+    """GPT-2. Raises InputError for a shape that can't be."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        if min(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd) < 1:
+            raise InputError(f"every size of a model must be at least 1: {config}")
+        if config.n_embd % config.n_head:
+            raise InputError(f"n_embd {config.n_embd} can't be divided among n_head {config.n_head} heads")
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = (
+            self.transformer.wte.weight
+        )  # tied: similar tokens get similar logits, and 38M saved
+        self.apply(self._init_weights)
+        # Each of the 2 * n_layer additions to the residual stream adds variance; this keeps the sum at 1
+        # (GPT-2 paper, section 2.3).
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
+        """The logits of the next token at every position and, given targets, their mean cross-entropy.
+
+        Args:
+            idx: (B, T) int64 token ids, T at most block_size.
+            targets: (B, T) int64, the token after each position; -100 where none counts.
+
+        Returns:
+            logits (B, T, vocab_size) and the loss in nats, a scalar, or None without targets.
+
+        Raises:
+            ValueError: the sequence is longer than block_size.
+        """
+        logits = self.head(self.hidden_states(idx))
+        loss = None
+        if targets is not None:
+            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return logits, loss
+
+    def hidden_states(self, idx: torch.Tensor) -> torch.Tensor:
+        """The residual stream after the last block and its norm: (B, T) token ids to (B, T, n_embd)."""
+        T = idx.size(1)
+        if self.config.block_size < T:
+            raise ValueError(
+                f"a sequence of {T} tokens is longer than the model's block size, {self.config.block_size}"
+            )
+        pos = torch.arange(T, device=idx.device)
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
+        for block in self.transformer.h:
+            x = block(x)
+        return self.transformer.ln_f(x)
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., n_embd) to logits (..., vocab_size). Rows that only pad the vocabulary are cut
+        off here, so they never enter a softmax, get no gradient, are never sampled, and stay zero."""
+        return self.lm_head(x)[..., : self.config.vocab_size]
+
+    def pad_vocabulary(self, multiple: int = PAD_VOCAB_TO) -> "GPT":
+        """Round the rows of the tied embedding up to a multiple, with zeros, for speed; the model stays the
+        same function. Call it before the optimizer is made. Returns the model."""
+        weight = self.transformer.wte.weight
+        rows = -(-self.config.vocab_size // multiple) * multiple
+        padded = torch.zeros(rows, weight.size(1), dtype=weight.dtype, device=weight.device)
+        padded[: self.config.vocab_size] = weight.detach()[: self.config.vocab_size]
+        self.transformer.wte.weight = self.lm_head.weight = nn.Parameter(padded)
+        self.transformer.wte.num_embeddings = self.lm_head.out_features = rows
+        return self
+
+    def num_parameters(self) -> int:
+        """Trainable numbers, padding not counted: 124,439,808 for GPT-2 (124M)."""
+        padding = self.transformer.wte.weight.size(0) - self.config.vocab_size
+        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: torch.Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = 50,
+        seed: int | None = None,
+    ) -> torch.Tensor:
+        """Continue each row of `idx` by `max_new_tokens` tokens.
+
+        Args:
+            idx: (B, T) int64, T at least 1. Once the text is longer than block_size, only its last block_size
+                tokens are seen.
+            temperature: divides the logits; 0 takes the most likely token.
+            top_k: sample among the k most likely tokens; None: among all.
+            seed: same seed, same text; None draws from PyTorch's global generator.
+
+        Returns:
+            (B, T + max_new_tokens) int64, the prompt included.
+        """
+        generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
+        for _ in range(max_new_tokens):
+            last = self.hidden_states(idx[:, -self.config.block_size :])[:, -1]  # (B, C)
+            logits = self.head(last).float()  # (B, vocab_size)
+            if temperature == 0:
+                next_token = logits.argmax(dim=-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+                    logits = logits.masked_fill(logits < kth, -math.inf)
+                probabilities = F.softmax(logits / temperature, dim=-1)
+                next_token = torch.multinomial(probabilities, 1, generator=generator)
+            idx = torch.cat((idx, next_token), dim=1)
+        return idx
+
+    # The folder that Hugging Face's GPT2LMHeadModel reads and writes. Its linear layers are OpenAI's
+    # "Conv1D", whose weight is the transpose of nn.Linear's.
+    TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+
+    @classmethod
+    def from_pretrained(cls, name_or_folder: str | Path) -> "GPT":
+        """The model in a folder (a checkpoint, a run's folder, or any Hugging Face GPT-2) or on the Hub by
+        name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name. Reads safetensors; a pickle is never opened.
+
+        Raises InputError when there is no such model, it is not a GPT-2, or its tensors don't fit its config.
+        """
+        config_file, weights_file = find_model(name_or_folder)
+        config = read_config(config_file)
+        model = cls(config)
+        try:
+            loaded = safetensors.torch.load_file(weights_file)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InputError(f"{weights_file}: not a sound safetensors file ({error})") from error
+        # OpenAI's own files lack the prefix; masks stored by old versions are no weights; the head is tied
+        loaded = {
+            "transformer." + key.removeprefix("transformer."): tensor
+            for key, tensor in loaded.items()
+            if not key.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))
+        }
+        own = {key: tensor for key, tensor in model.state_dict().items() if key != "lm_head.weight"}
+        if different := sorted(own.keys() ^ loaded.keys()):
+            raise InputError(f"{weights_file}: tensors missing or too many: {', '.join(different[:5])}")
+        with torch.no_grad():
+            for key, tensor in loaded.items():
+                tensor = tensor.t() if key.endswith(cls.TRANSPOSED) else tensor
+                if own[key].shape != tensor.shape:
+                    raise InputError(
+                        f"{weights_file}: {key} is {list(tensor.shape)}, "
+                        f"its config.json means {list(own[key].shape)}"
+                    )
+                own[key].copy_(tensor)
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model as a Hugging Face GPT2LMHeadModel folder: config.json, generation_config.json,
+        model.safetensors (float32, without padding) and, for the gpt2 encoding, the tokenizer's files."""
+        folder, config = Path(folder), self.config
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            key: tensor.detach().float().cpu()
+            for key, tensor in self.state_dict().items()
+            if key != "lm_head.weight"
+        }
+        state["transformer.wte.weight"] = state["transformer.wte.weight"][: config.vocab_size]
+        state = {
+            key: (tensor.t() if key.endswith(self.TRANSPOSED) else tensor).contiguous()
+            for key, tensor in state.items()
+        }
+        safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        end_of_text = config.vocab_size - 1  # the last id in both encodings
+        special_tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
+        write_json(folder / "config.json", {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
+            "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.n_embd,
+            "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None, "activation_function": "gelu_new",
+            "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+            "resid_pdrop": 0.0, "scale_attn_weights": True, "tie_word_embeddings": True, "torch_dtype": "float32",
+            **special_tokens, "encoding": config.encoding,
+        })  # fmt: skip
+        write_json(folder / "generation_config.json", {**special_tokens, "_from_model_config": True})
+        if config.encoding == "gpt2":
+            for name, text in tokenizer_files(config.block_size).items():
+                (folder / name).write_text(text, encoding="utf-8")
+
+
+def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
+    """config.json and model.safetensors of a model: in a folder, in a run's newest checkpoint, or from the
+    Hub."""
+    folder = Path(name_or_folder)
+    if folder.is_dir():
+        if not (folder / "config.json").exists() and (checkpoints := list_checkpoints(folder)):
+            folder = checkpoints[-1]
+        for file in (folder / "config.json", folder / "model.safetensors"):
+            if not file.exists():
+                raise InputError(f"{folder} is not a model: it has no {file.name}")
+        return folder / "config.json", folder / "model.safetensors"
+    name = str(name_or_folder)
+    if name.startswith((".", "/", "~", "log/")) or name.count("/") > 1:
+        raise InputError(f"there is no folder {name}")
+    from huggingface_hub import hf_hub_download
+
+    repository = f"openai-community/{name}" if name in PRESETS else name
+    with hub_errors(f"the model {name!r}, which is no folder here either,"):
+        config_file, weights_file = (
+            Path(hf_hub_download(repository, file)) for file in ("config.json", "model.safetensors")
+        )
+    return config_file, weights_file
+
+
+def read_config(file: Path) -> GPTConfig:
+    """The architecture that a Hugging Face config.json describes; InputError if it is not a GPT-2's."""
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        config = GPTConfig(
+            block_size=stored["n_positions"],
+            vocab_size=stored["vocab_size"],
+            n_layer=stored["n_layer"],
+            n_head=stored["n_head"],
+            n_embd=stored["n_embd"],
+            encoding=stored.get("encoding", "gpt2"),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file}: not the configuration of a GPT-2 ({type(error).__name__}: {error})"
+        ) from error
+    fixed = {
+        "model_type": "gpt2",
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "n_inner": None,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+    }
+    for key, value in fixed.items():
+        if stored.get(key, value) not in (value, 4 * config.n_embd if key == "n_inner" else value):
+            raise InputError(f"{file}: {key} is {stored[key]!r}, a GPT-2 has {value!r}")
+    return config
+
+
+@functools.cache
+def tokenizer_files(model_max_length: int) -> dict[str, str]:
+    """GPT-2's tokenizer as the files, name to text, that `AutoTokenizer.from_pretrained` reads."""
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    encoding = get_encoding("gpt2")
+    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=["<|endoftext|>"])
+    converter.load_tiktoken_bpe = lambda _: (
+        encoding._mergeable_ranks
+    )  # the vocabulary is at hand: no download
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(), model_max_length=model_max_length, bos_token="<|endoftext|>",
+        eos_token="<|endoftext|>", unk_token="<|endoftext|>", clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
+
+
+def write_json(file: Path, value: Any) -> None:
+    file.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+# -----------------------------------------------------------------------------
+# optimisation
+
+
+def configure_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B). Matrices and embeddings decay;
+    biases and norms, whose size carries meaning, don't."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    # fused: one kernel for all tensors instead of several for each
+    fused = parameters[0].device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+
+
+def get_lr(step: int, config: TrainConfig) -> float:
+    """Learning rate at `step`: linear warm-up, then a cosine down to a tenth at max_steps, then constant."""
+    if step < config.warmup_steps:
+        return config.max_lr * (step + 1) / config.warmup_steps  # the first step already learns
+    if step >= config.max_steps:
+        return config.max_lr * MIN_LR_RATIO
+    progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)  # 0 to 1
+    cosine = 0.5 * (1.0 + math.cos(math.pi * progress))  # 1 to 0
+    return config.max_lr * (MIN_LR_RATIO + (1.0 - MIN_LR_RATIO) * cosine)
+
+
+# -----------------------------------------------------------------------------
+# data
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The token shards of a folder, memory-mapped: (n,) uint16 each, keyed by split ("train", "val")."""
+
+    folder: Path
+    files: dict[str, list[Path]]
+    tokens: dict[str, list[np.ndarray]]
+    encoding: str
+    dataset: str | None  # which data it is, where shards.json says so
+    fingerprint: str  # changes whenever the shards do
+
+    def count(self, split: str) -> int:
+        return sum(len(tokens) for tokens in self.tokens[split])
+
+
+def open_shard(file: Path) -> np.ndarray:
+    """Map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (256 int32 of header: 20240520, 1, n).
+
+    Raises InputError, naming the file, unless it is exactly that.
+    """
+    remedy = "write it again with fineweb.py"
+    try:
+        if file.suffix == ".bin":
+            header = np.fromfile(file, dtype="<i4", count=256)
+            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+                raise InputError(f"{file}: not a token shard of llm.c (its header is wrong)")
+            tokens = np.memmap(file, dtype="<u2", mode="r", offset=header.nbytes)
+            if len(tokens) != header[2]:
+                raise InputError(
+                    f"{file}: holds {len(tokens):,} tokens, its header says {header[2]:,}; {remedy}"
+                )
+        else:
+            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise InputError(f"{file}: {tokens.ndim}-D {tokens.dtype}, a token shard is 1-D uint16; {remedy}")
+    return tokens
+
+
+def load_shards(folder: Path) -> Shards:
+    """Find and check the shards in `folder`; `shards.json` is used if there is one.
+
+    Raises InputError when the folder, a split or a shard is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"the data folder {folder} does not exist; write it with `python fineweb.py`, name another "
+            "with --data_dir, or try `python train_gpt2.py --demo`"
+        )
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
+    record: dict[str, Any] = {}
+    if (folder / "shards.json").exists():
+        try:
+            record = json.loads((folder / "shards.json").read_text())
+            expected = {entry["file"]: entry["tokens"] for entry in record["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder / 'shards.json'}: damaged; write the shards again with fineweb.py"
+            ) from error
+        if missing := expected.keys() - {file.name for file in files}:
+            raise InputError(
+                f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
+            )
+        files = [file for file in files if file.name in expected]
+    splits = {split: [file for file in files if split in file.name] for split in ("train", "val")}
+    tokens = {split: [open_shard(file) for file in splits[split]] for split in splits}
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        if not splits[split]:
+            raise InputError(
+                f"{folder} has no shard of the {split} split (a .npy or .bin file with '{split}' in its "
+                "name); write the shards with fineweb.py"
+            )
+        for file, shard in zip(splits[split], tokens[split], strict=True):
+            if record and len(shard) != expected[file.name]:
+                raise InputError(
+                    f"{file}: holds {len(shard):,} tokens, shards.json says {expected[file.name]:,}; "
+                    "run fineweb.py again"
+                )
+            digest.update(f"{file.name} {len(shard)}\n".encode())
+    digest.update(json.dumps([entry["sha256"] for entry in record.get("shards", [])]).encode())
+    return Shards(
+        folder,
+        splits,
+        tokens,
+        record.get("encoding", "gpt2"),
+        record.get("source", {}).get("dataset"),
+        digest.hexdigest(),
+    )
+
+
+class TokenLoader:
+    """Rows of `sequence_length` tokens and their targets, in an order that depends on (seed, step) alone.
+
+    A window is `sequence_length + 1` consecutive tokens of one shard, starting at a multiple of
+    `sequence_length`. Epoch e visits the shards, and each shard's windows, in orders drawn from (seed, e) and
+    (seed, e, shard). Step s takes the next `rows_per_step` windows after those of step s - 1; they are dealt
+    out by micro-step, then by rank, so a step has the same tokens whatever the number of processes and the
+    size of the micro-batch. There is no state: any step can be asked for.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        split: str,
+        *,
+        sequence_length: int,
+        batch_size: int = 1,
+        rows_per_step: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        shuffle: bool = True,
+        vocab_size: int = 2**16,
+    ):
+        self.files, self.tokens = shards.files[split], shards.tokens[split]
+        self.T, self.B, self.rows_per_step = sequence_length, batch_size, rows_per_step
+        self.rank, self.world_size = rank, world_size
+        self.seed, self.shuffle, self.vocab_size = seed, shuffle, vocab_size
+        self.windows_of = [max(0, len(tokens) - 1) // self.T for tokens in self.tokens]  # per shard
+        self.n_windows = sum(self.windows_of)  # per epoch
+        if self.n_windows == 0:
+            raise InputError(
+                f"{shards.folder}: no shard of the {split} split has {self.T + 1} tokens, which one row of "
+                f"--sequence_length {self.T} needs"
+            )
+        # an order is made once and used for a whole epoch, or a whole shard: two, for a step across the
+        # border
+        self.shard_order = functools.lru_cache(2)(self.shard_order)
+        self.window_order = functools.lru_cache(2)(self.window_order)
+
+    def shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The epoch's order of shards, and how many windows the shards up to and with each of them hold."""
+        order = np.arange(len(self.tokens))
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch)).permutation(order)
+        return order, np.cumsum(np.take(self.windows_of, order))
+
+    def window_order(self, epoch: int, shard: int) -> np.ndarray:
+        order = np.arange(self.windows_of[shard])
+        if self.shuffle:
+            order = np.random.default_rng((self.seed, epoch, shard)).permutation(order)
+        return order
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Window `index` of the run (epochs follow one another): its shard, and the offset where it
+        starts."""
+        epoch, index = divmod(index, self.n_windows)
+        order, ends = self.shard_order(epoch)
+        i = int(np.searchsorted(ends, index, side="right"))
+        shard = int(order[i])
+        window = index - int(ends[i - 1] if i else 0)
+        return shard, int(self.window_order(epoch, shard)[window]) * self.T
+
+    def windows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Windows first .. first + count - 1 of the run as inputs and targets, (count, T) int64 each.
+
+        Raises InputError, naming shard and offset, for a token id outside the vocabulary.
+        """
+        rows = np.empty((count, self.T + 1), dtype=np.int64)
+        for row, index in zip(rows, range(first, first + count), strict=True):
+            shard, start = self.locate(index)
+            row[:] = self.tokens[shard][start : start + self.T + 1]
+            if row.max() >= self.vocab_size:
+                offset = start + int(row.argmax())
+                raise InputError(
+                    f"{self.files[shard]}: token id {row.max()} at offset {offset}, outside the "
+                    f"vocabulary of {self.vocab_size}; the shard is damaged or of another encoding"
+                )
+        rows = torch.from_numpy(rows)
+        return rows[:, :-1], rows[:, 1:]
+
+    def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """This rank's inputs and targets, (B, T) int64 each, in one micro-step of one step."""
+        first = (micro_step * self.world_size + self.rank) * self.B
+        return self.windows(step * self.rows_per_step + first, self.B)
+
+
+# -----------------------------------------------------------------------------
+# evaluation
+
+
+@torch.no_grad()
+def estimate_val_loss(
+    model: nn.Module, loader: TokenLoader, n_windows: int, layout: "Layout", autocast: torch.autocast
+) -> float:
+    """Mean loss, nats per token, over the first `n_windows` windows of the validation split, divided among
+    the ranks. The last batch is filled up with targets that don't count: shapes stay fixed for the compiled
+    model."""
+    losses = [torch.zeros((), device=layout.device)]
+    stride = layout.world_size * loader.B
+    for first in range(layout.rank * loader.B, n_windows, stride):
+        count = min(loader.B, n_windows - first)
+        x, y = loader.windows(first, count)
+        if count < loader.B:
+            x, y = F.pad(x, (0, 0, 0, loader.B - count)), F.pad(y, (0, 0, 0, loader.B - count), value=-100)
+        with autocast:
+            _, loss = model(x.to(layout.device), y.to(layout.device))
+        losses.append(loss.float() * count)
+    total = torch.stack(losses).cpu().double().sum().to(layout.collective_device)
+    if layout.world_size > 1:
+        dist.all_reduce(total)
+    return total.item() / n_windows
+
+
+def write_samples(
+    raw_model: GPT,
+    encoding: tiktoken.Encoding,
+    device: torch.device,
+    autocast: torch.autocast,
+    count: int = 4,
+    max_new_tokens: int = 32,
+) -> list[str]:
+    """Continuations of "Hello, I'm a language model,", the same draws every time."""
+    prompt = encoding.encode_ordinary(PROMPT)[-raw_model.config.block_size :]
+    idx = torch.tensor([prompt] * count, device=device)
+    if encoding.name == "bytes":
+        max_new_tokens *= 4  # about as much text: a GPT-2 token is four bytes of English
+    with autocast:
+        rows = raw_model.generate(idx, max_new_tokens, seed=42).tolist()
+    return [encoding.decode(row) for row in rows]
+
+
+# -----------------------------------------------------------------------------
+# run plumbing: processes, precision, checkpoints, log
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which of how many processes this is, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0  # it evaluates nothing alone, but logs, samples and saves for all
+
+    @property
+    def collective_device(self) -> torch.device:
+        """Where tensors that travel between processes live: NCCL wants the GPU, gloo the CPU."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. InputError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, is_there in available.items() if is_there)
+    if not available[name]:
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds none here")
+    return torch.device(name)
+
+
+def start_processes(config: TrainConfig) -> Layout:
+    """The layout of this process, from torchrun's environment variables if there are any.
+
+    Raises InputError when the device asked for is not there.
+    """
+    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
+                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    device = choose_device(config.device)
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
+                "lower --nproc_per_node"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Layout(rank, world_size, device)
+
+
+def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """bfloat16 on GPUs that have it (Ampere and later), float16 on older ones, else float32."""
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+
+
+def choose_compile(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
+    """Whether to use torch.compile, and why."""
+    if not config.compile:
+        return False, "off"
+    if device.type != "cuda":
+        return False, "off: only used on CUDA"
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        return False, "off: no C compiler"
+    return True, "on"
+
+
+def choose_micro_batch_size(config: TrainConfig, layout: Layout) -> int:
+    """Rows per forward pass and process. Raises InputError, with numbers that work, if the batch can't be
+    divided."""
+    T, W = config.sequence_length, layout.world_size
+    if min(T, config.total_batch_size) < 1 or config.total_batch_size % (T * W):
+        fitting = max(1, round(config.total_batch_size / max(1, T * W))) * max(1, T * W)
+        raise InputError(
+            f"--total_batch_size {config.total_batch_size} can't be divided into rows of "
+            f"{T} tokens for {W} processes; {fitting} can"
+        )
+    rows = config.total_batch_size // (T * W)  # of one process, one step
+    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
+    if config.micro_batch_size is not None:
+        if config.micro_batch_size not in divisors:
+            raise InputError(
+                f"--micro_batch_size {config.micro_batch_size} does not divide the {rows} rows that each "
+                f"process has in a step; these do: {', '.join(map(str, divisors))}"
+            )
+        return config.micro_batch_size
+    # a row of 1,024 tokens of the 124M model takes about 1.2 GB with everything that belongs to it
+    gigabytes = (
+        torch.cuda.get_device_properties(layout.device).total_memory / 1e9 if torch.cuda.is_available() else 6
+    )
+    affordable = max(1, int(gigabytes / 1.25 * 1024 / T))
+    return max(n for n in divisors if n <= affordable)
+
+
+def model_for(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT:
+    """The model to train: loaded (`init_from`) or new, with the vocabulary of the data."""
+    if config.init_from is not None:
+        model = GPT.from_pretrained(config.init_from)
+        for name in ("n_layer", "n_head", "n_embd"):
+            if getattr(config, name) not in (None, getattr(model.config, name)):
+                raise InputError(
+                    f"--{name} {getattr(config, name)}: --init_from {config.init_from} has "
+                    f"{getattr(model.config, name)}"
+                )
+        if model.config.encoding != encoding.name:
+            raise InputError(
+                f"--init_from {config.init_from} speaks the encoding {model.config.encoding!r}, the data in "
+                f"{config.data_dir} {encoding.name!r}"
+            )
+        if config.sequence_length > model.config.block_size:
+            raise InputError(
+                f"--sequence_length {config.sequence_length} is longer than the block size of "
+                f"--init_from {config.init_from}, {model.config.block_size}"
+            )
+        return model
+    shape = {name: getattr(config, name) or preset for name, preset in PRESETS[config.model].items()}
+    return GPT(
+        GPTConfig(
+            block_size=config.sequence_length, vocab_size=encoding.n_vocab, encoding=encoding.name, **shape
+        )
+    )
+
+
+def recipe(config: TrainConfig, model: GPT, shards: Shards) -> dict[str, Any]:
+    """All that decides the run's numbers, as plain values. What is missing here (processes, micro-batch,
+    precision, intervals) may differ when a run is resumed."""
+    names = (
+        "init_from",
+        "sequence_length",
+        "total_batch_size",
+        "max_steps",
+        "warmup_steps",
+        "max_lr",
+        "weight_decay",
+        "grad_clip",
+        "val_tokens",
+        "seed",
+        "shuffle",
+    )
+    return {
+        **{name: getattr(config, name) for name in names},
+        **asdict(model.config),
+        "data": shards.fingerprint,
+    }
+
+
+def list_checkpoints(log_dir: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = [path for path in log_dir.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
+
+
+def flush_to_disk(path: Path) -> None:
+    """fsync a file or, where the system can (not on Windows), a folder."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def save_checkpoint(
+    log_dir: Path, step: int, raw_model: GPT, trainer: dict[str, Any], keep_every: int
+) -> Path:
+    """Write checkpoint_<step>: a Hugging Face folder, plus `trainer` (tensors and plain values) as
+    trainer.pt, plus SHA256SUMS. It is complete on disk before it gets its name. Older ones go, but for the
+    last two and every `keep_every` steps."""
+    final = log_dir / f"checkpoint_{step:05d}"
+    temporary = log_dir / f"{final.name}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    raw_model.save_pretrained(temporary)
+    torch.save({"step": step, **trainer}, temporary / "trainer.pt")
+    sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
+    (temporary / "SHA256SUMS").write_text(sums)
+    for path in (*temporary.iterdir(), temporary, log_dir / "log.txt"):
+        flush_to_disk(path)
+    os.rename(temporary, final)
+    flush_to_disk(log_dir)
+    for old in list_checkpoints(log_dir)[:-2]:
+        if not keep_every or int(old.name.removeprefix("checkpoint_")) % keep_every:
+            shutil.rmtree(old)
+    return final
+
+
+def append_log(log_dir: Path, step: int, kind: str, value: str) -> None:
+    """One line for log.txt: step, "train", "val" or "hella", value."""
+    with open(log_dir / "log.txt", "a", encoding="utf-8") as file:
+        file.write(f"{step} {kind} {value}\n")
+
+
+def write_run_json(config: TrainConfig, model: GPT, shards: Shards, layout: Layout, **more: Any) -> None:
+    """run.json: what a reader needs to know, or to repeat the run."""
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
+    text=True,
+                         check=False) if shutil.which("git") else None  # fmt: skip
+    write_json(config.log_dir / "run.json", {
+        "train_config": asdict(config),
+        "model_config": asdict(model.config),
+        "parameters": model.num_parameters(),
+        "encoding": shards.encoding,
+        "data": {"dataset": shards.dataset, "fingerprint": shards.fingerprint,
+                 "train_tokens": shards.count("train"), "val_tokens": shards.count("val")},
+        "device": device_name(layout.device),
+        "world_size": layout.world_size,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "commit": git.stdout.strip() or None if git else None,
+        **more,
+    })  # fmt: skip
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+def describe_run(
+    config: TrainConfig, model: GPT, shards: Shards, layout: Layout, more: dict[str, str]
+) -> str:
+    """What a person about to spend 50 hours wants to know, as a table."""
+    tokens, c = config.max_steps * config.total_batch_size, model.config
+    train_tokens = shards.count("train")
+    rows = {
+        "device": f"{device_name(layout.device)}, {layout.world_size} process{'es' * (layout.world_size > 1)}",
+        "model": f"{model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
+                 f"block size {c.block_size}, vocabulary {c.vocab_size:,} ({c.encoding})",
+        "data": f"{shards.folder}: {train_tokens:,} training tokens in {len(shards.files['train'])} shards",
+        "training": f"{config.max_steps:,} steps, {tokens:,} tokens, {tokens / train_tokens:.2f} epochs",
+        **more,
+        "run folder": str(config.log_dir),
+    }  # fmt: skip
+    if config.warmup_steps >= config.max_steps:
+        rows["note"] = f"the warm-up ({config.warmup_steps} steps) is as long as the run; see --warmup_steps"
+    return "\n".join(f"{name + ':':12} {value}" for name, value in rows.items())
+
+
+def load_hellaswag(config: TrainConfig, layout: Layout) -> list[hellaswag.Item]:
+    """The items to score, fetched by the first process for all. Without them training goes on, which is said
+    once; a local file that was asked for must be there."""
+    items: list[Any] = [None]
+    if config.hellaswag_every and layout.is_main:
+        try:
+            items = [hellaswag.load_items(config.hellaswag_data)]
+        except InputError as error:
+            if config.hellaswag_data is not None:
+                raise
+            print(f"training without HellaSwag: {error}")
+    if layout.world_size > 1:
+        dist.broadcast_object_list(items, device=layout.collective_device)
+    return items[0] or []
+
+
+# -----------------------------------------------------------------------------
+# main
+
+
+def main(config: TrainConfig) -> None:
+    layout = start_processes(config)
+    device, W, T = layout.device, layout.world_size, config.sequence_length
+    say = tqdm.write if layout.is_main else lambda _: None  # prints above the progress bar
+
+    # Everything that can be wrong with the input is found before work begins.
+    if (config.log_dir / "log.txt").exists():
+        raise InputError(f"{config.log_dir} already holds a run; choose another --log_dir, or delete it")
+    if config.demo:
+        if layout.is_main:
+            write_demo_shards(config.data_dir)
+        if W > 1:
+            dist.barrier()
+    shards = load_shards(config.data_dir)
+    encoding = get_encoding(shards.encoding)
+    B = choose_micro_batch_size(config, layout)
+    grad_accum_steps = config.total_batch_size // (B * T * W)
+    train_loader = TokenLoader(
+        shards,
+        "train",
+        sequence_length=T,
+        batch_size=B,
+        rows_per_step=config.total_batch_size // T,
+        rank=layout.rank,
+        world_size=W,
+        seed=config.seed,
+        shuffle=config.shuffle,
+        vocab_size=encoding.n_vocab,
+    )
+    val_loader = TokenLoader(
+        shards, "val", sequence_length=T, batch_size=B, shuffle=False, vocab_size=encoding.n_vocab
+    )
+    val_windows = min(max(1, config.val_tokens // T), val_loader.n_windows)
+    hellaswag_items = load_hellaswag(config, layout)
+
+    torch.manual_seed(config.seed)
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    dtype, (use_compile, compile_note) = choose_dtype(config, device), choose_compile(config, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
+    # the same weights compiled and wrapped: training and validation, whose shapes are fixed, use that.
+    raw_model = model_for(config, encoding).pad_vocabulary().to(device)
+    optimizer = configure_optimizer(raw_model, config)
+    model: Any = torch.compile(raw_model) if use_compile else raw_model
+    if W > 1:
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+    if layout.is_main:
+        config.log_dir.mkdir(parents=True, exist_ok=True)
+        (config.log_dir / "log.txt").touch()
+        write_run_json(
+            config,
+            raw_model,
+            shards,
+            layout,
+            dtype=str(dtype),
+            micro_batch_size=B,
+            grad_accum_steps=grad_accum_steps,
+            val_tokens=val_windows * T,
+            hellaswag_items=len(hellaswag_items),
+        )
+    say(describe_run(config, raw_model, shards, layout, {
+        "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {compile_note}",
+        "batch": f"{config.total_batch_size:,} tokens a step = {B} rows x {T} tokens x {W} processes x "
+                 f"{grad_accum_steps} micro-steps",
+        "validation": f"{val_windows * T:,} tokens every {config.val_every} steps",
+        "HellaSwag": f"{len(hellaswag_items):,} items every {config.hellaswag_every} steps" if hellaswag_items else "off",
+    }))  # fmt: skip
+
+    training_seconds = 0.0  # evaluation, sampling and saving not counted
+    last_line = -math.inf
+    on_terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=config.max_steps, unit="step", disable=not (layout.is_main and on_terminal), dynamic_ncols=True
+    )
+    for step in range(config.max_steps + 1):
+        last_step = step == config.max_steps
+
+        def due(every: int, step: int = step, last_step: bool = last_step) -> bool:
+            return every > 0 and (step % every == 0 or last_step)
+
+        if due(config.val_every):
+            val_loss = estimate_val_loss(model, val_loader, val_windows, layout, autocast)
+            say(f"step {step}: validation loss {val_loss:.4f} on {val_windows * T:,} tokens")
+            if layout.is_main:
+                append_log(config.log_dir, step, "val", f"{val_loss:.4f}")
+        if hellaswag_items and due(config.hellaswag_every):
+            with autocast:
+                score = hellaswag.evaluate(raw_model, hellaswag_items, encoding, layout.rank, W)
+            say(f"step {step}: HellaSwag {score}")
+            if layout.is_main:
+                append_log(config.log_dir, step, "hella", f"{score.acc_norm:.4f}")
+        if layout.is_main and due(config.sample_every):
+            for text in write_samples(raw_model, encoding, device, autocast):
+                say(f"step {step}: sample: {text!r}")
+        if layout.is_main and due(config.val_every):
+            plot.draw_runs([config.log_dir], config.log_dir / "loss.png")
+        if layout.is_main and due(config.checkpoint_every) and step > 0:
+            trainer = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                       "rng": torch.get_rng_state(), "recipe": recipe(config, raw_model, shards)}  # fmt: skip
+            checkpoint = save_checkpoint(config.log_dir, step, raw_model, trainer, config.keep_every)
+            say(f"step {step}: saved {checkpoint}")
+        if last_step:
+            break
+
+        # ------------------------------ TRAINING ------------------------------
+        start = time.perf_counter()
+        loss_sum = torch.zeros((), device=device)
+        for micro_step in range(grad_accum_steps):
+            if W > 1:
+                # The processes average their gradients during backward, but only the last time. The flag is
+                # read in the forward pass, so it is set before it.
+                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            x, y = train_loader.batch(step, micro_step)
+            with autocast:
+                _, loss = model(x.to(device), y.to(device))
+            loss = loss / grad_accum_steps  # gradients add up over micro-steps; the loss is a mean
+            loss_sum += loss.detach()
+            scaler.scale(loss).backward()
+        if W > 1:
+            dist.all_reduce(loss_sum)  # a sum, then divided: gloo has no average
+            loss_sum /= W
+        scaler.unscale_(optimizer)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        lr = get_lr(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        train_loss, norm = torch.stack((loss_sum, norm)).tolist()  # the step's one wait for the device
+        seconds = time.perf_counter() - start
+        # ----------------- everything that follows is diagnostics --------------
+
+        training_seconds += seconds
+        tokens_per_second = config.total_batch_size / seconds
+        if layout.is_main:
+            append_log(config.log_dir, step, "train", f"{train_loss:.6f}")
+            bar.set_postfix_str(
+                f"loss {train_loss:.3f}, lr {lr:.1e}, norm {norm:.2f}, {tokens_per_second:,.0f} tokens/s"
+            )
+            bar.update()
+            # without a terminal: the tutorial's lines, at most one a second
+            if not on_terminal and (time.monotonic() - last_line >= 1 or step + 1 == config.max_steps):
+                last_line = time.monotonic()
+                print(
+                    f"step {step:5d} | loss: {train_loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                    f"dt: {1000 * seconds:.2f}ms | tok/sec: {tokens_per_second:.2f}",
+                    flush=True,
+                )
+            if step == min(10, config.max_steps - 1):
+                hours = seconds * config.max_steps / 3600
+                say(
+                    f"training will take about {hours:.2g} hours ({seconds:.2f} s a step), evaluation not counted"
+                )
+    bar.close()
+    say(
+        f"done: {config.max_steps:,} steps in {training_seconds / 3600:.2f} hours of training; the run is in "
+        f"{config.log_dir}, its model in {config.log_dir}/checkpoint_{config.max_steps:05d}"
+    )
+    if W > 1:
+        dist.destroy_process_group()
+
+
+def command_line_defaults() -> TrainConfig:
+    """--demo picks other defaults; every flag after it still counts."""
+    return DEMO if "--demo" in sys.argv[1:] else TrainConfig()
+
+
+if __name__ == "__main__":
+    run_command(main, command_line_defaults())
