@@ -69,15 +69,14 @@ class InputError(ValueError):
     """Something the user can mend. The message names the file or flag, what is wrong and what to do."""
 
 
-def run_command(main: Callable[[Any], None], config: Any) -> None:
-    """Parse the command line into `config` (a dataclass, or an instance that holds the defaults), call
-    `main`.
+def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -> None:
+    """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main` with it;
+    `default` is an instance that holds other defaults than the dataclass.
 
     Bad input ends with one line on standard error and exit status 2, never a traceback.
     """
-    default = {} if isinstance(config, type) else {"default": config}
-    kind = config if isinstance(config, type) else type(config)
-    arguments = tyro.cli(kind, use_underscores=True, **default)
+    options = {} if default is None else {"default": default}
+    arguments = tyro.cli(config, use_underscores=True, **options)
     try:
         main(arguments)
     except InputError as error:
@@ -107,8 +106,8 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     except (OSError, ValueError) as error:  # requests' exceptions are OSErrors
         raise InputError(
             "tiktoken could not download GPT-2's vocabulary (vocab.bpe and encoder.json). Without a network, "
-            "copy tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or use the "
-            f"'bytes' encoding. What it said: {str(error).splitlines()[0]}"
+            "copy tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or use "
+            f"the 'bytes' encoding. What it said: {str(error).splitlines()[0]}"
         ) from error
 
 
@@ -433,9 +432,8 @@ def write_demo_shards(output_dir: Path) -> None:
         return
     print(f"writing the prose of the standard library of Python {sys.version.split()[0]} to {output_dir}")
     output_dir.mkdir(parents=True, exist_ok=True)
-    texts = tqdm(standard_library_prose(), unit=" documents", desc="reading docstrings", dynamic_ncols=True)
     write_shards(
-        in_groups("standard library", texts),
+        in_groups("standard library", standard_library_prose()),
         output_dir,
         shard_size=200_000,
         encoding_name="bytes",

@@ -13,7 +13,7 @@ it, .3114, is another protocol: compare like with like.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,10 +104,8 @@ def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]
             import datasets
 
             rows = datasets.load_dataset(DATASET, split="validation")
-        if len(rows) != N_VALIDATION:
-            raise InputError(f"{DATASET} has {len(rows):,} validation items, expected {N_VALIDATION:,}")
-        numbered = enumerate(rows)
-        return [to_item(row, f"{DATASET}, item {number}") for number, row in numbered][:limit]
+        check_complete(rows)
+        return [to_item(row, f"{DATASET}, item {number}") for number, row in enumerate(rows)][:limit]
     items = []
     try:
         with open(file, encoding="utf-8") as lines:
@@ -124,6 +122,11 @@ def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]
     if not items:
         raise InputError(f"HellaSwag items {file}: the file is empty")
     return items
+
+
+def check_complete(rows: Sized) -> None:
+    if len(rows) != N_VALIDATION:
+        raise InputError(f"{DATASET} has {len(rows):,} validation items, expected {N_VALIDATION:,}")
 
 
 def render(item: Item, encoding: tiktoken.Encoding) -> tuple[list[list[int]], list[list[int]]]:

@@ -18,6 +18,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import os
 import platform
 import shutil
@@ -110,11 +111,20 @@ class TrainConfig:
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
 
 
+def check_config(config: TrainConfig) -> None:
+    """Raises InputError for a number that can't be meant."""
+    positive = ("n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "micro_batch_size", "val_tokens")
+    for name, value in asdict(config).items():
+        least = 1 if name in positive else 0
+        if isinstance(value, int | float) and not value >= least:  # so that nan fails too
+            raise InputError(f"--{name} {value}: must be at least {least}")
+
+
 # What --demo changes; any flag still overrides it.
 DEMO = TrainConfig(
     demo=True, data_dir=Path("demo_data"), log_dir=Path("log/demo"),
-    n_layer=4, n_head=4, n_embd=128, sequence_length=128,
-    total_batch_size=4096, micro_batch_size=32, max_steps=1000, warmup_steps=50, max_lr=3e-3,
+    n_layer=2, n_head=4, n_embd=192, sequence_length=128,
+    total_batch_size=2048, micro_batch_size=16, max_steps=1000, warmup_steps=50, max_lr=4e-3,
     val_every=200, val_tokens=65_536, hellaswag_every=0, sample_every=200, checkpoint_every=500,
     dtype="float32", compile=False,
 )  # fmt: skip
@@ -359,10 +369,10 @@ class GPT(nn.Module):
         write_json(folder / "config.json", {
             "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
             "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.n_embd,
-            "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None, "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5, "initializer_range": 0.02, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
-            "resid_pdrop": 0.0, "scale_attn_weights": True, "tie_word_embeddings": True, "torch_dtype": "float32",
-            **special_tokens, "encoding": config.encoding,
+            "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None,
+            "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
+            "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "scale_attn_weights": True,
+            "tie_word_embeddings": True, "torch_dtype": "float32", **special_tokens, "encoding": config.encoding,
         })  # fmt: skip
         write_json(folder / "generation_config.json", {**special_tokens, "_from_model_config": True})
         if config.encoding == "gpt2":
@@ -398,18 +408,11 @@ def read_config(file: Path) -> GPTConfig:
     """The architecture that a Hugging Face config.json describes; InputError if it is not a GPT-2's."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        config = GPTConfig(
-            block_size=stored["n_positions"],
-            vocab_size=stored["vocab_size"],
-            n_layer=stored["n_layer"],
-            n_head=stored["n_head"],
-            n_embd=stored["n_embd"],
-            encoding=stored.get("encoding", "gpt2"),
-        )
+        sizes = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        config = GPTConfig(**{ours: operator.index(stored[theirs]) for ours, theirs in sizes.items()},
+                           encoding=stored.get("encoding", "gpt2"))  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file}: not the configuration of a GPT-2 ({type(error).__name__}: {error})"
-        ) from error
+        raise InputError(f"{file}: not the configuration of a GPT-2 ({type(error).__name__}: {error})") from error
     fixed = {
         "model_type": "gpt2",
         "activation_function": "gelu_new",
@@ -783,7 +786,7 @@ def choose_micro_batch_size(config: TrainConfig, layout: Layout) -> int:
     """Rows per forward pass and process. Raises InputError, with numbers that work, if the batch can't be
     divided."""
     T, W = config.sequence_length, layout.world_size
-    if min(T, config.total_batch_size) < 1 or config.total_batch_size % (T * W):
+    if config.total_batch_size % (T * W):
         fitting = max(1, round(config.total_batch_size / max(1, T * W))) * max(1, T * W)
         raise InputError(
             f"--total_batch_size {config.total_batch_size} can't be divided into rows of "
@@ -918,7 +921,7 @@ def write_run_json(config: TrainConfig, model: GPT, shards: Shards, layout: Layo
                  "train_tokens": shards.count("train"), "val_tokens": shards.count("val")},
         "device": device_name(layout.device),
         "world_size": layout.world_size,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "commit": git.stdout.strip() or None if git else None,
         **more,
     })  # fmt: skip
@@ -937,9 +940,9 @@ def describe_run(
     tokens, c = config.max_steps * config.total_batch_size, model.config
     train_tokens = shards.count("train")
     rows = {
-        "device": f"{device_name(layout.device)}, {layout.world_size} process{'es' * (layout.world_size > 1)}",
-        "model": f"{model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, width {c.n_embd}, "
-                 f"block size {c.block_size}, vocabulary {c.vocab_size:,} ({c.encoding})",
+        "device": f"{device_name(layout.device)}; processes: {layout.world_size}",
+        "model": f"{model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, "
+                 f"width {c.n_embd}, block size {c.block_size}, vocabulary {c.vocab_size:,} ({c.encoding})",
         "data": f"{shards.folder}: {train_tokens:,} training tokens in {len(shards.files['train'])} shards",
         "training": f"{config.max_steps:,} steps, {tokens:,} tokens, {tokens / train_tokens:.2f} epochs",
         **more,
@@ -971,6 +974,7 @@ def load_hellaswag(config: TrainConfig, layout: Layout) -> list[hellaswag.Item]:
 
 
 def main(config: TrainConfig) -> None:
+    check_config(config)
     layout = start_processes(config)
     device, W, T = layout.device, layout.world_size, config.sequence_length
     say = tqdm.write if layout.is_main else lambda _: None  # prints above the progress bar
@@ -1038,7 +1042,7 @@ def main(config: TrainConfig) -> None:
         "batch": f"{config.total_batch_size:,} tokens a step = {B} rows x {T} tokens x {W} processes x "
                  f"{grad_accum_steps} micro-steps",
         "validation": f"{val_windows * T:,} tokens every {config.val_every} steps",
-        "HellaSwag": f"{len(hellaswag_items):,} items every {config.hellaswag_every} steps" if hellaswag_items else "off",
+        "HellaSwag": f"{len(hellaswag_items):,} items every {config.hellaswag_every} steps",
     }))  # fmt: skip
 
     training_seconds = 0.0  # evaluation, sampling and saving not counted
@@ -1125,7 +1129,7 @@ def main(config: TrainConfig) -> None:
             if step == min(10, config.max_steps - 1):
                 hours = seconds * config.max_steps / 3600
                 say(
-                    f"training will take about {hours:.2g} hours ({seconds:.2f} s a step), evaluation not counted"
+                    f"training will take about {hours:.2g} hours ({seconds:.2f} s a step) and evaluation"
                 )
     bar.close()
     say(
@@ -1136,10 +1140,5 @@ def main(config: TrainConfig) -> None:
         dist.destroy_process_group()
 
 
-def command_line_defaults() -> TrainConfig:
-    """--demo picks other defaults; every flag after it still counts."""
-    return DEMO if "--demo" in sys.argv[1:] else TrainConfig()
-
-
 if __name__ == "__main__":
-    run_command(main, command_line_defaults())
+    run_command(main, TrainConfig, default=DEMO if "--demo" in sys.argv else None)

@@ -1,0 +1,71 @@
+"""What several test files share: tiny shards, the scripts run as a user runs them, and where the real data lies."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fineweb import Documents, write_shards
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def gpt2_data() -> Path:
+    """The folder of real data: FineWeb-like parquet files, HellaSwag items, tiktoken's cache."""
+    if "GPT2_TEST_DATA" not in os.environ:
+        pytest.skip("GPT2_TEST_DATA names no folder with the real test data")
+    return Path(os.environ["GPT2_TEST_DATA"])
+
+
+@pytest.fixture(scope="session")
+def gpt2_encoding():
+    """GPT-2's encoding, where tiktoken can have it without a network."""
+    if "TIKTOKEN_CACHE_DIR" not in os.environ:
+        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with tiktoken's cached vocabularies")
+    from fineweb import get_encoding
+
+    return get_encoding("gpt2")
+
+
+def run(*arguments, cwd: Path = ROOT, check: bool = True, env: dict[str, str] | None = None, timeout: float = 120):
+    """Run a Python script in a fresh process with two threads; returns the finished process, output as text."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, text=True,
+                          capture_output=True, timeout=timeout, check=False)  # fmt: skip
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def torchrun(n: int, *arguments, **options):
+    """The same under torchrun with n processes."""
+    return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *arguments, **options)
+
+
+def make_shards(folder: Path, sizes: list[int], vocab_size: int = 257, seed: int = 0) -> Path:
+    """Shards of random tokens without a shards.json; the first size is the validation shard's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for i, size in enumerate(sizes):
+        tokens = generator.integers(0, vocab_size, size, dtype=np.uint16)
+        np.save(folder / f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy", tokens)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_shards(tmp_path_factory) -> Path:
+    """Shards in the bytes encoding of a text that a tiny model learns in seconds."""
+    folder = tmp_path_factory.mktemp("text_shards")
+    texts = [f"{i} green bottles hanging on the wall. " * 20 for i in range(100)]
+    write_shards([Documents("rhyme", 0, texts)], folder, shard_size=20_000, encoding_name="bytes",
+                 source={"dataset": "a rhyme"})  # fmt: skip
+    return folder
+
+
+TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--sequence_length=32", "--total_batch_size=256",
+        "--warmup_steps=2", "--max_lr=3e-3", "--val_tokens=1024", "--hellaswag_every=0", "--device=cpu")  # fmt: skip

@@ -1,0 +1,166 @@
+"""Shards and the order of tokens: the same windows in every step, whatever the layout."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_shards
+
+from fineweb import InputError
+from train_gpt2 import TokenLoader, load_shards, open_shard
+
+T = 8
+
+
+@pytest.fixture
+def shards(tmp_path):
+    return load_shards(make_shards(tmp_path, [50, 100, 8 * 9 + 1, 75, 5]))
+
+
+def train_loader(shards, **options):
+    return TokenLoader(shards, "train", sequence_length=T, **options)
+
+
+def step_windows(shards, step, world_size, batch_size, rows=12, **options):
+    """The inputs of all ranks and micro-steps of one step, in the order of the contract."""
+    rows_seen = []
+    loaders = [train_loader(shards, batch_size=batch_size, rows_per_step=rows, rank=rank, world_size=world_size, **options)
+               for rank in range(world_size)]  # fmt: skip
+    for micro_step in range(rows // (batch_size * world_size)):
+        for loader in loaders:
+            x, y = loader.batch(step, micro_step)
+            assert x.shape == y.shape == (batch_size, T)
+            assert torch.equal(x[:, 1:], y[:, :-1])
+            rows_seen += [tuple(row) for row in torch.cat((x, y[:, -1:]), dim=1).tolist()]
+    return rows_seen
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_step_has_the_same_tokens_on_any_layout(shards, shuffle):
+    # 12 + 9 + 9 + 0 = 30 windows an epoch, 12 a step: shard edges and epoch edges fall inside steps
+    for step in range(8):
+        reference = step_windows(shards, step, 1, 12, shuffle=shuffle)
+        assert len(reference) == 12
+        for world_size, batch_size in ((1, 1), (1, 4), (2, 1), (2, 3), (4, 1), (4, 3)):
+            assert step_windows(shards, step, world_size, batch_size, shuffle=shuffle) == reference
+
+
+def test_an_epoch_visits_every_window_once_and_epochs_differ(shards):
+    loader = train_loader(shards, seed=3)
+    assert loader.n_windows == 30
+    expected = sorted((shard, w * T) for shard, n in enumerate([12, 9, 9, 0]) for w in range(n))
+    epochs = [[loader.locate(e * 30 + i) for i in range(30)] for e in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == expected
+    assert epochs[0] != epochs[1] != epochs[2]
+    assert [train_loader(shards, seed=4).locate(i) for i in range(30)] != epochs[0]
+
+
+def test_a_window_never_straddles_shards(shards):
+    loader = train_loader(shards, seed=5)
+    for i in range(60):
+        shard, start = loader.locate(i)
+        assert start % T == 0
+        x, y = loader.windows(i, 1)
+        expected = shards.tokens["train"][shard][start : start + T + 1].astype(np.int64)
+        assert np.array_equal(torch.cat((x[0], y[0, -1:])).numpy(), expected)
+
+
+def test_unshuffled_on_one_process_is_the_tutorials_sequence(shards):
+    """The tutorial's loader: B * T + 1 tokens at the position, which moves on by B * T."""
+    tokens, B = shards.tokens["train"][0].astype(np.int64), 3
+    loader = train_loader(shards, batch_size=B, rows_per_step=2 * B, shuffle=False)
+    for batch in range(4):
+        x, y = loader.batch(*divmod(batch, 2))
+        buffer = tokens[batch * B * T : (batch + 1) * B * T + 1]
+        assert np.array_equal(x.numpy(), buffer[:-1].reshape(B, T))
+        assert np.array_equal(y.numpy(), buffer[1:].reshape(B, T))
+
+
+def test_the_loader_has_no_state(shards):
+    loader = train_loader(shards, batch_size=4, rows_per_step=8, seed=1)
+    later = loader.batch(9, 1)[0]
+    for step in range(9):
+        loader.batch(step, 0)
+    assert torch.equal(loader.batch(9, 1)[0], later)
+
+
+def test_the_order_is_the_one_of_published_runs(shards):
+    """Pins the generator: a run resumed under another version of NumPy must see the same tokens."""
+    loader = train_loader(shards, seed=1337)
+    assert [loader.locate(i) for i in (0, 1, 2, 29, 30, 31)] == [(2, 40), (2, 48), (2, 0), (1, 56), (0, 80), (0, 40)]
+
+
+def test_llm_c_shards_load(tmp_path):
+    header = np.zeros(256, dtype="<i4")
+    tokens = np.arange(100, dtype="<u2")
+    header[:3] = 20240520, 1, len(tokens)
+    for name in ("edu_fineweb_train_000001.bin", "edu_fineweb_val_000000.bin"):
+        (tmp_path / name).write_bytes(header.tobytes() + tokens.tobytes())
+    shards = load_shards(tmp_path)
+    assert np.array_equal(shards.tokens["train"][0], tokens)
+    assert shards.encoding == "gpt2"
+    (tmp_path / name).write_bytes(header.tobytes() + tokens[:-1].tobytes())
+    with pytest.raises(InputError, match="holds 99 tokens, its header says 100"):
+        load_shards(tmp_path)
+
+
+BAD_SHARDS = {
+    "empty": (lambda file: file.write_bytes(b""), "empty, cut short or not a token shard"),
+    "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-10]), "empty, cut short or not a token shard"),
+    "int32": (lambda file: np.save(file, np.zeros(99, dtype=np.int32)), "1-D int32, a token shard is 1-D uint16"),
+    "2-D": (lambda file: np.save(file, np.zeros((9, 9), dtype=np.uint16)), "2-D uint16"),
+    "pickled": (lambda file: np.save(file, np.array([{}]), allow_pickle=True), "not a token shard"),
+    "text": (lambda file: file.write_text("<html>404</html>" * 20), "not a token shard"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_SHARDS)
+def test_a_bad_shard_is_named(fault, tmp_path):
+    folder = make_shards(tmp_path, [50, 100, 100])
+    damage, message = BAD_SHARDS[fault]
+    damage(folder / "edufineweb_train_000002.npy")
+    with pytest.raises(InputError, match=rf"edufineweb_train_000002\.npy: .*{message}"):
+        load_shards(folder)
+
+
+def test_missing_data_is_explained(tmp_path):
+    with pytest.raises(InputError, match=r"fineweb\.py.*--demo"):
+        load_shards(tmp_path / "nowhere")
+    with pytest.raises(InputError, match="no shard of the train split"):
+        load_shards(make_shards(tmp_path, [50]))
+    folder = make_shards(tmp_path / "short", [50, 5])
+    with pytest.raises(InputError, match="no shard of the train split has 9 tokens"):
+        train_loader(load_shards(folder))
+
+
+def test_shards_json_is_held_against_the_files(text_shards, tmp_path):
+    folder = shutil.copytree(text_shards, tmp_path / "shards")
+    assert load_shards(folder).encoding == "bytes"
+    record = json.loads((folder / "shards.json").read_text())
+    last = folder / record["shards"][-1]["file"]
+    np.save(last, np.load(last)[:-1])
+    with pytest.raises(InputError, match=rf"{last.name}: holds .* tokens, shards\.json says"):
+        load_shards(folder)
+    last.unlink()
+    with pytest.raises(InputError, match=rf"{last.name}: missing"):
+        load_shards(folder)
+
+
+def test_the_fingerprint_changes_with_the_data(tmp_path):
+    a = load_shards(make_shards(tmp_path / "a", [50, 100])).fingerprint
+    assert a == load_shards(make_shards(tmp_path / "b", [50, 100])).fingerprint
+    assert a != load_shards(make_shards(tmp_path / "c", [50, 101])).fingerprint
+
+
+def test_a_token_outside_the_vocabulary_is_named(tmp_path):
+    folder = make_shards(tmp_path, [50, 100])
+    tokens = np.load(folder / "edufineweb_train_000001.npy")
+    tokens[37] = 65_535
+    np.save(folder / "edufineweb_train_000001.npy", tokens)
+    loader = train_loader(load_shards(folder), vocab_size=257)
+    with pytest.raises(InputError, match=r"edufineweb_train_000001\.npy: token id 65535 at offset 37"):
+        loader.windows(0, loader.n_windows)
+    assert open_shard(folder / "edufineweb_train_000001.npy")[37] == 65_535

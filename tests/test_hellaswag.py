@@ -1,0 +1,182 @@
+"""HellaSwag: the protocol by hand, padding, batching, ranks, and bad items."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import run, torchrun
+from hub import serve
+
+import hellaswag
+from fineweb import InputError, get_encoding
+from hellaswag import Item, evaluate, load_items, render, score_rows
+from train_gpt2 import GPT, GPTConfig
+
+BYTES = get_encoding("bytes")
+ITEMS = [Item(i, f"The cat number {i} sat", (f"on mat {i}.", "down", "and then it said so " * (i % 3 + 1), "."), i % 4)
+         for i in range(23)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=128, vocab_size=257, n_layer=2, n_head=2, n_embd=32, encoding="bytes"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # far from uniform, so that endings differ
+    return model
+
+
+def by_hand(model, item, encoding=BYTES):
+    """The tutorial's way: one ending at a time, no padding, the loss of each of its tokens from the logits."""
+    sums, means = [], []
+    for ending in item.endings:
+        context, continuation = encoding.encode_ordinary(item.ctx), encoding.encode_ordinary(" " + ending)
+        logits = model(torch.tensor([context + continuation]))[0][0].detach()
+        log_probabilities = torch.log_softmax(logits, dim=-1)
+        losses = [-log_probabilities[len(context) + i - 1, token].item() for i, token in enumerate(continuation)]
+        sums.append(sum(losses))
+        means.append(sum(losses) / len(losses))
+    return sums, means
+
+
+def test_scores_are_those_worked_out_by_hand(model):
+    score = evaluate(model, ITEMS, BYTES)
+    assert [p["ind"] for p in score.predictions] == [item.ind for item in ITEMS]
+    right = right_norm = 0
+    for item, prediction in zip(ITEMS, score.predictions, strict=True):
+        sums, means = by_hand(model, item)
+        assert prediction["loss_sum"] == pytest.approx(sums, rel=1e-5)
+        assert prediction["loss_mean"] == pytest.approx(means, rel=1e-5)
+        assert prediction["pred"] == sums.index(min(sums))
+        assert prediction["pred_norm"] == means.index(min(means))
+        right += sums.index(min(sums)) == item.label
+        right_norm += means.index(min(means)) == item.label
+    assert (score.acc, score.acc_norm, score.n) == (right / 23, right_norm / 23, 23)
+    assert score.standard_error(0.25) == pytest.approx(math.sqrt(0.25 * 0.75 / 22))
+    assert "tutorial protocol" in str(score)
+
+
+def test_the_mask_covers_the_ending_and_its_space(gpt2_encoding):
+    rows, masks = render(Item(0, "A man is", ("sitting.", "up", "x y z", "!"), 0), gpt2_encoding)
+    for ending, row, mask in zip(("sitting.", "up", "x y z", "!"), rows, masks, strict=True):
+        assert gpt2_encoding.decode([t for t, m in zip(row, mask, strict=True) if not m]) == "A man is"
+        assert gpt2_encoding.decode([t for t, m in zip(row, mask, strict=True) if m]) == " " + ending
+
+
+def test_padding_never_changes_a_score(model):
+    rows, masks = render(ITEMS[5], BYTES)
+    alone = [score_rows(model, [row], [mask]) for row, mask in zip(rows, masks, strict=True)]
+    longer = [list(range(100))], [[0] * 99 + [1]]
+    together = score_rows(model, rows + longer[0], masks + longer[1])
+    for kind in (0, 1):
+        assert torch.allclose(torch.cat([scores[kind] for scores in alone]), together[kind][:4], atol=1e-5)
+
+
+def test_an_item_longer_than_the_block_keeps_its_end_and_is_counted(model):
+    long_item = Item(0, "x" * 500 + " the end of it", ("one", "two", "three", "four"), 1)
+    cut = Item(0, ("x" * 500 + " the end of it")[-(129 - len(" three")) :], ("one", "two", "three", "four"), 1)
+    score = evaluate(model, [long_item], BYTES)
+    assert score.truncated == 1
+    assert "1 contexts cut to fit" in str(score)
+    expected = by_hand_last_block(model, long_item)
+    assert score.predictions[0]["loss_sum"] == pytest.approx(expected, abs=1e-4)
+    assert evaluate(model, [cut], BYTES).truncated == 0
+
+
+def by_hand_last_block(model, item):
+    sums = []
+    for ending in item.endings:
+        row = BYTES.encode_ordinary(item.ctx + " " + ending)[-129:]
+        n = len(ending) + 1
+        log_probabilities = torch.log_softmax(model(torch.tensor([row[:-1]]))[0][0].detach(), dim=-1)
+        sums.append(-sum(log_probabilities[i, row[i + 1]].item() for i in range(128 - n, 128)))
+    return sums
+
+
+def test_real_items_load_and_score(gpt2_data, gpt2_encoding):
+    items = load_items(gpt2_data / "hellaswag_val_activitynet.jsonl")
+    assert len(items) == 3243
+    assert {item.label for item in items} == {0, 1, 2, 3}
+    assert len(load_items(gpt2_data / "hellaswag_val_activitynet.jsonl", limit=7)) == 7
+    model = GPT(GPTConfig(block_size=256, n_layer=1, n_head=2, n_embd=16))
+    score = evaluate(model, items[:12], gpt2_encoding)
+    for item, prediction in zip(items, score.predictions, strict=False):
+        sums, means = by_hand(model, item, gpt2_encoding)
+        assert prediction["loss_sum"] == pytest.approx(sums, abs=1e-3)
+        assert prediction["loss_mean"] == pytest.approx(means, abs=1e-4)
+
+
+GOOD = {"ind": 3, "ctx": "c", "endings": ["a", "b", "c", "d"], "label": 1}
+
+
+@pytest.mark.parametrize("bad", [
+    "not json", "[1, 2]", json.dumps({**GOOD, "endings": ["a", "b", "c"]}), json.dumps({**GOOD, "label": 7}),
+    json.dumps({**GOOD, "label": ""}), json.dumps({**GOOD, "ctx": None}), json.dumps({"ind": 1}),
+])  # fmt: skip
+def test_a_bad_item_is_named_by_file_and_line(bad, tmp_path):
+    file = tmp_path / "items.jsonl"
+    file.write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "label": "2"}) + "\n" + bad + "\n")
+    with pytest.raises(InputError, match=r"items\.jsonl, line 3"):
+        load_items(file)
+    assert [item.label for item in load_items(file, limit=2)] == [1, 2]
+
+
+def test_the_hubs_items_load_with_labels_that_are_strings(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    folder = tmp_path / "hub/datasets/Rowan/hellaswag/data"
+    folder.mkdir(parents=True)
+    rows = [{"ind": i, "ctx": f"context {i}", "endings": ["a", "b", "c", "d"], "label": str(i % 4)} for i in range(10_042)]
+    for split in ("train", "validation", "test"):
+        table = pyarrow.Table.from_pylist(rows if split == "validation" else rows[:3])
+        pyarrow.parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+    code = "import hellaswag; items = hellaswag.load_items(); print(len(items), items[7])"
+    with serve(tmp_path / "hub") as (env, _):
+        done = run("-c", code, env=env)
+    assert "10042 Item(ind=7, ctx='context 7', endings=('a', 'b', 'c', 'd'), label=3)" in done.stdout
+    with pytest.raises(InputError, match="expected 10,042"):
+        hellaswag.check_complete(rows[:-1])
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, model):
+    folder = tmp_path_factory.mktemp("hellaswag")
+    model.save_pretrained(folder / "model")
+    (folder / "items.jsonl").write_text("".join(json.dumps({**item.__dict__}) + "\n" for item in ITEMS))
+    return folder
+
+
+def test_the_script(files, model):
+    done = run("hellaswag.py", f"--model={files}/model", f"--data={files}/items.jsonl",
+               f"--save_predictions={files}/predictions.jsonl", "--device=cpu")  # fmt: skip
+    score = evaluate(model, ITEMS, BYTES)
+    assert str(score) in done.stdout
+    predictions = [json.loads(line) for line in (files / "predictions.jsonl").read_text().splitlines()]
+    assert [list(p) for p in predictions] == [["ind", "label", "pred", "pred_norm", "loss_sum", "loss_mean"]] * 23
+    assert [p["pred_norm"] for p in predictions] == [p["pred_norm"] for p in score.predictions]
+    few = run("hellaswag.py", f"--model={files}/model", f"--data={files}/items.jsonl", "--limit=5", "--device=cpu")
+    assert "(5 items" in few.stdout
+
+
+def test_training_scores_the_same_on_one_process_and_on_two(files, text_shards, tmp_path):
+    command = ("train_gpt2.py", f"--init_from={files}/model", f"--data_dir={text_shards}", "--sequence_length=32",
+               "--total_batch_size=256", "--micro_batch_size=2", "--max_steps=0", "--val_every=0", "--sample_every=0",
+               "--device=cpu", f"--hellaswag_data={files}/items.jsonl")  # fmt: skip
+    one = run(*command, f"--log_dir={tmp_path}/one")
+    two = torchrun(2, *command, f"--log_dir={tmp_path}/two")
+    line = "step 0: HellaSwag acc "
+    assert line in one.stdout
+    assert one.stdout[one.stdout.index(line) :].splitlines()[0] in two.stdout
+    assert (tmp_path / "one/log.txt").read_text() == (tmp_path / "two/log.txt").read_text()
+
+
+def test_training_goes_on_without_hellaswag(text_shards, tmp_path):
+    with serve(tmp_path) as (env, _):  # a Hub that has nothing
+        done = run("train_gpt2.py", "--n_layer=1", "--n_head=1", "--n_embd=8", f"--data_dir={text_shards}",
+                   "--sequence_length=32", "--total_batch_size=64", "--max_steps=3", "--val_tokens=64", "--device=cpu",
+                   "--hellaswag_every=1", f"--log_dir={tmp_path}/log", env=env)  # fmt: skip
+    assert done.stdout.count("training without HellaSwag: could not fetch Rowan/hellaswag") == 1
+    assert "done: 3 steps" in done.stdout

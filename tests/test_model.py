@@ -1,0 +1,219 @@
+"""The model against Hugging Face's GPT-2."""
+
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+from fineweb import InputError
+from train_gpt2 import GPT, PRESETS, GPTConfig, read_config
+
+TINY = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=32)
+
+
+def huggingface_model(config: GPTConfig) -> GPT2LMHeadModel:
+    torch.manual_seed(1)
+    shape = GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer,
+                       n_head=config.n_head, n_embd=config.n_embd, bos_token_id=0, eos_token_id=config.vocab_size - 1,
+                       attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
+    model = GPT2LMHeadModel(shape)
+    with torch.no_grad():  # biases and norms are drawn too: at their initial values they hide mistakes
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("preset", "padded"), [*((preset, False) for preset in PRESETS), ("gpt2", True)])
+def test_logits_loss_and_gradients_are_hugging_faces(preset, padded, tmp_path):
+    shape = {**PRESETS[preset], "n_layer": 2 if preset == "gpt2" else 1}  # the real widths and heads
+    oracle = huggingface_model(GPTConfig(block_size=32, vocab_size=1001, **shape))
+    oracle.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    if padded:
+        model.pad_vocabulary(128)
+    idx = torch.randint(0, 1001, (2, 32))
+    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    expected = oracle(idx, labels=idx)
+    assert torch.allclose(logits, expected.logits[:, :-1], atol=1e-4, rtol=0)
+    assert abs(loss.item() - expected.loss.item()) < 1e-5
+    loss.backward()
+    expected.loss.backward()
+    gradients = dict(oracle.named_parameters())
+    for name, parameter in model.named_parameters():
+        want, got = gradients[name].grad, parameter.grad
+        want = want.t() if name.endswith(GPT.TRANSPOSED) else want
+        if name == "transformer.wte.weight":
+            assert padded == (len(got) > 1001)
+            assert (got[1001:] == 0).all(), "padding got a gradient"
+            got = got[:1001]
+        assert torch.allclose(got, want, atol=1e-4, rtol=0), name
+
+
+def test_saved_folder_is_a_hugging_face_model(tmp_path):
+    model = GPT(TINY).pad_vocabulary(128).eval()
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    assert loaded.transformer.wte.weight.shape == (300, 32)
+    idx = torch.randint(0, 300, (3, 64))
+    assert torch.allclose(model(idx)[0], loaded.eval()(idx).logits, atol=1e-5, rtol=0)
+
+
+def test_load_save_load_gives_identical_tensors(tmp_path):
+    huggingface_model(TINY).save_pretrained(tmp_path / "a")
+    first = GPT.from_pretrained(tmp_path / "a")
+    first.pad_vocabulary(128).save_pretrained(tmp_path / "b")
+    second = GPT.from_pretrained(tmp_path / "b")
+    first = GPT.from_pretrained(tmp_path / "a")
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert first.config == second.config
+
+
+def test_saved_tokenizer_is_gpt2s(tmp_path, gpt2_encoding):
+    GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("Hello, I'm a language model,", "  many   spaces\n\n\ttabs ", "naïve café 東京 🙂", "x = 10**23;"):
+        assert tokenizer(text)["input_ids"] == gpt2_encoding.encode_ordinary(text)
+        assert tokenizer.decode(gpt2_encoding.encode_ordinary(text)) == text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [50256] == [tokenizer.eos_token_id]
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["n_ctx"] == 64
+    assert (config["bos_token_id"], config["eos_token_id"]) == (50256, 50256)
+
+
+def test_the_encodings_name_travels(tmp_path):
+    config = GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8, encoding="bytes")
+    GPT(config).save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path).config == config
+    assert not (tmp_path / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_greedy_generation_is_hugging_faces(padded, tmp_path):
+    oracle = huggingface_model(TINY)
+    oracle.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(tmp_path)
+    if padded:
+        model.pad_vocabulary(128)
+    idx = torch.randint(0, 299, (2, 8))
+    ours = model.generate(idx, 40, temperature=0)
+    theirs = oracle.generate(idx, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0,
+                             attention_mask=torch.ones_like(idx))  # fmt: skip
+    assert torch.equal(ours, theirs)
+
+
+def test_generation_goes_on_past_the_block_size_and_never_samples_padding():
+    model = GPT(TINY).pad_vocabulary(1024)
+    text = model.generate(torch.zeros(4, 60, dtype=torch.long), 30, top_k=None, temperature=10.0, seed=0)
+    assert text.shape == (4, 90)
+    assert text.max() < 300
+    again = model.generate(torch.zeros(4, 60, dtype=torch.long), 30, top_k=None, temperature=10.0, seed=0)
+    assert torch.equal(text, again)
+    best = model.generate(torch.zeros(1, 4, dtype=torch.long), 5, top_k=1, seed=3)
+    assert torch.equal(best, model.generate(torch.zeros(1, 4, dtype=torch.long), 5, temperature=0))
+
+
+def test_a_later_token_never_changes_an_earlier_logit():
+    model = GPT(TINY)
+    idx = torch.randint(0, 300, (1, 64))
+    changed = idx.clone()
+    changed[:, 40:] = (changed[:, 40:] + 1) % 300
+    before, after = model(idx)[0], model(changed)[0]
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert not torch.allclose(before[:, 40], after[:, 40])
+
+
+def test_loss_at_initialisation_is_that_of_a_guess():
+    model = GPT(GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128)).pad_vocabulary()
+    idx = torch.randint(0, 50257, (4, 65))
+    assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(50257)) < 0.1
+
+
+def test_initialisation_is_gpt2s():
+    model = GPT(GPTConfig(block_size=64, vocab_size=1000, n_layer=8, n_head=4, n_embd=128))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "ln_" in name:
+            assert (parameter == 1).all(), name
+        else:
+            std = 0.02 / math.sqrt(16) if name.endswith("c_proj.weight") else 0.02
+            assert abs(parameter.std().item() / std - 1) < 0.05, name
+    assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_parameters_are_counted_as_openai_counts():
+    with torch.device("meta"):
+        counts = {name: GPT(GPTConfig(**shape)).num_parameters() for name, shape in PRESETS.items()}
+    assert counts == {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
+                      "gpt2-xl": 1_557_611_200}  # fmt: skip
+    with torch.device("meta"):
+        assert GPT(GPTConfig()).pad_vocabulary().num_parameters() == 124_439_808
+
+
+def test_padding_stays_zero_and_changes_nothing_in_training():
+    def train(padded: bool) -> GPT:
+        torch.manual_seed(0)
+        model = GPT(TINY)
+        if padded:
+            model.pad_vocabulary(128)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+        idx = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(1))
+        for _ in range(5):
+            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    plain, padded = train(False), train(True)
+    assert padded.transformer.wte.weight.shape == (384, 32)
+    assert (padded.transformer.wte.weight[300:] == 0).all()
+    assert torch.allclose(padded.transformer.wte.weight[:300], plain.transformer.wte.weight, atol=1e-5)
+
+
+def test_what_is_refused():
+    with pytest.raises(ValueError, match="a sequence of 65 tokens is longer than the model's block size, 64"):
+        GPT(TINY)(torch.zeros(1, 65, dtype=torch.long))
+    with pytest.raises(InputError, match="n_embd 30 can't be divided among n_head 4"):
+        GPT(GPTConfig(n_embd=30, n_head=4))
+
+
+def test_folders_that_are_no_gpt2_are_named(tmp_path):
+    with pytest.raises(InputError, match="there is no folder ./nowhere"):
+        GPT.from_pretrained("./nowhere")
+    with pytest.raises(InputError, match=r"is not a model: it has no config\.json"):
+        GPT.from_pretrained(tmp_path)
+    GPT(TINY).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for change, message in (({"model_type": "llama"}, "model_type is 'llama'"), ({"n_inner": 7}, "n_inner is 7"),
+                            ({"n_embd": 64}, "is .*, its config.json means"), ({"n_layer": 3}, "tensors missing"),
+                            ({"n_layer": "x"}, "not the configuration of a GPT-2")):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(InputError, match=message):
+            GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_config(tmp_path / "config.json").n_embd == 32
+    (tmp_path / "model.safetensors").write_bytes(b"\x80\x04garbage that might be a pickle")
+    with pytest.raises(InputError, match="not a sound safetensors file"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    with pytest.raises(InputError, match=r"it has no model\.safetensors"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_openais_own_files_load(tmp_path):
+    """OpenAI's files on the Hub lack the "transformer." prefix and store the causal masks."""
+    import safetensors.torch
+
+    GPT(TINY).save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    old = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    old["h.0.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    safetensors.torch.save_file(old, tmp_path / "model.safetensors")
+    wte = GPT.from_pretrained(tmp_path).transformer.wte.weight
+    assert torch.equal(wte, tensors["transformer.wte.weight"])

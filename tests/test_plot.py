@@ -1,0 +1,81 @@
+"""Pictures, and the published lines only where a comparison is fair."""
+
+import json
+
+import matplotlib.figure
+import pytest
+from conftest import run
+
+import plot
+from fineweb import InputError
+from train_gpt2 import GPT, GPTConfig
+
+
+def make_run(folder, encoding="gpt2", dataset="HuggingFaceFW/fineweb-edu", items=10_042):
+    folder.mkdir()
+    events = [f"{step} train {10 - step / 10}" for step in range(50)]
+    events += [f"{step} {kind} {value}" for step in (0, 25, 50) for kind, value in (("val", 9 - step / 10), ("hella", 0.26))]
+    (folder / "log.txt").write_text("\n".join(events) + "\n")
+    (folder / "run.json").write_text(json.dumps({
+        "encoding": encoding, "data": {"dataset": dataset}, "hellaswag_items": items,
+        "train_config": {"total_batch_size": 524288}}))  # fmt: skip
+    return folder
+
+
+def labels(monkeypatch, folders, out):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, _: drawn.append(figure))
+    plot.draw_runs(folders, out)
+    assert isinstance(drawn[0], matplotlib.figure.Figure)
+    return [[text.get_text() for text in axis.get_legend().get_texts()] for axis in drawn[0].axes], drawn[0]
+
+
+def test_published_lines_stand_beside_comparable_runs_only(tmp_path, monkeypatch):
+    fair = make_run(tmp_path / "fair")
+    (loss, hella), figure = labels(monkeypatch, [fair], tmp_path / "x.png")
+    assert "OpenAI GPT-2 (124M)" in loss
+    assert "OpenAI GPT-3 (124M)" in hella
+    assert figure.axes[0].get_xlabel() == "tokens trained on"
+    assert figure.axes[0].lines[-2].get_xdata()[-1] == 50 * 524288
+    other_data = make_run(tmp_path / "other_data", dataset=None)
+    (loss, hella), _ = labels(monkeypatch, [other_data], tmp_path / "x.png")
+    assert "OpenAI GPT-2 (124M)" not in loss
+    assert "OpenAI GPT-2 (124M)" in hella  # the items are the same, whatever the model read
+    few_items = make_run(tmp_path / "few", items=3243)
+    (loss, hella), _ = labels(monkeypatch, [fair, few_items], tmp_path / "x.png")
+    assert "OpenAI GPT-2 (124M)" not in hella
+    in_bytes = make_run(tmp_path / "bytes", encoding="bytes")
+    (loss, hella), _ = labels(monkeypatch, [in_bytes], tmp_path / "x.png")
+    assert not any("OpenAI" in label for label in loss + hella)
+
+
+def test_runs_are_drawn_together_and_the_tutorials_logs_too(tmp_path):
+    a, b = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    (b / "run.json").unlink()  # the tutorial leaves only a log
+    done = run("plot.py", "run", a, b, "--out", tmp_path / "both.png")
+    assert "drew" in done.stdout
+    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
+    run("plot.py", "run", a)
+    assert (a / "loss.png").exists()
+
+
+def test_positions(tmp_path):
+    GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=16, encoding="bytes")).save_pretrained(
+        tmp_path / "model")  # fmt: skip
+    run("plot.py", "positions", tmp_path / "model", "--out", tmp_path / "wpe.png")
+    assert (tmp_path / "wpe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_smoothing_is_a_running_mean():
+    assert plot.smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
+    assert plot.smooth([5, 1], 1) == [5, 1]
+
+
+def test_a_bad_log_is_named(tmp_path):
+    with pytest.raises(InputError, match="not the log of a run"):
+        plot.draw_runs([tmp_path], tmp_path / "x.png")
+    (tmp_path / "log.txt").write_text("0 val 10.9\nhello\n")
+    with pytest.raises(InputError, match=r"log\.txt, line 2"):
+        plot.draw_runs([tmp_path], tmp_path / "x.png")
+    done = run("plot.py", "run", tmp_path, "--out=x.docx", check=False)
+    assert done.returncode == 2

@@ -1,0 +1,226 @@
+"""The recipe's functions at their edges, and the training script as a user types it."""
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import ROOT, TINY, run
+from transformers import AutoModelForCausalLM
+
+from fineweb import InputError, sha256
+from plot import read_log
+from train_gpt2 import (
+    DEMO,
+    GPT,
+    GPTConfig,
+    Layout,
+    TrainConfig,
+    choose_micro_batch_size,
+    configure_optimizer,
+    get_lr,
+    list_checkpoints,
+)
+
+CPU = Layout(rank=0, world_size=1, device=torch.device("cpu"))
+
+
+def test_the_schedule_at_its_edges():
+    config = TrainConfig()
+    assert get_lr(0, config) == pytest.approx(6e-4 / 715)
+    assert get_lr(714, config) == pytest.approx(6e-4)
+    assert get_lr(715, config) == pytest.approx(6e-4)
+    middle = (715 + 19073) / 2
+    assert get_lr(int(middle), config) == pytest.approx(6e-4 * 0.55, rel=1e-3)
+    assert get_lr(19072, config) == pytest.approx(6e-5, rel=1e-3)
+    assert get_lr(19073, config) == get_lr(10**6, config) == pytest.approx(6e-5)
+    rates = [get_lr(step, config) for step in range(715, 19074)]
+    assert rates == sorted(rates, reverse=True)
+    no_warmup = replace(config, warmup_steps=0, max_steps=1)
+    assert get_lr(0, no_warmup) == pytest.approx(6e-4)
+    assert get_lr(5, replace(config, warmup_steps=10, max_steps=10)) == pytest.approx(3.6e-4)
+
+
+def test_the_recipe_is_the_tutorials():
+    config = TrainConfig()
+    assert (config.total_batch_size, config.max_steps, config.warmup_steps) == (524288, 19073, 715)
+    assert (config.max_lr, config.weight_decay, config.grad_clip) == (6e-4, 0.1, 1.0)
+    assert config.val_tokens == 20 * config.total_batch_size
+
+
+def test_only_matrices_decay_and_every_parameter_is_optimised():
+    model = GPT(GPTConfig(block_size=16, vocab_size=100, n_layer=2, n_head=2, n_embd=16))
+    optimizer = configure_optimizer(model, TrainConfig())
+    decaying, others = optimizer.param_groups
+    assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert {id(p) for p in decaying["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups)
+
+
+def test_the_optimizer_is_adamw_as_published():
+    """One parameter, three steps, against Algorithm 2 of the AdamW paper written out."""
+    model = torch.nn.Linear(1, 1, bias=False)
+    config = TrainConfig(max_lr=0.1)
+    optimizer = configure_optimizer(model, config)
+    w, m, v = model.weight.item(), 0.0, 0.0
+    for t, gradient in enumerate((0.5, -2.0, 0.1), 1):
+        model.weight.grad = torch.full((1, 1), gradient)
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        update = (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        w -= 0.1 * (update + 0.1 * w)
+        assert model.weight.item() == pytest.approx(w, rel=1e-5)
+
+
+def test_the_batch_is_divided_or_refused_with_numbers_that_work():
+    config = TrainConfig()
+    assert choose_micro_batch_size(replace(config, micro_batch_size=64), CPU) == 64
+    assert 512 % choose_micro_batch_size(config, CPU) == 0
+    with pytest.raises(InputError, match=r"--micro_batch_size 60 does not divide the 512 rows .* 32, 64, 128"):
+        choose_micro_batch_size(replace(config, micro_batch_size=60), CPU)
+    with pytest.raises(InputError, match=r"--total_batch_size 500000 .*; 499712 can"):
+        choose_micro_batch_size(replace(config, total_batch_size=500_000), CPU)
+    three = replace(CPU, world_size=3)
+    with pytest.raises(InputError, match="3 processes; 525312 can"):
+        choose_micro_batch_size(config, three)
+    assert 525312 % (3 * 1024) == 0
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory, text_shards):
+    folder = tmp_path_factory.mktemp("run") / "log"
+    done = run("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={folder}", "--max-steps=60",
+               "--val_every=20", "--sample_every=30", "--checkpoint_every=25")  # both spellings of a flag work
+    return folder, done
+
+
+def test_a_run_leaves_its_folder(finished_run, text_shards):
+    folder, done = finished_run
+    assert {path.name for path in folder.iterdir()} == {"log.txt", "run.json", "loss.png", "checkpoint_00050",
+                                                        "checkpoint_00060"}  # fmt: skip
+    events = read_log(folder / "log.txt")
+    assert [step for step, _ in events["train"]] == list(range(60))
+    assert [step for step, _ in events["val"]] == [0, 20, 40, 60]
+    assert abs(events["val"][0][1] - math.log(257)) < 0.1
+    assert events["val"][-1][1] < 3.5
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert all(re.fullmatch(r"\d+ (train|val) \d+\.\d+", line) for line in lines)
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    record = json.loads((folder / "run.json").read_text())
+    assert record["model_config"]["encoding"] == record["encoding"] == "bytes"
+    assert record["train_config"]["max_lr"] == 3e-3
+    assert record["data"]["dataset"] == "a rhyme"
+    assert record["val_tokens"] == 1024
+    for fact in ("device:", "parameters", "256 tokens a step", "epochs", "1,024 tokens", "training will take about"):
+        assert fact in done.stdout
+    assert done.stdout.count("step 60: sample: \"Hello, I'm a language model,") == 4
+
+
+def test_a_checkpoint_is_a_whole_hugging_face_folder(finished_run):
+    checkpoint = list_checkpoints(finished_run[0])[-1]
+    assert {path.name for path in checkpoint.iterdir()} == {"config.json", "generation_config.json",
+                                                            "model.safetensors", "trainer.pt", "SHA256SUMS"}  # fmt: skip
+    for line in (checkpoint / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split()
+        assert sha256(checkpoint / name) == digest
+    trained = json.loads((finished_run[0] / "run.json").read_text())
+    trainer = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    assert trainer["step"] == 60
+    assert AutoModelForCausalLM.from_pretrained(checkpoint).num_parameters() == trained["parameters"]
+
+
+def test_the_last_weights_are_the_measured_ones(finished_run, text_shards):
+    """The final validation loss in the log is that of the final checkpoint, computed here by Hugging Face."""
+    import numpy as np
+
+    folder, _ = finished_run
+    model = AutoModelForCausalLM.from_pretrained(list_checkpoints(folder)[-1])
+    tokens = torch.from_numpy(np.load(text_shards / "edufineweb_val_000000.npy").astype(np.int64))
+    losses = []
+    for start in range(0, 1024, 32):
+        row = tokens[start : start + 33]
+        logits = model(row[:-1].unsqueeze(0)).logits[0]
+        losses.append(torch.nn.functional.cross_entropy(logits, row[1:]).item())
+    assert sum(losses) / len(losses) == pytest.approx(read_log(folder / "log.txt")["val"][-1][1], abs=1e-4)
+
+
+def test_the_same_command_twice_gives_the_same_run(finished_run, text_shards, tmp_path):
+    run("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={tmp_path}/log", "--max_steps=60",
+        "--val_every=20", "--sample_every=0", "--checkpoint_every=60")  # fmt: skip
+    assert (tmp_path / "log/log.txt").read_text() == (finished_run[0] / "log.txt").read_text()
+    assert sha256(tmp_path / "log/checkpoint_00060/model.safetensors") == sha256(
+        finished_run[0] / "checkpoint_00060/model.safetensors")  # fmt: skip
+
+
+def test_training_starts_from_given_weights(finished_run, text_shards, tmp_path):
+    folder, _ = finished_run
+    command = ("train_gpt2.py", *TINY[4:], "--sequence_length=32", f"--data_dir={text_shards}", "--max_steps=1",
+               "--sample_every=0", f"--init_from={folder}")  # fmt: skip
+    run(*command, f"--log_dir={tmp_path}/log")
+    first = read_log(tmp_path / "log/log.txt")["val"][0]
+    assert first == (0, read_log(folder / "log.txt")["val"][-1][1])
+    done = run(*command, "--n_layer=7", f"--log_dir={tmp_path}/other", check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"--n_layer 7: --init_from {folder} has 2" in done.stderr
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (("--data_dir=/nowhere/at/all",), "the data folder /nowhere/at/all does not exist"),
+    (("--total_batch_size=100",), "--total_batch_size 100 can't be divided"),
+    (("--micro_batch_size=3",), "--micro_batch_size 3 does not divide the 8 rows"),
+    (("--n_head=3",), "n_embd 32 can't be divided among n_head 3"),
+    (("--hellaswag_every=5", "--hellaswag_data=/nowhere.jsonl"), "/nowhere.jsonl"),
+    (("--device=cuda",), "--device cuda"),
+    (("--init_from=/nowhere/model",), "there is no folder /nowhere/model"),
+    (("--max_steps=-1",), "--max_steps -1"),
+])  # fmt: skip
+def test_bad_input_gets_one_line_and_status_2(flags, message, text_shards, tmp_path):
+    if flags == ("--device=cuda",) and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = run("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={tmp_path}/log", *flags, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert message in done.stderr
+    assert not (tmp_path / "log").exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(finished_run, text_shards):
+    folder, _ = finished_run
+    before = (folder / "log.txt").read_text()
+    done = run("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={folder}", check=False)
+    assert done.returncode == 2
+    assert "already holds a run" in done.stderr
+    assert (folder / "log.txt").read_text() == before
+
+
+def test_the_demo_runs(tmp_path):
+    """The README's command with fewer steps; --demo changes defaults, flags after it still count."""
+    done = run(ROOT / "train_gpt2.py", "--demo", "--max_steps=4", "--val_tokens=4096", cwd=tmp_path,
+               env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "none")})  # the bytes encoding downloads nothing
+    assert DEMO.log_dir.as_posix() == "log/demo"
+    assert "4 steps" in done.stdout
+    assert {"log.txt", "run.json", "loss.png", "checkpoint_00004"} == {p.name for p in (tmp_path / "log/demo").iterdir()}
+    record = json.loads((tmp_path / "demo_data/shards.json").read_text())
+    assert record["encoding"] == "bytes"
+    assert record["tokens"] > 1_000_000
+
+
+@pytest.mark.parametrize("file", ["train_gpt2", "fineweb", "hellaswag", "sample", "plot"])
+def test_importing_a_file_does_nothing(file, tmp_path):
+    code = (f"import sys, {file}; heavy = {{'transformers', 'datasets', 'matplotlib', 'pyarrow'}} & set(sys.modules);"
+            "assert not heavy, heavy; torch = sys.modules.get('torch');"
+            "assert torch is None or not torch.cuda.is_initialized()")  # fmt: skip
+    done = run("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    assert done.stdout + done.stderr == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("file", ["train_gpt2", "fineweb", "hellaswag", "sample", "plot"])
+def test_help_helps(file):
+    done = run(f"{file}.py", "--help")
+    assert "usage:" in done.stdout
+    assert "default" in done.stdout or file == "plot"
