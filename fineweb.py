@@ -70,8 +70,8 @@ class InputError(ValueError):
 
 
 def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -> None:
-    """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main` with it;
-    `default` is an instance that holds other defaults than the dataclass.
+    """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`
+    with it; `default` is an instance that holds other defaults than the dataclass.
 
     Bad input ends with one line on standard error and exit status 2, never a traceback.
     """
@@ -106,8 +106,8 @@ def get_encoding(name: str) -> tiktoken.Encoding:
     except (OSError, ValueError) as error:  # requests' exceptions are OSErrors
         raise InputError(
             "tiktoken could not download GPT-2's vocabulary (vocab.bpe and encoder.json). Without a network, "
-            "copy tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or use "
-            f"the 'bytes' encoding. What it said: {str(error).splitlines()[0]}"
+            "copy tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or "
+            f"use the 'bytes' encoding. What it said: {str(error).splitlines()[0]}"
         ) from error
 
 

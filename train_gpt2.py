@@ -113,7 +113,15 @@ class TrainConfig:
 
 def check_config(config: TrainConfig) -> None:
     """Raises InputError for a number that can't be meant."""
-    positive = ("n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "micro_batch_size", "val_tokens")
+    positive = (
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "sequence_length",
+        "total_batch_size",
+        "micro_batch_size",
+        "val_tokens",
+    )
     for name, value in asdict(config).items():
         least = 1 if name in positive else 0
         if isinstance(value, int | float) and not value >= least:  # so that nan fails too
@@ -372,7 +380,7 @@ class GPT(nn.Module):
             "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None,
             "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
             "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "scale_attn_weights": True,
-            "tie_word_embeddings": True, "torch_dtype": "float32", **special_tokens, "encoding": config.encoding,
+            "tie_word_embeddings": True, "torch_dtype": "float32", "encoding": config.encoding, **special_tokens,
         })  # fmt: skip
         write_json(folder / "generation_config.json", {**special_tokens, "_from_model_config": True})
         if config.encoding == "gpt2":
@@ -408,11 +416,15 @@ def read_config(file: Path) -> GPTConfig:
     """The architecture that a Hugging Face config.json describes; InputError if it is not a GPT-2's."""
     try:
         stored = json.loads(file.read_text(encoding="utf-8"))
-        sizes = {"block_size": "n_positions"} | {name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")}
+        sizes = {"block_size": "n_positions"} | {
+            name: name for name in ("vocab_size", "n_layer", "n_head", "n_embd")
+        }
         config = GPTConfig(**{ours: operator.index(stored[theirs]) for ours, theirs in sizes.items()},
                            encoding=stored.get("encoding", "gpt2"))  # fmt: skip
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{file}: not the configuration of a GPT-2 ({type(error).__name__}: {error})") from error
+        raise InputError(
+            f"{file}: not the configuration of a GPT-2 ({type(error).__name__}: {error})"
+        ) from error
     fixed = {
         "model_type": "gpt2",
         "activation_function": "gelu_new",
@@ -1128,9 +1140,7 @@ def main(config: TrainConfig) -> None:
                 )
             if step == min(10, config.max_steps - 1):
                 hours = seconds * config.max_steps / 3600
-                say(
-                    f"training will take about {hours:.2g} hours ({seconds:.2f} s a step) and evaluation"
-                )
+                say(f"training will take about {hours:.2g} hours ({seconds:.2f} s a step) and evaluation")
     bar.close()
     say(
         f"done: {config.max_steps:,} steps in {training_seconds / 3600:.2f} hours of training; the run is in "

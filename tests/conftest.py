@@ -1,8 +1,12 @@
-"""What several test files share: tiny shards, the scripts run as a user runs them, and where the real data lies."""
+"""What several test files share: tiny shards, the scripts run as a user runs them, and where the real data
+lies."""
 
+import io
 import os
+import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -33,13 +37,37 @@ def gpt2_encoding():
     return get_encoding("gpt2")
 
 
-def run(*arguments, cwd: Path = ROOT, check: bool = True, env: dict[str, str] | None = None, timeout: float = 120):
-    """Run a Python script in a fresh process with two threads; returns the finished process, output as text."""
+def run(
+    *arguments, cwd: Path = ROOT, check: bool = True, env: dict[str, str] | None = None, timeout: float = 120
+):
+    """Run a Python script in a fresh process with two threads; returns the finished process, output as
+    text."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment, text=True,
-                          capture_output=True, timeout=timeout, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=timeout,
+        check=False,
+    )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def call(script: str, *arguments, check: bool = True):
+    """The same in this process, for what needs no fresh one: two seconds less."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [script, *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+    assert not check or status == 0, out.getvalue() + err.getvalue()
+    stdout, stderr = (stream.getvalue().replace("\r", "\n") for stream in (out, err))  # as subprocess has it
+    return subprocess.CompletedProcess(arguments, status, stdout, stderr)
 
 
 def torchrun(n: int, *arguments, **options):
@@ -62,10 +90,25 @@ def text_shards(tmp_path_factory) -> Path:
     """Shards in the bytes encoding of a text that a tiny model learns in seconds."""
     folder = tmp_path_factory.mktemp("text_shards")
     texts = [f"{i} green bottles hanging on the wall. " * 20 for i in range(100)]
-    write_shards([Documents("rhyme", 0, texts)], folder, shard_size=20_000, encoding_name="bytes",
-                 source={"dataset": "a rhyme"})  # fmt: skip
+    write_shards(
+        [Documents("rhyme", 0, texts)],
+        folder,
+        shard_size=20_000,
+        encoding_name="bytes",
+        source={"dataset": "a rhyme"},
+    )
     return folder
 
 
-TINY = ("--n_layer=2", "--n_head=2", "--n_embd=32", "--sequence_length=32", "--total_batch_size=256",
-        "--warmup_steps=2", "--max_lr=3e-3", "--val_tokens=1024", "--hellaswag_every=0", "--device=cpu")  # fmt: skip
+TINY = (
+    "--n_layer=2",
+    "--n_head=2",
+    "--n_embd=32",
+    "--sequence_length=32",
+    "--total_batch_size=256",
+    "--warmup_steps=2",
+    "--max_lr=3e-3",
+    "--val_tokens=1024",
+    "--hellaswag_every=0",
+    "--device=cpu",
+)

@@ -1,4 +1,5 @@
-"""Not a test: `train_gpt2.py` with an optimizer that writes the gradients it is given to the file in $GRADIENTS."""
+"""Not a test: `train_gpt2.py` with an optimizer that writes the gradients it is given to the file in
+$GRADIENTS."""
 
 import os
 
@@ -14,8 +15,10 @@ def dumping_optimizer(model, config):
     optimizer = configure_optimizer(model, config)
 
     def dump(*_):
-        torch.save({name: parameter.grad for name, parameter in model.named_parameters()},
-                   os.environ["GRADIENTS"] + os.environ.get("RANK", "0"))  # fmt: skip
+        torch.save(
+            {name: parameter.grad for name, parameter in model.named_parameters()},
+            os.environ["GRADIENTS"] + os.environ.get("RANK", "0"),
+        )
 
     optimizer.register_step_pre_hook(dump)
     return optimizer

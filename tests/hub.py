@@ -33,16 +33,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
             folder = self.server.folder / kind / name
             if folder.is_dir():
                 files = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
-                info = {"id": name, "sha": COMMIT, "siblings": [{"rfilename": file} for file in files],
-                        "private": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
+                info = {
+                    "id": name,
+                    "sha": COMMIT,
+                    "siblings": [{"rfilename": file} for file in files],
+                    "private": False,
+                    "tags": [],
+                    "downloads": 0,
+                    "likes": 0,
+                }
                 return self.answer(200, json.dumps(info).encode(), Content_Type="application/json")
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/tree/([^/]+)(?:/(.*))?", path):
             kind, name, _, under = found.groups()
             folder = self.server.folder / kind / name / (under or "")
             if folder.is_dir():
-                entries = [{"type": "directory" if p.is_dir() else "file", "path": p.relative_to(
-                    self.server.folder / kind / name).as_posix(), "size": p.stat().st_size, "oid": "0" * 40}
-                    for p in sorted(folder.rglob("*"))]  # fmt: skip
+                entries = [
+                    {
+                        "type": "directory" if p.is_dir() else "file",
+                        "path": p.relative_to(self.server.folder / kind / name).as_posix(),
+                        "size": p.stat().st_size,
+                        "oid": "0" * 40,
+                    }
+                    for p in sorted(folder.rglob("*"))
+                ]
                 return self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind, name, _, file = found.groups()
@@ -59,15 +72,23 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextmanager
 def serve(folder: Path):
-    """Serve `folder` (models/OWNER/NAME/... and datasets/OWNER/NAME/...); yields environment variables that make
-    the libraries talk to it, and the list of requests it got."""
+    """Serve `folder` (models/OWNER/NAME/... and datasets/OWNER/NAME/...); yields environment variables that
+    make the libraries talk to it, and the list of requests it got."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.folder, server.requests = folder, []
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         endpoint = f"http://127.0.0.1:{server.server_port}"
-        yield {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder / "cache"), "HF_HUB_DISABLE_XET": "1",
-               "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "*"}, server.requests  # fmt: skip
+        yield (
+            {
+                "HF_ENDPOINT": endpoint,
+                "HF_HOME": str(folder / "cache"),
+                "HF_HUB_DISABLE_XET": "1",
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "NO_PROXY": "*",
+            },
+            server.requests,
+        )
     finally:
         server.shutdown()
         server.server_close()

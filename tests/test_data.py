@@ -26,8 +26,12 @@ def train_loader(shards, **options):
 def step_windows(shards, step, world_size, batch_size, rows=12, **options):
     """The inputs of all ranks and micro-steps of one step, in the order of the contract."""
     rows_seen = []
-    loaders = [train_loader(shards, batch_size=batch_size, rows_per_step=rows, rank=rank, world_size=world_size, **options)
-               for rank in range(world_size)]  # fmt: skip
+    loaders = [
+        train_loader(
+            shards, batch_size=batch_size, rows_per_step=rows, rank=rank, world_size=world_size, **options
+        )
+        for rank in range(world_size)
+    ]
     for micro_step in range(rows // (batch_size * world_size)):
         for loader in loaders:
             x, y = loader.batch(step, micro_step)
@@ -90,7 +94,14 @@ def test_the_loader_has_no_state(shards):
 def test_the_order_is_the_one_of_published_runs(shards):
     """Pins the generator: a run resumed under another version of NumPy must see the same tokens."""
     loader = train_loader(shards, seed=1337)
-    assert [loader.locate(i) for i in (0, 1, 2, 29, 30, 31)] == [(2, 40), (2, 48), (2, 0), (1, 56), (0, 80), (0, 40)]
+    assert [loader.locate(i) for i in (0, 1, 2, 29, 30, 31)] == [
+        (2, 40),
+        (2, 48),
+        (2, 0),
+        (1, 56),
+        (0, 80),
+        (0, 40),
+    ]
 
 
 def test_llm_c_shards_load(tmp_path):
@@ -109,8 +120,14 @@ def test_llm_c_shards_load(tmp_path):
 
 BAD_SHARDS = {
     "empty": (lambda file: file.write_bytes(b""), "empty, cut short or not a token shard"),
-    "truncated": (lambda file: file.write_bytes(file.read_bytes()[:-10]), "empty, cut short or not a token shard"),
-    "int32": (lambda file: np.save(file, np.zeros(99, dtype=np.int32)), "1-D int32, a token shard is 1-D uint16"),
+    "truncated": (
+        lambda file: file.write_bytes(file.read_bytes()[:-10]),
+        "empty, cut short or not a token shard",
+    ),
+    "int32": (
+        lambda file: np.save(file, np.zeros(99, dtype=np.int32)),
+        "1-D int32, a token shard is 1-D uint16",
+    ),
     "2-D": (lambda file: np.save(file, np.zeros((9, 9), dtype=np.uint16)), "2-D uint16"),
     "pickled": (lambda file: np.save(file, np.array([{}]), allow_pickle=True), "not a token shard"),
     "text": (lambda file: file.write_text("<html>404</html>" * 20), "not a token shard"),

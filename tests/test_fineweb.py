@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, call, run
 from hub import COMMIT, serve
 
 from fineweb import Documents, InputError, encode_documents, get_encoding, sha256, write_shards
@@ -40,9 +40,11 @@ def test_shards_are_the_tutorials_to_the_byte(gpt2_data, gpt2_encoding, tmp_path
         digest, name = line.split()
         assert sha256(tmp_path / "out" / name) == written[name] == digest
     assert record["shards"][-1]["ends_at"]["file"] == files[-1].name
-    again = run("fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=10000000")
+    again = call("fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=10000000")
     assert "is finished: 38,099,793 tokens" in again.stdout
-    other = run("fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=999", check=False)
+    other = call(
+        "fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=999", check=False
+    )
     assert other.returncode == 2
     assert "was made with settings {'shard_size': 10000000" in other.stderr
 
@@ -98,8 +100,14 @@ def test_too_little_text_to_train_on_is_refused(tmp_path):
 def test_any_number_of_workers_writes_the_same(workers, tmp_path):
     texts = [f"document {i} " * (i % 13) for i in range(1000)]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    run("fineweb.py", f"--input={tmp_path}/in.jsonl", f"--output_dir={tmp_path}/out", "--shard_size=10000",
-        "--encoding=bytes", f"--workers={workers}")  # fmt: skip
+    run(
+        "fineweb.py",
+        f"--input={tmp_path}/in.jsonl",
+        f"--output_dir={tmp_path}/out",
+        "--shard_size=10000",
+        "--encoding=bytes",
+        f"--workers={workers}",
+    )
     assert np.concatenate(shards_in(tmp_path / "out")).tolist() == stream_of(texts, get_encoding("bytes"))
 
 
@@ -125,24 +133,42 @@ def test_every_kind_of_input_is_read(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": "five", "more": 1}\n')
     (tmp_path / "c.txt").write_text("six\nsix")
-    run("fineweb.py", "--input", tmp_path / "a.parquet", f"{tmp_path}/[bc].*", "--output_dir", tmp_path / "out",
-        "--shard_size=10", "--encoding=bytes")  # fmt: skip
+    run(
+        "fineweb.py",
+        "--input",
+        tmp_path / "a.parquet",
+        f"{tmp_path}/[bc].*",
+        "--output_dir",
+        tmp_path / "out",
+        "--shard_size=10",
+        "--encoding=bytes",
+    )
     expected = stream_of(["one", "", "three", "four", "five", "six\nsix"], get_encoding("bytes"))
     assert np.concatenate(shards_in(tmp_path / "out")).tolist() == expected
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("x.jsonl", '{"text": "a"}\nnonsense\n', r"x.jsonl, line 2: not a JSON object"),
-    ("x.jsonl", '{"text": 7}\n', r'x.jsonl, line 1: "text" is int'),
-    ("x.parquet", "not parquet at all", "x.parquet: not a sound parquet file"),
-    ("x.csv", "a,b", r"x.csv: ends in .csv"),
-    ("", "", "no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.jsonl", '{"text": "a"}\nnonsense\n', r"x.jsonl, line 2: not a JSON object"),
+        ("x.jsonl", '{"text": 7}\n', r'x.jsonl, line 1: "text" is int'),
+        ("x.parquet", "not parquet at all", "x.parquet: not a sound parquet file"),
+        ("x.csv", "a,b", r"x.csv: ends in .csv"),
+        ("", "", "no such file"),
+    ],
+)
 def test_bad_input_gets_one_line_and_leaves_nothing(name, content, message, tmp_path):
     if name:
         (tmp_path / name).write_text(content)
-    done = run("fineweb.py", f"--input={tmp_path / (name or 'nothing.txt')}", f"--output_dir={tmp_path}/out",
-               "--encoding=bytes", "--workers=1", "--shard_size=2", check=False)  # fmt: skip
+    done = call(
+        "fineweb.py",
+        f"--input={tmp_path / (name or 'nothing.txt')}",
+        f"--output_dir={tmp_path}/out",
+        "--encoding=bytes",
+        "--workers=1",
+        "--shard_size=2",
+        check=False,
+    )
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -151,8 +177,9 @@ def test_bad_input_gets_one_line_and_leaves_nothing(name, content, message, tmp_
 
 def test_a_run_that_did_not_finish_is_not_written_over(tmp_path):
     (tmp_path / "edufineweb_val_000000.npy").write_bytes(b"something")
-    done = run("fineweb.py", f"--input={ROOT}/LICENSE", f"--output_dir={tmp_path}",
-               "--encoding=bytes", check=False)
+    done = run(
+        "fineweb.py", f"--input={ROOT}/LICENSE", f"--output_dir={tmp_path}", "--encoding=bytes", check=False
+    )
     assert done.returncode == 2
     assert "holds shards but no shards.json" in done.stderr
     assert (tmp_path / "edufineweb_val_000000.npy").read_bytes() == b"something"
@@ -169,8 +196,13 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path):
     (folder.parent / "10BT_notes.txt").write_text("not data")
     with serve(tmp_path / "hub") as (env, _):
         run("fineweb.py", f"--output_dir={tmp_path}/out", "--shard_size=300", "--encoding=bytes", env=env)
-        gone = run("fineweb.py", f"--output_dir={tmp_path}/no", "--encoding=bytes", check=False,
-                   env={**env, "HF_ENDPOINT": env["HF_ENDPOINT"] + "/elsewhere"})  # fmt: skip
+        gone = run(
+            "fineweb.py",
+            f"--output_dir={tmp_path}/no",
+            "--encoding=bytes",
+            check=False,
+            env={**env, "HF_ENDPOINT": env["HF_ENDPOINT"] + "/elsewhere"},
+        )
     assert np.concatenate(shards_in(tmp_path / "out")).tolist() == stream_of(texts, get_encoding("bytes"))
     source = json.loads((tmp_path / "out/shards.json").read_text())["source"]
     assert source == {"dataset": "HuggingFaceFW/fineweb-edu", "folder": "sample/10BT", "revision": COMMIT}
@@ -180,8 +212,13 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path):
 
 
 def test_without_a_network_the_vocabulary_is_explained(tmp_path):
-    done = run("fineweb.py", f"--input={ROOT}/LICENSE", f"--output_dir={tmp_path}/out", check=False,
-               env={"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"})  # fmt: skip
+    done = run(
+        "fineweb.py",
+        f"--input={ROOT}/LICENSE",
+        f"--output_dir={tmp_path}/out",
+        check=False,
+        env={"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"},
+    )
     assert done.returncode == 2
     assert "TIKTOKEN_CACHE_DIR" in done.stderr
     assert "Traceback" not in done.stderr

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import run, torchrun
+from conftest import call, run, torchrun
 from hub import serve
 
 import hellaswag
@@ -14,8 +14,15 @@ from hellaswag import Item, evaluate, load_items, render, score_rows
 from train_gpt2 import GPT, GPTConfig
 
 BYTES = get_encoding("bytes")
-ITEMS = [Item(i, f"The cat number {i} sat", (f"on mat {i}.", "down", "and then it said so " * (i % 3 + 1), "."), i % 4)
-         for i in range(23)]  # fmt: skip
+ITEMS = [
+    Item(
+        i,
+        f"The cat number {i} sat",
+        (f"on mat {i}.", "down", "and then it said so " * (i % 3 + 1), "."),
+        i % 4,
+    )
+    for i in range(23)
+]
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +36,16 @@ def model():
 
 
 def by_hand(model, item, encoding=BYTES):
-    """The tutorial's way: one ending at a time, no padding, the loss of each of its tokens from the logits."""
+    """The tutorial's way: one ending at a time, no padding, the loss of each of its tokens from the
+    logits."""
     sums, means = [], []
     for ending in item.endings:
         context, continuation = encoding.encode_ordinary(item.ctx), encoding.encode_ordinary(" " + ending)
         logits = model(torch.tensor([context + continuation]))[0][0].detach()
         log_probabilities = torch.log_softmax(logits, dim=-1)
-        losses = [-log_probabilities[len(context) + i - 1, token].item() for i, token in enumerate(continuation)]
+        losses = [
+            -log_probabilities[len(context) + i - 1, token].item() for i, token in enumerate(continuation)
+        ]
         sums.append(sum(losses))
         means.append(sum(losses) / len(losses))
     return sums, means
@@ -76,7 +86,9 @@ def test_padding_never_changes_a_score(model):
 
 def test_an_item_longer_than_the_block_keeps_its_end_and_is_counted(model):
     long_item = Item(0, "x" * 500 + " the end of it", ("one", "two", "three", "four"), 1)
-    cut = Item(0, ("x" * 500 + " the end of it")[-(129 - len(" three")) :], ("one", "two", "three", "four"), 1)
+    cut = Item(
+        0, ("x" * 500 + " the end of it")[-(129 - len(" three")) :], ("one", "two", "three", "four"), 1
+    )
     score = evaluate(model, [long_item], BYTES)
     assert score.truncated == 1
     assert "1 contexts cut to fit" in str(score)
@@ -111,10 +123,18 @@ def test_real_items_load_and_score(gpt2_data, gpt2_encoding):
 GOOD = {"ind": 3, "ctx": "c", "endings": ["a", "b", "c", "d"], "label": 1}
 
 
-@pytest.mark.parametrize("bad", [
-    "not json", "[1, 2]", json.dumps({**GOOD, "endings": ["a", "b", "c"]}), json.dumps({**GOOD, "label": 7}),
-    json.dumps({**GOOD, "label": ""}), json.dumps({**GOOD, "ctx": None}), json.dumps({"ind": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bad",
+    [
+        "not json",
+        "[1, 2]",
+        json.dumps({**GOOD, "endings": ["a", "b", "c"]}),
+        json.dumps({**GOOD, "label": 7}),
+        json.dumps({**GOOD, "label": ""}),
+        json.dumps({**GOOD, "ctx": None}),
+        json.dumps({"ind": 1}),
+    ],
+)
 def test_a_bad_item_is_named_by_file_and_line(bad, tmp_path):
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "label": "2"}) + "\n" + bad + "\n")
@@ -129,7 +149,10 @@ def test_the_hubs_items_load_with_labels_that_are_strings(tmp_path):
 
     folder = tmp_path / "hub/datasets/Rowan/hellaswag/data"
     folder.mkdir(parents=True)
-    rows = [{"ind": i, "ctx": f"context {i}", "endings": ["a", "b", "c", "d"], "label": str(i % 4)} for i in range(10_042)]
+    rows = [
+        {"ind": i, "ctx": f"context {i}", "endings": ["a", "b", "c", "d"], "label": str(i % 4)}
+        for i in range(10_042)
+    ]
     for split in ("train", "validation", "test"):
         table = pyarrow.Table.from_pylist(rows if split == "validation" else rows[:3])
         pyarrow.parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
@@ -150,22 +173,41 @@ def files(tmp_path_factory, model):
 
 
 def test_the_script(files, model):
-    done = run("hellaswag.py", f"--model={files}/model", f"--data={files}/items.jsonl",
-               f"--save_predictions={files}/predictions.jsonl", "--device=cpu")  # fmt: skip
+    done = run(
+        "hellaswag.py",
+        f"--model={files}/model",
+        f"--data={files}/items.jsonl",
+        f"--save_predictions={files}/predictions.jsonl",
+        "--device=cpu",
+    )
     score = evaluate(model, ITEMS, BYTES)
     assert str(score) in done.stdout
     predictions = [json.loads(line) for line in (files / "predictions.jsonl").read_text().splitlines()]
-    assert [list(p) for p in predictions] == [["ind", "label", "pred", "pred_norm", "loss_sum", "loss_mean"]] * 23
+    assert [list(p) for p in predictions] == [
+        ["ind", "label", "pred", "pred_norm", "loss_sum", "loss_mean"]
+    ] * 23
     assert [p["pred_norm"] for p in predictions] == [p["pred_norm"] for p in score.predictions]
-    few = run("hellaswag.py", f"--model={files}/model", f"--data={files}/items.jsonl", "--limit=5", "--device=cpu")
+    few = call(
+        "hellaswag.py", f"--model={files}/model", f"--data={files}/items.jsonl", "--limit=5", "--device=cpu"
+    )
     assert "(5 items" in few.stdout
 
 
 def test_training_scores_the_same_on_one_process_and_on_two(files, text_shards, tmp_path):
-    command = ("train_gpt2.py", f"--init_from={files}/model", f"--data_dir={text_shards}", "--sequence_length=32",
-               "--total_batch_size=256", "--micro_batch_size=2", "--max_steps=0", "--val_every=0", "--sample_every=0",
-               "--device=cpu", f"--hellaswag_data={files}/items.jsonl")  # fmt: skip
-    one = run(*command, f"--log_dir={tmp_path}/one")
+    command = (
+        "train_gpt2.py",
+        f"--init_from={files}/model",
+        f"--data_dir={text_shards}",
+        "--sequence_length=32",
+        "--total_batch_size=256",
+        "--micro_batch_size=2",
+        "--max_steps=0",
+        "--val_every=0",
+        "--sample_every=0",
+        "--device=cpu",
+        f"--hellaswag_data={files}/items.jsonl",
+    )
+    one = call(*command, f"--log_dir={tmp_path}/one")
     two = torchrun(2, *command, f"--log_dir={tmp_path}/two")
     line = "step 0: HellaSwag acc "
     assert line in one.stdout
@@ -175,8 +217,20 @@ def test_training_scores_the_same_on_one_process_and_on_two(files, text_shards, 
 
 def test_training_goes_on_without_hellaswag(text_shards, tmp_path):
     with serve(tmp_path) as (env, _):  # a Hub that has nothing
-        done = run("train_gpt2.py", "--n_layer=1", "--n_head=1", "--n_embd=8", f"--data_dir={text_shards}",
-                   "--sequence_length=32", "--total_batch_size=64", "--max_steps=3", "--val_tokens=64", "--device=cpu",
-                   "--hellaswag_every=1", f"--log_dir={tmp_path}/log", env=env)  # fmt: skip
+        done = run(
+            "train_gpt2.py",
+            "--n_layer=1",
+            "--n_head=1",
+            "--n_embd=8",
+            f"--data_dir={text_shards}",
+            "--sequence_length=32",
+            "--total_batch_size=64",
+            "--max_steps=3",
+            "--val_tokens=64",
+            "--device=cpu",
+            "--hellaswag_every=1",
+            f"--log_dir={tmp_path}/log",
+            env=env,
+        )
     assert done.stdout.count("training without HellaSwag: could not fetch Rowan/hellaswag") == 1
     assert "done: 3 steps" in done.stdout

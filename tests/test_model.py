@@ -15,9 +15,18 @@ TINY = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=32)
 
 def huggingface_model(config: GPTConfig) -> GPT2LMHeadModel:
     torch.manual_seed(1)
-    shape = GPT2Config(vocab_size=config.vocab_size, n_positions=config.block_size, n_layer=config.n_layer,
-                       n_head=config.n_head, n_embd=config.n_embd, bos_token_id=0, eos_token_id=config.vocab_size - 1,
-                       attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # fmt: skip
+    shape = GPT2Config(
+        vocab_size=config.vocab_size,
+        n_positions=config.block_size,
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        bos_token_id=0,
+        eos_token_id=config.vocab_size - 1,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+    )
     model = GPT2LMHeadModel(shape)
     with torch.no_grad():  # biases and norms are drawn too: at their initial values they hide mistakes
         for parameter in model.parameters():
@@ -76,7 +85,12 @@ def test_load_save_load_gives_identical_tensors(tmp_path):
 def test_saved_tokenizer_is_gpt2s(tmp_path, gpt2_encoding):
     GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    for text in ("Hello, I'm a language model,", "  many   spaces\n\n\ttabs ", "naïve café 東京 🙂", "x = 10**23;"):
+    for text in (
+        "Hello, I'm a language model,",
+        "  many   spaces\n\n\ttabs ",
+        "naïve café 東京 🙂",
+        "x = 10**23;",
+    ):
         assert tokenizer(text)["input_ids"] == gpt2_encoding.encode_ordinary(text)
         assert tokenizer.decode(gpt2_encoding.encode_ordinary(text)) == text
     assert tokenizer("<|endoftext|>")["input_ids"] == [50256] == [tokenizer.eos_token_id]
@@ -101,8 +115,14 @@ def test_greedy_generation_is_hugging_faces(padded, tmp_path):
         model.pad_vocabulary(128)
     idx = torch.randint(0, 299, (2, 8))
     ours = model.generate(idx, 40, temperature=0)
-    theirs = oracle.generate(idx, max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0,
-                             attention_mask=torch.ones_like(idx))  # fmt: skip
+    theirs = oracle.generate(
+        idx,
+        max_new_tokens=40,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+        attention_mask=torch.ones_like(idx),
+    )
     assert torch.equal(ours, theirs)
 
 
@@ -149,8 +169,12 @@ def test_initialisation_is_gpt2s():
 def test_parameters_are_counted_as_openai_counts():
     with torch.device("meta"):
         counts = {name: GPT(GPTConfig(**shape)).num_parameters() for name, shape in PRESETS.items()}
-    assert counts == {"gpt2": 124_439_808, "gpt2-medium": 354_823_168, "gpt2-large": 774_030_080,
-                      "gpt2-xl": 1_557_611_200}  # fmt: skip
+    assert counts == {
+        "gpt2": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+    }
     with torch.device("meta"):
         assert GPT(GPTConfig()).pad_vocabulary().num_parameters() == 124_439_808
 
@@ -183,15 +207,19 @@ def test_what_is_refused():
 
 
 def test_folders_that_are_no_gpt2_are_named(tmp_path):
-    with pytest.raises(InputError, match="there is no folder ./nowhere"):
+    with pytest.raises(InputError, match=r"there is no folder \./nowhere"):
         GPT.from_pretrained("./nowhere")
     with pytest.raises(InputError, match=r"is not a model: it has no config\.json"):
         GPT.from_pretrained(tmp_path)
     GPT(TINY).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for change, message in (({"model_type": "llama"}, "model_type is 'llama'"), ({"n_inner": 7}, "n_inner is 7"),
-                            ({"n_embd": 64}, "is .*, its config.json means"), ({"n_layer": 3}, "tensors missing"),
-                            ({"n_layer": "x"}, "not the configuration of a GPT-2")):  # fmt: skip
+    for change, message in (
+        ({"model_type": "llama"}, "model_type is 'llama'"),
+        ({"n_inner": 7}, "n_inner is 7"),
+        ({"n_embd": 64}, "is .*, its config.json means"),
+        ({"n_layer": 3}, "tensors missing"),
+        ({"n_layer": "x"}, "not the configuration of a GPT-2"),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
         with pytest.raises(InputError, match=message):
             GPT.from_pretrained(tmp_path)

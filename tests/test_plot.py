@@ -4,7 +4,7 @@ import json
 
 import matplotlib.figure
 import pytest
-from conftest import run
+from conftest import call, run
 
 import plot
 from fineweb import InputError
@@ -14,11 +14,22 @@ from train_gpt2 import GPT, GPTConfig
 def make_run(folder, encoding="gpt2", dataset="HuggingFaceFW/fineweb-edu", items=10_042):
     folder.mkdir()
     events = [f"{step} train {10 - step / 10}" for step in range(50)]
-    events += [f"{step} {kind} {value}" for step in (0, 25, 50) for kind, value in (("val", 9 - step / 10), ("hella", 0.26))]
+    events += [
+        f"{step} {kind} {value}"
+        for step in (0, 25, 50)
+        for kind, value in (("val", 9 - step / 10), ("hella", 0.26))
+    ]
     (folder / "log.txt").write_text("\n".join(events) + "\n")
-    (folder / "run.json").write_text(json.dumps({
-        "encoding": encoding, "data": {"dataset": dataset}, "hellaswag_items": items,
-        "train_config": {"total_batch_size": 524288}}))  # fmt: skip
+    (folder / "run.json").write_text(
+        json.dumps(
+            {
+                "encoding": encoding,
+                "data": {"dataset": dataset},
+                "hellaswag_items": items,
+                "train_config": {"total_batch_size": 524288},
+            }
+        )
+    )
     return folder
 
 
@@ -55,14 +66,15 @@ def test_runs_are_drawn_together_and_the_tutorials_logs_too(tmp_path):
     done = run("plot.py", "run", a, b, "--out", tmp_path / "both.png")
     assert "drew" in done.stdout
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
-    run("plot.py", "run", a)
+    call("plot.py", "run", a)
     assert (a / "loss.png").exists()
 
 
 def test_positions(tmp_path):
-    GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=16, encoding="bytes")).save_pretrained(
-        tmp_path / "model")  # fmt: skip
-    run("plot.py", "positions", tmp_path / "model", "--out", tmp_path / "wpe.png")
+    GPT(
+        GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=16, encoding="bytes")
+    ).save_pretrained(tmp_path / "model")
+    call("plot.py", "positions", tmp_path / "model", "--out", tmp_path / "wpe.png")
     assert (tmp_path / "wpe.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -77,5 +89,5 @@ def test_a_bad_log_is_named(tmp_path):
     (tmp_path / "log.txt").write_text("0 val 10.9\nhello\n")
     with pytest.raises(InputError, match=r"log\.txt, line 2"):
         plot.draw_runs([tmp_path], tmp_path / "x.png")
-    done = run("plot.py", "run", tmp_path, "--out=x.docx", check=False)
+    done = call("plot.py", "run", tmp_path, "--out=x.docx", check=False)
     assert done.returncode == 2

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run
+from conftest import ROOT, TINY, call, run
 from transformers import AutoModelForCausalLM
 
 from fineweb import InputError, sha256
@@ -56,7 +56,9 @@ def test_only_matrices_decay_and_every_parameter_is_optimised():
     decaying, others = optimizer.param_groups
     assert (decaying["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
     assert {id(p) for p in decaying["params"]} == {id(p) for p in model.parameters() if p.dim() == 2}
-    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {id(p) for p in model.parameters()}
+    assert {id(p) for group in optimizer.param_groups for p in group["params"]} == {
+        id(p) for p in model.parameters()
+    }
     assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups)
 
 
@@ -79,7 +81,9 @@ def test_the_batch_is_divided_or_refused_with_numbers_that_work():
     config = TrainConfig()
     assert choose_micro_batch_size(replace(config, micro_batch_size=64), CPU) == 64
     assert 512 % choose_micro_batch_size(config, CPU) == 0
-    with pytest.raises(InputError, match=r"--micro_batch_size 60 does not divide the 512 rows .* 32, 64, 128"):
+    with pytest.raises(
+        InputError, match=r"--micro_batch_size 60 does not divide the 512 rows .* 32, 64, 128"
+    ):
         choose_micro_batch_size(replace(config, micro_batch_size=60), CPU)
     with pytest.raises(InputError, match=r"--total_batch_size 500000 .*; 499712 can"):
         choose_micro_batch_size(replace(config, total_batch_size=500_000), CPU)
@@ -92,15 +96,28 @@ def test_the_batch_is_divided_or_refused_with_numbers_that_work():
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, text_shards):
     folder = tmp_path_factory.mktemp("run") / "log"
-    done = run("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={folder}", "--max-steps=60",
-               "--val_every=20", "--sample_every=30", "--checkpoint_every=25")  # both spellings of a flag work
+    done = run(
+        "train_gpt2.py",
+        *TINY,
+        f"--data_dir={text_shards}",
+        f"--log_dir={folder}",
+        "--max-steps=60",
+        "--val_every=20",
+        "--sample_every=30",
+        "--checkpoint_every=25",
+    )  # both spellings of a flag work
     return folder, done
 
 
 def test_a_run_leaves_its_folder(finished_run, text_shards):
     folder, done = finished_run
-    assert {path.name for path in folder.iterdir()} == {"log.txt", "run.json", "loss.png", "checkpoint_00050",
-                                                        "checkpoint_00060"}  # fmt: skip
+    assert {path.name for path in folder.iterdir()} == {
+        "log.txt",
+        "run.json",
+        "loss.png",
+        "checkpoint_00050",
+        "checkpoint_00060",
+    }
     events = read_log(folder / "log.txt")
     assert [step for step, _ in events["train"]] == list(range(60))
     assert [step for step, _ in events["val"]] == [0, 20, 40, 60]
@@ -114,15 +131,27 @@ def test_a_run_leaves_its_folder(finished_run, text_shards):
     assert record["train_config"]["max_lr"] == 3e-3
     assert record["data"]["dataset"] == "a rhyme"
     assert record["val_tokens"] == 1024
-    for fact in ("device:", "parameters", "256 tokens a step", "epochs", "1,024 tokens", "training will take about"):
+    for fact in (
+        "device:",
+        "parameters",
+        "256 tokens a step",
+        "epochs",
+        "1,024 tokens",
+        "training will take about",
+    ):
         assert fact in done.stdout
     assert done.stdout.count("step 60: sample: \"Hello, I'm a language model,") == 4
 
 
 def test_a_checkpoint_is_a_whole_hugging_face_folder(finished_run):
     checkpoint = list_checkpoints(finished_run[0])[-1]
-    assert {path.name for path in checkpoint.iterdir()} == {"config.json", "generation_config.json",
-                                                            "model.safetensors", "trainer.pt", "SHA256SUMS"}  # fmt: skip
+    assert {path.name for path in checkpoint.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "trainer.pt",
+        "SHA256SUMS",
+    }
     for line in (checkpoint / "SHA256SUMS").read_text().splitlines():
         digest, name = line.split()
         assert sha256(checkpoint / name) == digest
@@ -148,39 +177,60 @@ def test_the_last_weights_are_the_measured_ones(finished_run, text_shards):
 
 
 def test_the_same_command_twice_gives_the_same_run(finished_run, text_shards, tmp_path):
-    run("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={tmp_path}/log", "--max_steps=60",
-        "--val_every=20", "--sample_every=0", "--checkpoint_every=60")  # fmt: skip
+    call(
+        "train_gpt2.py",
+        *TINY,
+        f"--data_dir={text_shards}",
+        f"--log_dir={tmp_path}/log",
+        "--max_steps=60",
+        "--val_every=20",
+        "--sample_every=0",
+        "--checkpoint_every=60",
+    )
     assert (tmp_path / "log/log.txt").read_text() == (finished_run[0] / "log.txt").read_text()
     assert sha256(tmp_path / "log/checkpoint_00060/model.safetensors") == sha256(
-        finished_run[0] / "checkpoint_00060/model.safetensors")  # fmt: skip
+        finished_run[0] / "checkpoint_00060/model.safetensors"
+    )
 
 
 def test_training_starts_from_given_weights(finished_run, text_shards, tmp_path):
     folder, _ = finished_run
-    command = ("train_gpt2.py", *TINY[4:], "--sequence_length=32", f"--data_dir={text_shards}", "--max_steps=1",
-               "--sample_every=0", f"--init_from={folder}")  # fmt: skip
-    run(*command, f"--log_dir={tmp_path}/log")
+    command = (
+        "train_gpt2.py",
+        *TINY[4:],
+        "--sequence_length=32",
+        f"--data_dir={text_shards}",
+        "--max_steps=1",
+        "--sample_every=0",
+        f"--init_from={folder}",
+    )
+    call(*command, f"--log_dir={tmp_path}/log")
     first = read_log(tmp_path / "log/log.txt")["val"][0]
     assert first == (0, read_log(folder / "log.txt")["val"][-1][1])
-    done = run(*command, "--n_layer=7", f"--log_dir={tmp_path}/other", check=False)
+    done = call(*command, "--n_layer=7", f"--log_dir={tmp_path}/other", check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"--n_layer 7: --init_from {folder} has 2" in done.stderr
 
 
-@pytest.mark.parametrize(("flags", "message"), [
-    (("--data_dir=/nowhere/at/all",), "the data folder /nowhere/at/all does not exist"),
-    (("--total_batch_size=100",), "--total_batch_size 100 can't be divided"),
-    (("--micro_batch_size=3",), "--micro_batch_size 3 does not divide the 8 rows"),
-    (("--n_head=3",), "n_embd 32 can't be divided among n_head 3"),
-    (("--hellaswag_every=5", "--hellaswag_data=/nowhere.jsonl"), "/nowhere.jsonl"),
-    (("--device=cuda",), "--device cuda"),
-    (("--init_from=/nowhere/model",), "there is no folder /nowhere/model"),
-    (("--max_steps=-1",), "--max_steps -1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--data_dir=/nowhere/at/all",), "the data folder /nowhere/at/all does not exist"),
+        (("--total_batch_size=100",), "--total_batch_size 100 can't be divided"),
+        (("--micro_batch_size=3",), "--micro_batch_size 3 does not divide the 8 rows"),
+        (("--n_head=3",), "n_embd 32 can't be divided among n_head 3"),
+        (("--hellaswag_every=5", "--hellaswag_data=/nowhere.jsonl"), "/nowhere.jsonl"),
+        (("--device=cuda",), "--device cuda"),
+        (("--init_from=/nowhere/model",), "there is no folder /nowhere/model"),
+        (("--max_steps=-1",), "--max_steps -1"),
+    ],
+)
 def test_bad_input_gets_one_line_and_status_2(flags, message, text_shards, tmp_path):
     if flags == ("--device=cuda",) and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = run("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={tmp_path}/log", *flags, check=False)
+    done = call(
+        "train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={tmp_path}/log", *flags, check=False
+    )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     assert done.stderr.count("\n") == 1
@@ -191,7 +241,7 @@ def test_bad_input_gets_one_line_and_status_2(flags, message, text_shards, tmp_p
 def test_a_second_run_in_the_same_folder_is_refused(finished_run, text_shards):
     folder, _ = finished_run
     before = (folder / "log.txt").read_text()
-    done = run("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={folder}", check=False)
+    done = call("train_gpt2.py", *TINY, f"--data_dir={text_shards}", f"--log_dir={folder}", check=False)
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
     assert (folder / "log.txt").read_text() == before
@@ -199,11 +249,19 @@ def test_a_second_run_in_the_same_folder_is_refused(finished_run, text_shards):
 
 def test_the_demo_runs(tmp_path):
     """The README's command with fewer steps; --demo changes defaults, flags after it still count."""
-    done = run(ROOT / "train_gpt2.py", "--demo", "--max_steps=4", "--val_tokens=4096", cwd=tmp_path,
-               env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "none")})  # the bytes encoding downloads nothing
+    done = run(
+        ROOT / "train_gpt2.py",
+        "--demo",
+        "--max_steps=4",
+        "--val_tokens=4096",
+        cwd=tmp_path,
+        env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "none")},
+    )  # the bytes encoding downloads nothing
     assert DEMO.log_dir.as_posix() == "log/demo"
     assert "4 steps" in done.stdout
-    assert {"log.txt", "run.json", "loss.png", "checkpoint_00004"} == {p.name for p in (tmp_path / "log/demo").iterdir()}
+    assert {"log.txt", "run.json", "loss.png", "checkpoint_00004"} == {
+        p.name for p in (tmp_path / "log/demo").iterdir()
+    }
     record = json.loads((tmp_path / "demo_data/shards.json").read_text())
     assert record["encoding"] == "bytes"
     assert record["tokens"] > 1_000_000
@@ -211,9 +269,11 @@ def test_the_demo_runs(tmp_path):
 
 @pytest.mark.parametrize("file", ["train_gpt2", "fineweb", "hellaswag", "sample", "plot"])
 def test_importing_a_file_does_nothing(file, tmp_path):
-    code = (f"import sys, {file}; heavy = {{'transformers', 'datasets', 'matplotlib', 'pyarrow'}} & set(sys.modules);"
-            "assert not heavy, heavy; torch = sys.modules.get('torch');"
-            "assert torch is None or not torch.cuda.is_initialized()")  # fmt: skip
+    code = (
+        f"import sys, {file}; heavy = {{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules);"
+        "assert not heavy, heavy; torch = sys.modules.get('torch');"
+        "assert torch is None or not torch.cuda.is_initialized()"
+    )
     done = run("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout + done.stderr == ""
     assert list(tmp_path.iterdir()) == []
@@ -221,6 +281,6 @@ def test_importing_a_file_does_nothing(file, tmp_path):
 
 @pytest.mark.parametrize("file", ["train_gpt2", "fineweb", "hellaswag", "sample", "plot"])
 def test_help_helps(file):
-    done = run(f"{file}.py", "--help")
+    done = call(f"{file}.py", "--help")
     assert "usage:" in done.stdout
     assert "default" in done.stdout or file == "plot"
