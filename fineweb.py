@@ -65,8 +65,21 @@ class ShardConfig:
 # how every script starts, and what it says when its input is bad
 
 
-class InputError(ValueError):
-    """Something the user can mend. The message names the file or flag, what is wrong and what to do."""
+class CommandError(Exception):
+    """What ends a script with one line: the file or flag, what is wrong, what to do. `alone`: of the
+    processes that torchrun started, only this one may have found it."""
+
+    def __init__(self, message: str, alone: bool = False):
+        super().__init__(message)
+        self.alone = alone
+
+
+class InputError(CommandError, ValueError):
+    """Bad input: exit status 2."""
+
+
+class RunFault(CommandError):
+    """A fault while running: exit status 1."""
 
 
 def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -> None:
@@ -79,10 +92,10 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
     arguments = tyro.cli(config, use_underscores=True, **options)
     try:
         main(arguments)
-    except InputError as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun, say it once
+    except CommandError as error:
+        if error.alone or int(os.environ.get("RANK", 0)) == 0:  # under torchrun, say it once
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, RunFault) else 2)
 
 
 # -----------------------------------------------------------------------------
@@ -338,6 +351,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def to_json(value: Any) -> str:
+    return json.dumps(value, indent=2, default=str) + "\n"
+
+
 def write_file(path: Path, write: Callable[[Any], None]) -> None:
     """Call `write(file)` on a temporary file, flush it to disk, then give it its final name: all or
     nothing."""
@@ -421,8 +438,106 @@ def write_shards(
         "tokens": n_tokens,
         "shards": shards,
     }
-    write_file(output_dir / "shards.json", lambda file: file.write(json.dumps(record, indent=1).encode()))
+    write_file(output_dir / "shards.json", lambda file: file.write(to_json(record).encode()))
     return record
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The token shards of a folder, memory-mapped: (n,) uint16 each, keyed by split ("train", "val")."""
+
+    folder: Path
+    files: dict[str, list[Path]]
+    tokens: dict[str, list[np.ndarray]]
+    encoding: str
+    dataset: str | None  # which data it is, where shards.json says so
+    fingerprint: str  # changes whenever the shards do
+
+    def count(self, split: str) -> int:
+        return sum(len(tokens) for tokens in self.tokens[split])
+
+
+def open_shard(file: Path) -> np.ndarray:
+    """Map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (256 int32 of header: 20240520, 1, n).
+
+    Raises InputError, naming the file, unless it is exactly that.
+    """
+    remedy = "write it again with fineweb.py"
+    try:
+        if file.suffix == ".bin":
+            header = np.fromfile(file, dtype="<i4", count=256)
+            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+                raise InputError(f"{file}: not a token shard of llm.c (its header is wrong)")
+            tokens = np.memmap(file, dtype="<u2", mode="r", offset=header.nbytes)
+            if len(tokens) != header[2]:
+                raise InputError(
+                    f"{file}: holds {len(tokens):,} tokens, its header says {header[2]:,}; {remedy}"
+                )
+        else:
+            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
+    if tokens.dtype != np.uint16 or tokens.ndim != 1:
+        raise InputError(f"{file}: {tokens.ndim}-D {tokens.dtype}, a token shard is 1-D uint16; {remedy}")
+    return tokens
+
+
+def load_shards(folder: Path, verify: bool = False) -> Shards:
+    """Find and check the shards in `folder`; `shards.json` is used if there is one. `verify` reads them all
+    and compares their sums.
+
+    Raises InputError when the folder, a split or a shard is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise InputError(
+            f"the data folder {folder} does not exist; write it with `python fineweb.py`, name another "
+            "with --data_dir, or try `python train_gpt2.py --demo`"
+        )
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
+    record: dict[str, Any] = {}
+    if (folder / "shards.json").exists():
+        try:
+            record = json.loads((folder / "shards.json").read_text())
+            expected = {entry["file"]: entry["tokens"] for entry in record["shards"]}
+            sums = {entry["file"]: entry["sha256"] for entry in record["shards"]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{folder / 'shards.json'}: damaged; write the shards again with fineweb.py"
+            ) from error
+        if missing := expected.keys() - {file.name for file in files}:
+            raise InputError(
+                f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
+            )
+        files = [file for file in files if file.name in expected]
+    splits = {split: [file for file in files if split in file.name] for split in ("train", "val")}
+    tokens = {split: [open_shard(file) for file in splits[split]] for split in splits}
+    digest = hashlib.sha256()
+    for split in ("train", "val"):
+        if not splits[split]:
+            raise InputError(
+                f"{folder} has no shard of the {split} split (a .npy or .bin file with '{split}' in its "
+                "name); write the shards with fineweb.py"
+            )
+        for file, shard in zip(splits[split], tokens[split], strict=True):
+            if record and len(shard) != expected[file.name]:
+                raise InputError(
+                    f"{file}: holds {len(shard):,} tokens, shards.json says {expected[file.name]:,}; "
+                    "run fineweb.py again"
+                )
+            if record and verify and sha256(file) != sums[file.name]:
+                raise InputError(f"{file}: its SHA-256 is not the one in shards.json; run fineweb.py again")
+            digest.update(f"{file.name} {len(shard)}\n".encode())
+    digest.update(json.dumps([entry["sha256"] for entry in record.get("shards", [])]).encode())
+    return Shards(
+        folder,
+        splits,
+        tokens,
+        record.get("encoding", "gpt2"),
+        record.get("source", {}).get("dataset"),
+        digest.hexdigest(),
+    )
 
 
 def write_demo_shards(output_dir: Path) -> None:

@@ -14,19 +14,21 @@ fineweb.py writes the token shards and holds the encodings, hellaswag.py scores 
 write, plot.py draws the curves.
 """
 
+import contextlib
 import functools
-import hashlib
 import json
 import math
 import operator
 import os
 import platform
 import shutil
-import subprocess
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,8 +43,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import hellaswag
-import plot
-from fineweb import InputError, get_encoding, hub_errors, run_command, sha256, write_demo_shards
+from fineweb import (
+    InputError,
+    RunFault,
+    Shards,
+    get_encoding,
+    hub_errors,
+    load_shards,
+    run_command,
+    to_json,
+    write_demo_shards,
+)
+from run_folder import RunFolder, compare_recipes, list_checkpoints, versions
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -58,6 +70,12 @@ class GPTConfig:
     n_head: int = 12
     n_embd: int = 768  # width of the residual stream
     encoding: str = "gpt2"  # what the token ids stand for, see fineweb.get_encoding
+
+    def __post_init__(self) -> None:
+        if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
+            raise InputError(f"every size of a model must be at least 1: {self}")
+        if self.n_embd % self.n_head:
+            raise InputError(f"n_embd {self.n_embd} can't be divided among n_head {self.n_head} heads")
 
 
 # Table 2 of the GPT-2 paper; there its smallest model is called 117M.
@@ -103,6 +121,8 @@ class TrainConfig:
     sample_every: int = 250  # steps between samples
     checkpoint_every: int = 1000  # steps between checkpoints; the last two are kept
     keep_every: int = 5000  # steps between checkpoints that are kept for good
+    verify: bool = False  # read every shard at the start and compare it with the sum in shards.json
+    timeout_minutes: float = 10.0  # give up on another process that does not answer for so long
 
     seed: int = 1337  # of the initial weights and the order of the data
     shuffle: bool = True  # visit shards and windows in random order, else as they lie
@@ -139,6 +159,7 @@ DEMO = TrainConfig(
 
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
 PROMPT = "Hello, I'm a language model,"
+SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: what a slow machine may lose
 PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
 
 # -----------------------------------------------------------------------------
@@ -194,14 +215,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2. Raises InputError for a shape that can't be."""
+    """GPT-2, with OpenAI's names for its parts."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        if min(config.block_size, config.vocab_size, config.n_layer, config.n_head, config.n_embd) < 1:
-            raise InputError(f"every size of a model must be at least 1: {config}")
-        if config.n_embd % config.n_head:
-            raise InputError(f"n_embd {config.n_embd} can't be divided among n_head {config.n_head} heads")
         self.config = config
         self.transformer = nn.ModuleDict(
             {
@@ -374,18 +391,20 @@ class GPT(nn.Module):
         safetensors.torch.save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
         end_of_text = config.vocab_size - 1  # the last id in both encodings
         special_tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-        write_json(folder / "config.json", {
+        texts = {"config.json": to_json({
             "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": config.vocab_size,
             "n_positions": config.block_size, "n_ctx": config.block_size, "n_embd": config.n_embd,
             "n_layer": config.n_layer, "n_head": config.n_head, "n_inner": None,
             "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
             "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "scale_attn_weights": True,
-            "tie_word_embeddings": True, "torch_dtype": "float32", "encoding": config.encoding, **special_tokens,
-        })  # fmt: skip
-        write_json(folder / "generation_config.json", {**special_tokens, "_from_model_config": True})
+            "tie_word_embeddings": True, "torch_dtype": "float32", **special_tokens,
+            "encoding": config.encoding,
+        })}  # fmt: skip
+        texts["generation_config.json"] = to_json({**special_tokens, "_from_model_config": True})
         if config.encoding == "gpt2":
-            for name, text in tokenizer_files(config.block_size).items():
-                (folder / name).write_text(text, encoding="utf-8")
+            texts |= tokenizer_files(config.block_size)
+        for name, text in texts.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
 
 def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
@@ -459,10 +478,6 @@ def tokenizer_files(model_max_length: int) -> dict[str, str]:
         return {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
 
 
-def write_json(file: Path, value: Any) -> None:
-    file.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-
-
 # -----------------------------------------------------------------------------
 # optimisation
 
@@ -493,100 +508,6 @@ def get_lr(step: int, config: TrainConfig) -> float:
 
 # -----------------------------------------------------------------------------
 # data
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The token shards of a folder, memory-mapped: (n,) uint16 each, keyed by split ("train", "val")."""
-
-    folder: Path
-    files: dict[str, list[Path]]
-    tokens: dict[str, list[np.ndarray]]
-    encoding: str
-    dataset: str | None  # which data it is, where shards.json says so
-    fingerprint: str  # changes whenever the shards do
-
-    def count(self, split: str) -> int:
-        return sum(len(tokens) for tokens in self.tokens[split])
-
-
-def open_shard(file: Path) -> np.ndarray:
-    """Map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (256 int32 of header: 20240520, 1, n).
-
-    Raises InputError, naming the file, unless it is exactly that.
-    """
-    remedy = "write it again with fineweb.py"
-    try:
-        if file.suffix == ".bin":
-            header = np.fromfile(file, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise InputError(f"{file}: not a token shard of llm.c (its header is wrong)")
-            tokens = np.memmap(file, dtype="<u2", mode="r", offset=header.nbytes)
-            if len(tokens) != header[2]:
-                raise InputError(
-                    f"{file}: holds {len(tokens):,} tokens, its header says {header[2]:,}; {remedy}"
-                )
-        else:
-            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise InputError(f"{file}: {tokens.ndim}-D {tokens.dtype}, a token shard is 1-D uint16; {remedy}")
-    return tokens
-
-
-def load_shards(folder: Path) -> Shards:
-    """Find and check the shards in `folder`; `shards.json` is used if there is one.
-
-    Raises InputError when the folder, a split or a shard is missing or damaged.
-    """
-    if not folder.is_dir():
-        raise InputError(
-            f"the data folder {folder} does not exist; write it with `python fineweb.py`, name another "
-            "with --data_dir, or try `python train_gpt2.py --demo`"
-        )
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
-    record: dict[str, Any] = {}
-    if (folder / "shards.json").exists():
-        try:
-            record = json.loads((folder / "shards.json").read_text())
-            expected = {entry["file"]: entry["tokens"] for entry in record["shards"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder / 'shards.json'}: damaged; write the shards again with fineweb.py"
-            ) from error
-        if missing := expected.keys() - {file.name for file in files}:
-            raise InputError(
-                f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
-            )
-        files = [file for file in files if file.name in expected]
-    splits = {split: [file for file in files if split in file.name] for split in ("train", "val")}
-    tokens = {split: [open_shard(file) for file in splits[split]] for split in splits}
-    digest = hashlib.sha256()
-    for split in ("train", "val"):
-        if not splits[split]:
-            raise InputError(
-                f"{folder} has no shard of the {split} split (a .npy or .bin file with '{split}' in its "
-                "name); write the shards with fineweb.py"
-            )
-        for file, shard in zip(splits[split], tokens[split], strict=True):
-            if record and len(shard) != expected[file.name]:
-                raise InputError(
-                    f"{file}: holds {len(shard):,} tokens, shards.json says {expected[file.name]:,}; "
-                    "run fineweb.py again"
-                )
-            digest.update(f"{file.name} {len(shard)}\n".encode())
-    digest.update(json.dumps([entry["sha256"] for entry in record.get("shards", [])]).encode())
-    return Shards(
-        folder,
-        splits,
-        tokens,
-        record.get("encoding", "gpt2"),
-        record.get("source", {}).get("dataset"),
-        digest.hexdigest(),
-    )
 
 
 class TokenLoader:
@@ -665,7 +586,8 @@ class TokenLoader:
                 offset = start + int(row.argmax())
                 raise InputError(
                     f"{self.files[shard]}: token id {row.max()} at offset {offset}, outside the "
-                    f"vocabulary of {self.vocab_size}; the shard is damaged or of another encoding"
+                    f"vocabulary of {self.vocab_size}; the shard is damaged or of another encoding",
+                    alone=True,
                 )
         rows = torch.from_numpy(rows)
         return rows[:, :-1], rows[:, 1:]
@@ -722,7 +644,7 @@ def write_samples(
 
 
 # -----------------------------------------------------------------------------
-# run plumbing: processes, precision, checkpoints, log
+# run plumbing: processes, precision, the run's folder
 
 
 @dataclass(frozen=True)
@@ -735,12 +657,19 @@ class Layout:
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0  # it evaluates nothing alone, but logs, samples and saves for all
+        return self.rank == 0  # the one that talks, samples and saves for all
 
     @property
     def collective_device(self) -> torch.device:
         """Where tensors that travel between processes live: NCCL wants the GPU, gloo the CPU."""
         return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's `value`, in every process."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, device=self.collective_device)
+        return values[0]
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -758,8 +687,10 @@ def start_processes(config: TrainConfig) -> Layout:
 
     Raises InputError when the device asked for is not there.
     """
-    rank, local_rank, world_size = (int(os.environ.get(name, default)) for name, default in
-                                    (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))  # fmt: skip
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
     device = choose_device(config.device)
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -770,8 +701,44 @@ def start_processes(config: TrainConfig) -> Layout:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout_minutes))
     return Layout(rank, world_size, device)
+
+
+@contextlib.contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Turns what gloo or NCCL say when another process is gone into one line with status 1."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error)
+        if not dist.is_initialized() or (
+            not isinstance(error, dist.DistError) and "gloo" not in said.lower()
+        ):
+            raise
+        raise RunFault(
+            "lost contact with another process, which died or was cut off; go on with --resume "
+            f"({said.splitlines()[0][:150]})",
+            alone=True,
+        ) from error
+
+
+class StopSignals:
+    """SIGTERM and SIGINT wait until the step is finished and saved; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number
+        self.at = 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, _frame: Any) -> None:
+        # torchrun passes Ctrl-C on to processes that the terminal has told already: not a second one
+        if number == self.received == signal.SIGINT and time.monotonic() - self.at > 0.5:
+            os._exit(128 + signal.SIGINT)
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -795,14 +762,15 @@ def choose_compile(config: TrainConfig, device: torch.device) -> tuple[bool, str
 
 
 def choose_micro_batch_size(config: TrainConfig, layout: Layout) -> int:
-    """Rows per forward pass and process. Raises InputError, with numbers that work, if the batch can't be
-    divided."""
+    """Rows per forward pass and process.
+
+    Raises InputError, with numbers that work, if the batch can't be divided.
+    """
     T, W = config.sequence_length, layout.world_size
     if config.total_batch_size % (T * W):
-        fitting = max(1, round(config.total_batch_size / max(1, T * W))) * max(1, T * W)
         raise InputError(
-            f"--total_batch_size {config.total_batch_size} can't be divided into rows of "
-            f"{T} tokens for {W} processes; {fitting} can"
+            f"--total_batch_size {config.total_batch_size} can't be divided into rows of {T} tokens for {W} "
+            f"processes; {max(1, round(config.total_batch_size / (T * W))) * T * W} can"
         )
     rows = config.total_batch_size // (T * W)  # of one process, one step
     divisors = [n for n in range(1, rows + 1) if rows % n == 0]
@@ -814,129 +782,62 @@ def choose_micro_batch_size(config: TrainConfig, layout: Layout) -> int:
             )
         return config.micro_batch_size
     # a row of 1,024 tokens of the 124M model takes about 1.2 GB with everything that belongs to it
-    gigabytes = (
-        torch.cuda.get_device_properties(layout.device).total_memory / 1e9 if torch.cuda.is_available() else 6
-    )
+    gigabytes = 6.0
+    if layout.device.type == "cuda":
+        gigabytes = torch.cuda.get_device_properties(layout.device).total_memory / 1e9
     affordable = max(1, int(gigabytes / 1.25 * 1024 / T))
     return max(n for n in divisors if n <= affordable)
 
 
-def model_for(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT:
-    """The model to train: loaded (`init_from`) or new, with the vocabulary of the data."""
-    if config.init_from is not None:
-        model = GPT.from_pretrained(config.init_from)
-        for name in ("n_layer", "n_head", "n_embd"):
-            if getattr(config, name) not in (None, getattr(model.config, name)):
-                raise InputError(
-                    f"--{name} {getattr(config, name)}: --init_from {config.init_from} has "
-                    f"{getattr(model.config, name)}"
-                )
-        if model.config.encoding != encoding.name:
-            raise InputError(
-                f"--init_from {config.init_from} speaks the encoding {model.config.encoding!r}, the data in "
-                f"{config.data_dir} {encoding.name!r}"
-            )
-        if config.sequence_length > model.config.block_size:
-            raise InputError(
-                f"--sequence_length {config.sequence_length} is longer than the block size of "
-                f"--init_from {config.init_from}, {model.config.block_size}"
-            )
-        return model
-    shape = {name: getattr(config, name) or preset for name, preset in PRESETS[config.model].items()}
-    return GPT(
-        GPTConfig(
-            block_size=config.sequence_length, vocab_size=encoding.n_vocab, encoding=encoding.name, **shape
+def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPTConfig:
+    """The architecture that the flags ask for. InputError where they contradict --init_from or the data."""
+    given = {name: value for name in ("n_layer", "n_head", "n_embd") if (value := getattr(config, name))}
+    if config.init_from is None:
+        shape = {**PRESETS[config.model], **given}
+        return GPTConfig(config.sequence_length, encoding.n_vocab, encoding=encoding.name, **shape)
+    loaded = read_config(find_model(config.init_from)[0])
+    for name, value in given.items():
+        if value != getattr(loaded, name):
+            raise InputError(f"--{name} {value}: --init_from {config.init_from} has {getattr(loaded, name)}")
+    if loaded.encoding != encoding.name:
+        raise InputError(
+            f"--init_from {config.init_from} speaks the encoding {loaded.encoding!r}, the data in "
+            f"{config.data_dir} {encoding.name!r}"
         )
-    )
+    if config.sequence_length > loaded.block_size:
+        raise InputError(
+            f"--sequence_length {config.sequence_length} is longer than the block size of "
+            f"--init_from {config.init_from}, {loaded.block_size}"
+        )
+    return loaded
 
 
-def recipe(config: TrainConfig, model: GPT, shards: Shards) -> dict[str, Any]:
+def recipe(config: TrainConfig, model_config: GPTConfig, shards: Shards) -> dict[str, Any]:
     """All that decides the run's numbers, as plain values. What is missing here (processes, micro-batch,
     precision, intervals) may differ when a run is resumed."""
     names = (
-        "init_from",
-        "sequence_length",
-        "total_batch_size",
-        "max_steps",
-        "warmup_steps",
-        "max_lr",
-        "weight_decay",
-        "grad_clip",
-        "val_tokens",
-        "seed",
-        "shuffle",
-    )
+        "init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
+        "weight_decay", "grad_clip", "val_tokens", "seed", "shuffle",
+    )  # fmt: skip
     return {
         **{name: getattr(config, name) for name in names},
-        **asdict(model.config),
+        **asdict(model_config),
         "data": shards.fingerprint,
     }
 
 
-def list_checkpoints(log_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    found = [path for path in log_dir.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint_")))
-
-
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or, where the system can (not on Windows), a folder."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() or os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def save_checkpoint(
-    log_dir: Path, step: int, raw_model: GPT, trainer: dict[str, Any], keep_every: int
-) -> Path:
-    """Write checkpoint_<step>: a Hugging Face folder, plus `trainer` (tensors and plain values) as
-    trainer.pt, plus SHA256SUMS. It is complete on disk before it gets its name. Older ones go, but for the
-    last two and every `keep_every` steps."""
-    final = log_dir / f"checkpoint_{step:05d}"
-    temporary = log_dir / f"{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    raw_model.save_pretrained(temporary)
-    torch.save({"step": step, **trainer}, temporary / "trainer.pt")
-    sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
-    (temporary / "SHA256SUMS").write_text(sums)
-    for path in (*temporary.iterdir(), temporary, log_dir / "log.txt"):
-        flush_to_disk(path)
-    os.rename(temporary, final)
-    flush_to_disk(log_dir)
-    for old in list_checkpoints(log_dir)[:-2]:
-        if not keep_every or int(old.name.removeprefix("checkpoint_")) % keep_every:
-            shutil.rmtree(old)
-    return final
-
-
-def append_log(log_dir: Path, step: int, kind: str, value: str) -> None:
-    """One line for log.txt: step, "train", "val" or "hella", value."""
-    with open(log_dir / "log.txt", "a", encoding="utf-8") as file:
-        file.write(f"{step} {kind} {value}\n")
-
-
-def write_run_json(config: TrainConfig, model: GPT, shards: Shards, layout: Layout, **more: Any) -> None:
-    """run.json: what a reader needs to know, or to repeat the run."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True,
-    text=True,
-                         check=False) if shutil.which("git") else None  # fmt: skip
-    write_json(config.log_dir / "run.json", {
-        "train_config": asdict(config),
-        "model_config": asdict(model.config),
-        "parameters": model.num_parameters(),
-        "encoding": shards.encoding,
-        "data": {"dataset": shards.dataset, "fingerprint": shards.fingerprint,
-                 "train_tokens": shards.count("train"), "val_tokens": shards.count("val")},
-        "device": device_name(layout.device),
-        "world_size": layout.world_size,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "commit": git.stdout.strip() or None if git else None,
-        **more,
-    })  # fmt: skip
+def load_hellaswag(config: TrainConfig, layout: Layout) -> list[hellaswag.Item]:
+    """The items to score, fetched by the main process for all. Without them training goes on, which is said
+    once; a local file that was asked for must be there."""
+    items: list[hellaswag.Item] = []
+    if config.hellaswag_every and layout.is_main:
+        try:
+            items = hellaswag.load_items(config.hellaswag_data)
+        except InputError as error:
+            if config.hellaswag_data is not None:
+                raise
+            print(f"training without HellaSwag: {error}")
+    return layout.from_main(items)
 
 
 def device_name(device: torch.device) -> str:
@@ -954,72 +855,124 @@ def describe_run(
     rows = {
         "device": f"{device_name(layout.device)}; processes: {layout.world_size}",
         "model": f"{model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, "
-                 f"width {c.n_embd}, block size {c.block_size}, vocabulary {c.vocab_size:,} ({c.encoding})",
+        f"width {c.n_embd}, block size {c.block_size}, vocabulary {c.vocab_size:,} ({c.encoding})",
         "data": f"{shards.folder}: {train_tokens:,} training tokens in {len(shards.files['train'])} shards",
         "training": f"{config.max_steps:,} steps, {tokens:,} tokens, {tokens / train_tokens:.2f} epochs",
         **more,
         "run folder": str(config.log_dir),
-    }  # fmt: skip
+    }
     if config.warmup_steps >= config.max_steps:
         rows["note"] = f"the warm-up ({config.warmup_steps} steps) is as long as the run; see --warmup_steps"
     return "\n".join(f"{name + ':':12} {value}" for name, value in rows.items())
 
 
-def load_hellaswag(config: TrainConfig, layout: Layout) -> list[hellaswag.Item]:
-    """The items to score, fetched by the first process for all. Without them training goes on, which is said
-    once; a local file that was asked for must be there."""
-    items: list[Any] = [None]
-    if config.hellaswag_every and layout.is_main:
-        try:
-            items = [hellaswag.load_items(config.hellaswag_data)]
-        except InputError as error:
-            if config.hellaswag_data is not None:
-                raise
-            print(f"training without HellaSwag: {error}")
+class Progress:
+    """The main process's voice: on a terminal a bar, elsewhere the tutorial's lines, at most one a second."""
+
+    def __init__(self, config: TrainConfig, layout: Layout):
+        self.config, self.is_main = config, layout.is_main
+        self.on_terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=config.max_steps, unit="step", dynamic_ncols=True, leave=False,
+                        disable=not (self.is_main and self.on_terminal))  # fmt: skip
+        self.last_line = -math.inf
+        self.first_steps: list[float] = []  # seconds
+
+    def say(self, text: str) -> None:
+        """One event, above the bar."""
+        if self.is_main:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+    def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
+        """One training step, in nats and seconds."""
+        if not self.is_main:
+            return
+        rate = self.config.total_batch_size / seconds
+        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, norm {norm:.2f}, {rate:,.0f} tokens/s")
+        self.bar.update(step + 1 - self.bar.n)
+        if not self.on_terminal and time.monotonic() - self.last_line >= 1:
+            self.last_line = time.monotonic()
+            self.say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                     f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}")  # fmt: skip
+        self.first_steps.append(seconds)
+        if len(self.first_steps) == 5:  # the first is slower: it compiles, and allocates
+            hours = min(self.first_steps) * (self.config.max_steps - step - 1) / 3600
+            self.say(f"training will take about {hours:.2g} hours ({min(self.first_steps):.2f} s a step)")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, layout: Layout) -> None:
+    """Load the main process's `state` and hand it to the others, which need no disk in common with it."""
+    if state is not None:
+        optimizer.load_state_dict(state)
     if layout.world_size > 1:
-        dist.broadcast_object_list(items, device=layout.collective_device)
-    return items[0] or []
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                blank = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
+                         "exp_avg_sq": torch.zeros_like(p)}  # fmt: skip
+                for name, tensor in blank.items():
+                    tensor = optimizer.state[p].setdefault(name, tensor)
+                    dist.broadcast(tensor, src=0)
+
+
+def non_finite_fault(step: int, loss: torch.Tensor, norm: float, layout: Layout) -> RunFault:
+    """Says which rank's loss is not finite, asked only once something is known not to be, or else the
+    norm."""
+    losses = [loss.cpu()]
+    if layout.world_size > 1:
+        losses = [torch.zeros_like(loss) for _ in range(layout.world_size)]
+        dist.all_gather(losses, loss)
+    what = f"the gradient norm is {norm}, the losses are finite"
+    for rank, value in enumerate(losses):
+        if not torch.isfinite(value):
+            what = f"the loss of rank {rank} is {value.item()}"
+            break
+    return RunFault(
+        f"step {step}: {what}; the weights were not updated and the last checkpoint is intact. Resume with "
+        "--dtype float32 to see if the precision is to blame; otherwise the learning rate is too high"
+    )
 
 
 # -----------------------------------------------------------------------------
 # main
 
 
+@lost_processes_named()
 def main(config: TrainConfig) -> None:
     check_config(config)
     layout = start_processes(config)
     device, W, T = layout.device, layout.world_size, config.sequence_length
-    say = tqdm.write if layout.is_main else lambda _: None  # prints above the progress bar
 
     # Everything that can be wrong with the input is found before work begins.
-    if (config.log_dir / "log.txt").exists():
-        raise InputError(f"{config.log_dir} already holds a run; choose another --log_dir, or delete it")
     if config.demo:
-        if layout.is_main:
-            write_demo_shards(config.data_dir)
-        if W > 1:
-            dist.barrier()
-    shards = load_shards(config.data_dir)
+        layout.from_main(write_demo_shards(config.data_dir) if layout.is_main else None)
+    shards = load_shards(config.data_dir, config.verify)
     encoding = get_encoding(shards.encoding)
+    model_config = choose_model_config(config, encoding)
     B = choose_micro_batch_size(config, layout)
     grad_accum_steps = config.total_batch_size // (B * T * W)
     train_loader = TokenLoader(
-        shards,
-        "train",
-        sequence_length=T,
-        batch_size=B,
-        rows_per_step=config.total_batch_size // T,
-        rank=layout.rank,
-        world_size=W,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        vocab_size=encoding.n_vocab,
-    )
+        shards, "train", sequence_length=T, batch_size=B, rows_per_step=config.total_batch_size // T,
+        rank=layout.rank, world_size=W, seed=config.seed, shuffle=config.shuffle, vocab_size=encoding.n_vocab,
+    )  # fmt: skip
     val_loader = TokenLoader(
         shards, "val", sequence_length=T, batch_size=B, shuffle=False, vocab_size=encoding.n_vocab
     )
     val_windows = min(max(1, config.val_tokens // T), val_loader.n_windows)
     hellaswag_items = load_hellaswag(config, layout)
+
+    progress = Progress(config, layout)
+    folder = RunFolder(config.log_dir, layout.is_main, progress.say)
+    folder.claim(config.resume)
+    stop = StopSignals()
+    checkpoint, trainer = (folder.newest_checkpoint() if layout.is_main else None) or (None, None)
+    first_step = layout.from_main(trainer["step"] if trainer else 0)
+    this_recipe = recipe(config, model_config, shards)
+    if trainer:
+        compare_recipes(config.log_dir, trainer["recipe"], this_recipe)
+    if trainer and first_step == config.max_steps:
+        progress.say(f"{config.log_dir} is finished: its model is {checkpoint}")
+    if first_step == config.max_steps > 0:
+        return
 
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
@@ -1029,27 +982,26 @@ def main(config: TrainConfig) -> None:
 
     # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
     # the same weights compiled and wrapped: training and validation, whose shapes are fixed, use that.
-    raw_model = model_for(config, encoding).pad_vocabulary().to(device)
+    weights = checkpoint or config.init_from
+    raw_model = (GPT.from_pretrained(weights) if weights else GPT(model_config)).pad_vocabulary().to(device)
     optimizer = configure_optimizer(raw_model, config)
     model: Any = torch.compile(raw_model) if use_compile else raw_model
-    if W > 1:
+    if W > 1:  # also gives every process the main one's weights
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
-
-    if layout.is_main:
-        config.log_dir.mkdir(parents=True, exist_ok=True)
-        (config.log_dir / "log.txt").touch()
-        write_run_json(
-            config,
-            raw_model,
-            shards,
-            layout,
-            dtype=str(dtype),
-            micro_batch_size=B,
-            grad_accum_steps=grad_accum_steps,
-            val_tokens=val_windows * T,
-            hellaswag_items=len(hellaswag_items),
-        )
-    say(describe_run(config, raw_model, shards, layout, {
+    if first_step > 0:
+        restore_optimizer(optimizer, trainer and trainer["optimizer"], layout)
+        scaler.load_state_dict(layout.from_main(trainer and trainer["scaler"]))
+        torch.set_rng_state(layout.from_main(trainer and trainer["rng"]))
+        progress.say(f"resuming at step {first_step} from {checkpoint}")
+    folder.cut_log(first_step)
+    folder.describe(
+        train_config=asdict(config), model_config=asdict(model_config), parameters=raw_model.num_parameters(),
+        encoding=shards.encoding, data={"dataset": shards.dataset, "fingerprint": shards.fingerprint},
+        device=device_name(device), world_size=W, dtype=str(dtype), micro_batch_size=B,
+        grad_accum_steps=grad_accum_steps, val_tokens=val_windows * T, hellaswag_items=len(hellaswag_items),
+        versions=versions(),
+    )  # fmt: skip
+    progress.say(describe_run(config, raw_model, shards, layout, {
         "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {compile_note}",
         "batch": f"{config.total_batch_size:,} tokens a step = {B} rows x {T} tokens x {W} processes x "
                  f"{grad_accum_steps} micro-steps",
@@ -1057,40 +1009,36 @@ def main(config: TrainConfig) -> None:
         "HellaSwag": f"{len(hellaswag_items):,} items every {config.hellaswag_every} steps",
     }))  # fmt: skip
 
-    training_seconds = 0.0  # evaluation, sampling and saving not counted
-    last_line = -math.inf
-    on_terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=config.max_steps, unit="step", disable=not (layout.is_main and on_terminal), dynamic_ncols=True
-    )
-    for step in range(config.max_steps + 1):
+    def due(every: int) -> bool:
+        return every > 0 and not stopping and (step % every == 0 or last_step)
+
+    stopping, train_loss, training_seconds = False, math.nan, 0.0  # the clock stops around all but training
+    for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
-
-        def due(every: int, step: int = step, last_step: bool = last_step) -> bool:
-            return every > 0 and (step % every == 0 or last_step)
-
         if due(config.val_every):
             val_loss = estimate_val_loss(model, val_loader, val_windows, layout, autocast)
-            say(f"step {step}: validation loss {val_loss:.4f} on {val_windows * T:,} tokens")
-            if layout.is_main:
-                append_log(config.log_dir, step, "val", f"{val_loss:.4f}")
-        if hellaswag_items and due(config.hellaswag_every):
+            progress.say(f"step {step}: validation loss {val_loss:.4f} on {val_windows * T:,} tokens")
+            folder.event(step, "val", f"{val_loss:.4f}")
+        if due(config.hellaswag_every) and hellaswag_items:
             with autocast:
                 score = hellaswag.evaluate(raw_model, hellaswag_items, encoding, layout.rank, W)
-            say(f"step {step}: HellaSwag {score}")
-            if layout.is_main:
-                append_log(config.log_dir, step, "hella", f"{score.acc_norm:.4f}")
-        if layout.is_main and due(config.sample_every):
+            progress.say(f"step {step}: HellaSwag {score}")
+            folder.event(step, "hella", f"{score.acc_norm:.4f}")
+        if due(config.sample_every) and layout.is_main:
             for text in write_samples(raw_model, encoding, device, autocast):
-                say(f"step {step}: sample: {text!r}")
-        if layout.is_main and due(config.val_every):
-            plot.draw_runs([config.log_dir], config.log_dir / "loss.png")
-        if layout.is_main and due(config.checkpoint_every) and step > 0:
-            trainer = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                       "rng": torch.get_rng_state(), "recipe": recipe(config, raw_model, shards)}  # fmt: skip
-            checkpoint = save_checkpoint(config.log_dir, step, raw_model, trainer, config.keep_every)
-            say(f"step {step}: saved {checkpoint}")
-        if last_step:
+                progress.say(f"step {step}: sample: {text!r}")
+        if due(config.val_every):
+            folder.draw()
+        overdue = config.checkpoint_every > 0 and time.monotonic() - folder.saved_at > SAVE_AT_LEAST_EVERY
+        if (due(config.checkpoint_every) or stopping or overdue) and layout.is_main and step > first_step:
+            state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "loss": train_loss,
+                     "rng": torch.get_rng_state(), "recipe": this_recipe}  # fmt: skip
+            saved = folder.save(step, raw_model, state, config.keep_every)
+            if (last_step or stopping) and not saved:
+                raise RunFault(
+                    f"the end of the run, step {step}, could not be saved; make room, then --resume"
+                )
+        if last_step or stopping:
             break
 
         # ------------------------------ TRAINING ------------------------------
@@ -1107,47 +1055,40 @@ def main(config: TrainConfig) -> None:
             loss = loss / grad_accum_steps  # gradients add up over micro-steps; the loss is a mean
             loss_sum += loss.detach()
             scaler.scale(loss).backward()
-        if W > 1:
-            dist.all_reduce(loss_sum)  # a sum, then divided: gloo has no average
-            loss_sum /= W
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        shared = torch.stack((loss_sum, torch.tensor(float(stop.received > 0), device=device)))
+        if W > 1:
+            dist.all_reduce(shared)  # a sum, then divided: gloo has no average
+        train_loss, stopping, norm = torch.cat(
+            (shared / W, norm.view(1))
+        ).tolist()  # the one wait for the device
+        if not (math.isfinite(train_loss) and (math.isfinite(norm) or scaler.is_enabled())):
+            raise non_finite_fault(
+                step, loss_sum, norm, layout
+            )  # before the update; a scaler copes with norms
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        train_loss, norm = torch.stack((loss_sum, norm)).tolist()  # the step's one wait for the device
         seconds = time.perf_counter() - start
         # ----------------- everything that follows is diagnostics --------------
 
         training_seconds += seconds
-        tokens_per_second = config.total_batch_size / seconds
-        if layout.is_main:
-            append_log(config.log_dir, step, "train", f"{train_loss:.6f}")
-            bar.set_postfix_str(
-                f"loss {train_loss:.3f}, lr {lr:.1e}, norm {norm:.2f}, {tokens_per_second:,.0f} tokens/s"
-            )
-            bar.update()
-            # without a terminal: the tutorial's lines, at most one a second
-            if not on_terminal and (time.monotonic() - last_line >= 1 or step + 1 == config.max_steps):
-                last_line = time.monotonic()
-                print(
-                    f"step {step:5d} | loss: {train_loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-                    f"dt: {1000 * seconds:.2f}ms | tok/sec: {tokens_per_second:.2f}",
-                    flush=True,
-                )
-            if step == min(10, config.max_steps - 1):
-                hours = seconds * config.max_steps / 3600
-                say(f"training will take about {hours:.2g} hours ({seconds:.2f} s a step) and evaluation")
-    bar.close()
-    say(
-        f"done: {config.max_steps:,} steps in {training_seconds / 3600:.2f} hours of training; the run is in "
-        f"{config.log_dir}, its model in {config.log_dir}/checkpoint_{config.max_steps:05d}"
-    )
+        folder.event(step, "train", f"{train_loss:.6f}")
+        progress.step(step, train_loss, lr, norm, seconds)
+    progress.bar.close()
     if W > 1:
         dist.destroy_process_group()
+    if stopping:
+        progress.say(f"stopped at step {step}, state saved; the same command with --resume goes on")
+        sys.exit(128 + (stop.received or signal.SIGTERM))
+    progress.say(
+        f"done: {step:,} steps, {training_seconds / 3600:.2f} hours of training; the run is in "
+        f"{config.log_dir}"
+    )
 
 
 if __name__ == "__main__":

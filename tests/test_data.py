@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import make_shards
 
-from fineweb import InputError
-from train_gpt2 import TokenLoader, load_shards, open_shard
+from fineweb import InputError, load_shards, open_shard
+from train_gpt2 import TokenLoader
 
 T = 8
 

@@ -10,7 +10,7 @@ from plot import read_log
 def gradients(tmp_path, text_shards, name, launch, micro_batch_size):
     file = tmp_path / name
     launch(
-        ROOT / "tests/dump_gradients.py",
+        ROOT / "tests/faults.py",
         *TINY,
         "--max_steps=1",
         "--grad_clip=1e9",
@@ -18,7 +18,7 @@ def gradients(tmp_path, text_shards, name, launch, micro_batch_size):
         f"--micro_batch_size={micro_batch_size}",
         f"--data_dir={text_shards}",
         f"--log_dir={tmp_path / name}_log",
-        env={"GRADIENTS": str(file), "PYTHONPATH": str(ROOT)},
+        env={"FAULTS": f"gradients={file}", "PYTHONPATH": str(ROOT)},
     )
     return torch.load(f"{file}0"), file
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from fineweb import InputError, sha256
 from plot import read_log
+from run_folder import list_checkpoints
 from train_gpt2 import (
     DEMO,
     GPT,
@@ -21,7 +22,6 @@ from train_gpt2 import (
     choose_micro_batch_size,
     configure_optimizer,
     get_lr,
-    list_checkpoints,
 )
 
 CPU = Layout(rank=0, world_size=1, device=torch.device("cpu"))
@@ -112,6 +112,7 @@ def finished_run(tmp_path_factory, text_shards):
 def test_a_run_leaves_its_folder(finished_run, text_shards):
     folder, done = finished_run
     assert {path.name for path in folder.iterdir()} == {
+        ".lock",
         "log.txt",
         "run.json",
         "loss.png",
@@ -177,7 +178,7 @@ def test_the_last_weights_are_the_measured_ones(finished_run, text_shards):
 
 
 def test_the_same_command_twice_gives_the_same_run(finished_run, text_shards, tmp_path):
-    call(
+    run(
         "train_gpt2.py",
         *TINY,
         f"--data_dir={text_shards}",
@@ -259,7 +260,7 @@ def test_the_demo_runs(tmp_path):
     )  # the bytes encoding downloads nothing
     assert DEMO.log_dir.as_posix() == "log/demo"
     assert "4 steps" in done.stdout
-    assert {"log.txt", "run.json", "loss.png", "checkpoint_00004"} == {
+    assert {".lock", "log.txt", "run.json", "loss.png", "checkpoint_00004"} == {
         p.name for p in (tmp_path / "log/demo").iterdir()
     }
     record = json.loads((tmp_path / "demo_data/shards.json").read_text())

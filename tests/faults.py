@@ -1,0 +1,97 @@
+"""Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separated by spaces.
+
+gradients=FILE        write the gradients that the optimizer is given to FILE + rank
+tokens=FILE           write a line per step and rank to FILE + rank: the step, and a hash of each window's
+tokens nan=RANK:STEP         the loss of that rank is NaN from that step on slow=SECONDS          every step
+takes so much longer step_file=FILE        FILE holds the number of steps begun kill_at=N             SIGKILL
+at the N-th time that something is flushed to disk or renamed disk=BYTES            no file may grow beyond so
+many bytes: a full disk clock=back            the wall clock runs backwards
+"""
+
+import hashlib
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+import run_folder
+import train_gpt2
+from fineweb import run_command
+
+faults = dict(fault.split("=", 1) for fault in os.environ["FAULTS"].split())
+rank = os.environ.get("RANK", "0")
+
+if "gradients" in faults:
+    configure_optimizer = train_gpt2.configure_optimizer
+
+    def dumping_optimizer(model, config):
+        optimizer = configure_optimizer(model, config)
+
+        def dump(*_):
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            torch.save(gradients, faults["gradients"] + rank)
+
+        optimizer.register_step_pre_hook(dump)
+        return optimizer
+
+    train_gpt2.configure_optimizer = dumping_optimizer
+
+batch = train_gpt2.TokenLoader.batch
+
+
+def faulty_batch(self, step, micro_step):
+    self.step = step
+    x, y = batch(self, step, micro_step)
+    if "tokens" in faults:
+        with open(faults["tokens"] + rank, "a") as file:
+            for row in torch.cat((x, y[:, -1:]), dim=1):
+                file.write(f"{step} {hashlib.sha256(row.numpy().tobytes()).hexdigest()}\n")
+    if "step_file" in faults and rank == "0":
+        Path(faults["step_file"]).write_text(str(step))
+    time.sleep(float(faults.get("slow", 0)))
+    if "nan" in faults:
+        bad_rank, bad_step = faults["nan"].split(":")
+        poisoned[0] = rank == bad_rank and step >= int(bad_step)
+    return x, y
+
+
+train_gpt2.TokenLoader.batch = faulty_batch
+poisoned = [False]
+forward = train_gpt2.GPT.forward
+
+
+def faulty_forward(self, idx, targets=None):
+    logits, loss = forward(self, idx, targets)
+    return logits, loss * float("nan") if poisoned[0] else loss
+
+
+train_gpt2.GPT.forward = faulty_forward
+
+if "kill_at" in faults:
+    left = [int(faults["kill_at"])]
+
+    def killing(function):
+        def wrapped(*arguments):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return wrapped
+
+    run_folder.flush_to_disk = killing(run_folder.flush_to_disk)
+    run_folder.os.rename = killing(os.rename)
+    run_folder.os.replace = killing(os.replace)
+
+if "disk" in faults:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(faults["disk"]), resource.RLIM_INFINITY))
+
+if "clock" in faults:
+    started, real_time = time.time(), time.time
+    time.time = lambda: started - (real_time() - started)
+
+if __name__ == "__main__":
+    run_command(train_gpt2.main, train_gpt2.TrainConfig)

@@ -1,0 +1,497 @@
+"""A run that survives: every fault, made to happen."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, TINY, call, make_shards, run, torchrun
+
+from fineweb import sha256
+from plot import read_log
+from run_folder import list_checkpoints
+
+FLAGS = (
+    *TINY,
+    "--max_steps=20",
+    "--val_every=5",
+    "--sample_every=0",
+    "--checkpoint_every=4",
+    "--keep_every=8",
+)
+
+
+def faulty(faults, *flags, launch=run, **options):
+    env = {"FAULTS": faults, "PYTHONPATH": str(ROOT)}
+    return launch(ROOT / "tests/faults.py", *flags, env=env, **options)
+
+
+def start(faults, *flags, processes=0):
+    """Start a run in the background, in a process group of its own; returns the process."""
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    )
+    command = [sys.executable, *launcher, ROOT / "tests/faults.py", *flags]
+    env = {**os.environ, "FAULTS": faults, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        list(map(str, command)),
+        env=env,
+        cwd=ROOT,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+
+
+def wait_for_step(file: Path, step: int, timeout: float = 60):
+    end = time.monotonic() + timeout
+    while not (file.exists() and (file.read_text() or "0").isdigit() and int(file.read_text() or 0) >= step):
+        assert time.monotonic() < end, "the run did not get so far"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, text_shards):
+    """A run of 20 steps that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "log"
+    run("train_gpt2.py", *FLAGS, f"--data_dir={text_shards}", f"--log_dir={folder}")
+    return folder
+
+
+@pytest.fixture
+def flags(text_shards, tmp_path):
+    return (*FLAGS, f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}")
+
+
+def assert_same_end(folder, undisturbed):
+    assert (folder / "log.txt").read_text() == (undisturbed / "log.txt").read_text()
+    for file in ("model.safetensors", "config.json"):
+        assert sha256(folder / "checkpoint_00020" / file) == sha256(undisturbed / "checkpoint_00020" / file)
+
+
+# ------------------------------------------------------------------ killed
+
+
+def kill_trials(kills, seed, tmp_path, text_shards, timeout):
+    done = run(
+        ROOT / "tests/kill_trials.py",
+        kills,
+        seed,
+        tmp_path,
+        *FLAGS,
+        f"--data_dir={text_shards}",
+        env={"PYTHONPATH": str(ROOT)},
+        timeout=timeout,
+    )
+    return json.loads(done.stdout)
+
+
+def test_killed_at_random_moments_it_ends_the_same(tmp_path, text_shards):
+    result = kill_trials(6, 1, tmp_path, text_shards, 120)
+    assert result["kills"] == 6
+    assert result["differences"] == 0
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_random_moments_it_ends_the_same(tmp_path, text_shards):
+    result = kill_trials(50, 2, tmp_path, text_shards, 900)
+    print(result)
+    assert result["kills"] == 50
+    assert result["differences"] == 0
+    assert result["resumed"] > 5
+
+
+@pytest.mark.parametrize("moment", [2, 10])
+def test_killed_inside_a_save(moment, flags, tmp_path, undisturbed):
+    """At the flush of a file, and at the rename, of the second checkpoint or so."""
+    killed = faulty(f"kill_at={moment + 12}", *flags, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    faulty("", *flags, "--resume")
+    assert_same_end(tmp_path / "log", undisturbed)
+    assert not list((tmp_path / "log").glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_killed_at_every_flush_and_rename(flags, tmp_path, undisturbed):
+    for moment in range(45):
+        shutil.rmtree(tmp_path / "log", ignore_errors=True)
+        killed = faulty(f"kill_at={moment}", *flags, check=False)
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == -signal.SIGKILL
+        faulty("", *flags, "--resume")
+        assert_same_end(tmp_path / "log", undisturbed)
+
+
+def test_one_of_two_processes_killed(flags, tmp_path, undisturbed):
+    """The other ends within a minute, nothing is left running, and the run goes on afterwards."""
+    steps = tmp_path / "steps"
+    both = start(f"slow=0.1 step_file={steps}", *flags, "--micro_batch_size=4", processes=2)
+    wait_for_step(steps, 6)
+    children = workers(both.pid)
+    assert len(children) == 2
+    os.kill(children[1], signal.SIGKILL)
+    killed_at = time.monotonic()
+    both.communicate(timeout=60)
+    assert both.returncode != 0
+    assert time.monotonic() - killed_at < 60
+    assert not any(alive(child) for child in children)
+    done = torchrun(2, "train_gpt2.py", *flags, "--micro_batch_size=4", "--resume")
+    assert "resuming at step 4" in done.stdout
+    compare_losses(tmp_path / "log", undisturbed)
+
+
+def workers(pid):
+    """The processes that torchrun, process `pid`, has started."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(pid)], text=True, capture_output=True, check=False
+    )
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "faults.py" in line]
+
+
+def alive(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def compare_losses(folder, undisturbed):
+    one, other = read_log(folder / "log.txt"), read_log(undisturbed / "log.txt")
+    for kind in ("train", "val"):
+        assert [step for step, _ in one[kind]] == [step for step, _ in other[kind]]
+        for (_, a), (_, b) in zip(one[kind], other[kind], strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_what_was_killed(flags, tmp_path, undisturbed):
+    steps = tmp_path / "steps"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        "--max_restarts=3",
+        ROOT / "tests/faults.py",
+        *flags,
+        "--micro_batch_size=4",
+        "--resume",
+    ]
+    env = {
+        **os.environ,
+        "FAULTS": f"slow=0.1 step_file={steps}",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    launcher = subprocess.Popen(
+        list(map(str, command)), env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    for step in (6, 13):
+        wait_for_step(steps, step)
+        os.kill(workers(launcher.pid)[step % 2], signal.SIGKILL)
+    out, err = launcher.communicate(timeout=120)
+    assert launcher.returncode == 0, err
+    assert out.count("resuming at step") == 2
+    compare_losses(tmp_path / "log", undisturbed)
+
+
+# ------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_and_saves(number, status, flags, tmp_path, undisturbed):
+    steps = tmp_path / "steps"
+    process = start(f"slow=0.1 step_file={steps}", *flags)
+    wait_for_step(steps, 6)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == status, err
+    assert err == ""
+    stopped_at = int(re.search(r"stopped at step (\d+), state saved", out)[1])
+    assert list_checkpoints(tmp_path / "log")[-1].name == f"checkpoint_{stopped_at:05d}"
+    run("train_gpt2.py", *flags, "--resume")
+    assert_same_end(tmp_path / "log", undisturbed)
+
+
+def test_a_second_ctrl_c_ends_at_once(flags, tmp_path):
+    steps = tmp_path / "steps"
+    process = start(f"slow=3 step_file={steps}", *flags)
+    wait_for_step(steps, 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.8)
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - sent < 2
+
+
+@pytest.mark.parametrize("whom", ["one", "all"])
+def test_a_signal_to_one_of_two_processes_or_to_all(whom, flags, tmp_path, undisturbed):
+    steps = tmp_path / "steps"
+    launcher = start(f"slow=0.1 step_file={steps}", *flags, "--micro_batch_size=4", processes=2)
+    wait_for_step(steps, 6)
+    if whom == "one":
+        os.kill(workers(launcher.pid)[1], signal.SIGTERM)
+    else:
+        os.killpg(launcher.pid, signal.SIGTERM)
+    out, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert out.count("state saved") == 1
+    stopped_at = int(re.search(r"stopped at step (\d+), state saved", out)[1])
+    assert list_checkpoints(tmp_path / "log")[-1].name == f"checkpoint_{stopped_at:05d}"
+    done = run("train_gpt2.py", *flags, "--resume")  # one process goes on with what two began
+    assert f"resuming at step {stopped_at}" in done.stdout
+    compare_losses(tmp_path / "log", undisturbed)
+
+
+# ------------------------------------------------------------------ disks
+
+
+def test_a_full_disk_loses_nothing(flags, tmp_path, undisturbed):
+    """Files may not grow to a checkpoint's size: saves fail, training goes on, and the next run resumes."""
+    size = (undisturbed / "checkpoint_00020/trainer.pt").stat().st_size
+    run("train_gpt2.py", *flags[:-1], "--max_steps=20", flags[-1], "--checkpoint_every=20")
+    shutil.rmtree(tmp_path / "log")
+    stopped = start_and_stop(flags, tmp_path, step=9)
+    before = {file: sha256(file) for file in list_checkpoints(tmp_path / "log")[-1].iterdir()}
+    full = faulty(f"disk={size // 2}", *flags, "--resume", check=False)
+    assert full.returncode == 1
+    assert full.stdout.count("NOT SAVED") >= 2
+    assert "could not be saved; make room, then --resume" in full.stderr
+    assert full.stderr.count("\n") == 1
+    assert {file: sha256(file) for file in before} == before
+    assert not list((tmp_path / "log").glob("*.tmp"))
+    assert stopped
+    run("train_gpt2.py", *flags, "--resume")
+    assert_same_end(tmp_path / "log", undisturbed)
+
+
+def start_and_stop(flags, tmp_path, step):
+    steps = tmp_path / "steps"
+    process = start(f"slow=0.05 step_file={steps}", *flags)
+    wait_for_step(steps, step)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    return process.returncode == 143
+
+
+def test_a_log_line_that_did_not_fit_is_written_later(tmp_path, monkeypatch):
+    from run_folder import RunFolder
+
+    folder = RunFolder(tmp_path, True, print)
+    folder.event(0, "train", "1.0")
+    script = (
+        "import resource, sys; from pathlib import Path; from run_folder import RunFolder\n"
+        "folder = RunFolder(Path(sys.argv[1]), True, print)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))\n"
+        "folder.event(1, 'train', '2.0'); folder.event(2, 'train', '3.0')\n"
+        "assert Path(sys.argv[1], 'log.txt').read_text() == '0 train 1.0\\n'\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
+        "folder.event(3, 'train', '4.0')\n"
+    )
+    run("-c", script, tmp_path)
+    assert (tmp_path / "log.txt").read_text() == "0 train 1.0\n1 train 2.0\n2 train 3.0\n3 train 4.0\n"
+
+
+CHECKPOINT_FILES = ["SHA256SUMS", "config.json", "generation_config.json", "model.safetensors", "trainer.pt"]
+
+
+@pytest.mark.parametrize("file", CHECKPOINT_FILES)
+def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_used(file, flags, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "log")
+    newest = tmp_path / "log/checkpoint_00020" / file
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 3] ^= 1
+    newest.write_bytes(data)
+    done = call("train_gpt2.py", *flags, "--resume")
+    assert "DAMAGED" in done.stdout
+    assert "checkpoint_00020" in done.stdout.split("DAMAGED")[1].splitlines()[0]
+    assert "resuming at step 16" in done.stdout
+    assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
+
+
+def test_half_a_checkpoint_and_a_pickle_bomb_are_passed_over(flags, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "log")
+    (tmp_path / "log/checkpoint_00020/trainer.pt").unlink()
+    bomb = tmp_path / "log/checkpoint_00016"
+
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save(Bomb(), bomb / "trainer.pt")
+    sums = "".join(f"{sha256(path)}  {path.name}\n" for path in bomb.iterdir() if path.name != "SHA256SUMS")
+    (bomb / "SHA256SUMS").write_text(sums)  # whoever plants a bomb can compute its sum
+    done = call("train_gpt2.py", *flags, "--resume")
+    assert done.stdout.count("DAMAGED") == 2
+    assert "resuming at step 8" in done.stdout  # the one that --keep_every has kept
+    assert not (tmp_path / "executed").exists()
+    assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
+
+
+def test_the_last_two_and_the_kept_ones_are_there(undisturbed):
+    assert [path.name for path in list_checkpoints(undisturbed)] == [
+        "checkpoint_00008",
+        "checkpoint_00016",
+        "checkpoint_00020",
+    ]
+
+
+def test_a_finished_run_says_so(flags, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "log")
+    done = call("train_gpt2.py", *flags, "--resume")
+    assert "is finished: its model is" in done.stdout
+    assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
+
+
+# ------------------------------------------------------------------ another recipe, another layout
+
+
+def test_another_recipe_is_refused_with_the_difference(flags, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log/checkpoint_00020")
+    before = {path: sha256(path) for path in (tmp_path / "log").rglob("*") if path.is_file()}
+    other = make_shards(tmp_path / "other_data", [5000, 5000])
+    (other / "shards.json").write_text(
+        json.dumps(
+            {
+                "encoding": "bytes",
+                "shards": [
+                    {"file": path.name, "tokens": 5000, "sha256": sha256(path)}
+                    for path in sorted(other.glob("*.npy"))
+                ],
+            }
+        )
+    )
+    gpt2_data = make_shards(tmp_path / "other_vocabulary", [5000, 5000])
+    for change, message in (
+        (("--max_lr=0.004", "--seed=7"), "max_lr was 0.003, is 0.004; seed was 1337, is 7"),
+        (("--n_layer=3",), "n_layer was 2, is 3"),
+        ((f"--data_dir={other}",), "data was "),
+        ((f"--data_dir={gpt2_data}",), "vocab_size was 257, is 50257"),
+    ):
+        if gpt2_data.name in str(change) and "TIKTOKEN_CACHE_DIR" not in os.environ:
+            continue
+        done = call("train_gpt2.py", *flags, *change, "--resume", check=False)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+    assert {path: sha256(path) for path in before if path.name != ".lock"} == {
+        path: digest for path, digest in before.items() if path.name != ".lock"
+    }
+
+
+def test_resumed_on_another_layout_the_tokens_are_the_same(flags, tmp_path, undisturbed):
+    """Begun on one process, resumed on two and with half the micro-batch: the same windows in every step."""
+    hashes = tmp_path / "hashes"
+    faulty(f"tokens={hashes}_whole", *flags[:-1], f"--log_dir={tmp_path / 'whole'}", "--micro_batch_size=8")
+    shutil.copytree(undisturbed, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log/checkpoint_00020")
+    shutil.rmtree(tmp_path / "log/checkpoint_00016")  # back to step 8
+    shutil.copytree(tmp_path / "log", tmp_path / "halved")
+    faulty(
+        f"tokens={hashes}_two",
+        *flags,
+        "--micro_batch_size=2",
+        "--resume",
+        launch=lambda *a, **k: torchrun(2, *a, **k),
+    )
+    faulty(
+        f"tokens={hashes}_half",
+        *flags[:-1],
+        f"--log_dir={tmp_path / 'halved'}",
+        "--micro_batch_size=4",
+        "--resume",
+    )
+
+    def windows(*names):
+        lines = [line for name in names for line in Path(f"{hashes}_{name}").read_text().splitlines()]
+        return sorted(line for line in lines if int(line.split()[0]) >= 8)
+
+    whole = windows("whole0")
+    assert len(whole) == 12 * 8
+    assert windows("two0", "two1") == whole
+    assert windows("half0") == whole
+    compare_losses(tmp_path / "log", undisturbed)
+    compare_losses(tmp_path / "halved", undisturbed)
+
+
+# ------------------------------------------------------------------ bad numbers, bad data
+
+
+def test_nan_on_one_rank_stops_all_before_the_update(flags, tmp_path):
+    done = faulty(
+        "nan=1:6", *flags, "--micro_batch_size=4", launch=lambda *a, **k: torchrun(2, *a, **k), check=False
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("error: step 6: the loss of rank 1 is nan") == 1
+    assert [path.name for path in list_checkpoints(tmp_path / "log")] == ["checkpoint_00004"]
+    assert read_log(tmp_path / "log/log.txt")["train"][-1][0] == 5
+    run("train_gpt2.py", *flags, "--resume")
+
+
+def test_nan_on_one_process(flags, tmp_path):
+    done = faulty("nan=0:5", *flags, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: step 5: the loss of rank 0 is nan; the weights were not updated")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_token_outside_the_vocabulary_stops_with_its_place(flags, text_shards, tmp_path):
+    data = shutil.copytree(text_shards, tmp_path / "data")
+    shard = data / "edufineweb_train_000001.npy"
+    tokens = np.load(shard)
+    tokens[11_111] = 65_535
+    np.save(shard, tokens)
+    done = call("train_gpt2.py", *flags, f"--data_dir={data}", "--verify", check=False)
+    assert done.returncode == 2
+    assert f"{shard}: its SHA-256 is not the one in shards.json" in done.stderr
+    done = call(
+        "train_gpt2.py", *flags, f"--data_dir={data}", "--max_steps=300", "--val_every=0", check=False
+    )
+    assert done.returncode == 2
+    assert f"{shard}: token id 65535 at offset 11111, outside the vocabulary of 257" in done.stderr
+
+
+def test_verify_accepts_sound_shards(flags):
+    assert "done: 1 steps" in call("train_gpt2.py", *flags, "--verify", "--max_steps=1").stdout
+
+
+# ------------------------------------------------------------------ one run, one folder
+
+
+def test_two_runs_in_one_folder(flags, tmp_path):
+    steps = tmp_path / "steps"
+    first = start(f"slow=0.3 step_file={steps}", *flags)
+    wait_for_step(steps, 1)
+    second = run("train_gpt2.py", *flags, "--resume", check=False)
+    assert second.returncode == 2
+    assert f"is in use by process {first.pid} on" in second.stderr
+    first.kill()  # its lock dies with it
+    first.communicate()
+    third = run("train_gpt2.py", *flags, "--max_steps=20", "--resume")
+    assert "done: 20 steps" in third.stdout
+
+
+def test_resume_starts_where_nothing_is(flags, tmp_path, undisturbed):
+    call("train_gpt2.py", *flags, "--resume", "--max_steps=2")
+    assert read_log(tmp_path / "log/log.txt")["train"] == read_log(undisturbed / "log.txt")["train"][:2]
+
+
+def test_a_clock_set_back_harms_nothing(flags, tmp_path, undisturbed):
+    done = faulty("clock=back", *flags)
+    assert_same_end(tmp_path / "log", undisturbed)
+    assert not re.search(r"dt: -|tok/sec: -|in -", done.stdout)
