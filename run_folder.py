@@ -65,9 +65,10 @@ class RunFolder:
         for leftover in self.path.glob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
-    def newest_checkpoint(self) -> tuple[Path, dict[str, Any]] | None:
-        """The newest sound checkpoint and its trainer state. Damaged ones are named and put aside."""
-        for folder in reversed(list_checkpoints(self.path)):
+    def newest_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
+        """The newest sound checkpoint and the contents of its trainer.pt; None and {} where there is none.
+        Damaged ones are named and put aside."""
+        for folder in reversed(list_checkpoints(self.path) if self.is_main else []):
             try:
                 check_sums(folder)
                 trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
@@ -84,10 +85,12 @@ class RunFolder:
             ) as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
                 aside = folder.with_name(f"{folder.name}.damaged")
-                self.say(f"DAMAGED: {folder}: {reason}; it is now {aside.name}, and the one before it is used")
+                self.say(
+                    f"DAMAGED: {folder}: {reason}; it is now {aside.name}, and the one before it is used"
+                )
                 shutil.rmtree(aside, ignore_errors=True)
                 folder.rename(aside)
-        return None
+        return None, {}
 
     def cut_log(self, step: int) -> None:
         """Keep what log.txt says of the steps before `step`: they are not run again, the others are."""
@@ -116,8 +119,8 @@ class RunFolder:
                 pass
             file.truncate(size)  # no half lines
 
-    def describe(self, **facts: Any) -> None:
-        """run.json: what a reader needs to know, or to repeat the run."""
+    def describe(self, facts: dict[str, Any]) -> None:
+        """Write run.json."""
         if self.is_main:
             write_file(self.path / "run.json", lambda file: file.write(to_json(facts).encode()))
 

@@ -846,21 +846,57 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def describe_run(
-    config: TrainConfig, model: GPT, shards: Shards, layout: Layout, more: dict[str, str]
-) -> str:
+def gather_facts(
+    config: TrainConfig, model: GPT, shards: Shards, layout: Layout, *, dtype: torch.dtype, compile_note: str,
+    micro_batch_size: int, val_tokens: int, hellaswag_items: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What run.json records: all that a reader needs to know, or to repeat the run."""
+    return {
+        "train_config": asdict(config),
+        "model_config": asdict(model.config),
+        "parameters": model.num_parameters(),
+        "encoding": shards.encoding,
+        "data": {
+            "dataset": shards.dataset,
+            "fingerprint": shards.fingerprint,
+            "train_tokens": shards.count("train"),
+            "train_shards": len(shards.files["train"]),
+        },
+        "device": device_name(layout.device),
+        "world_size": layout.world_size,
+        "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {compile_note}",
+        "micro_batch_size": micro_batch_size,
+        "grad_accum_steps": config.total_batch_size
+        // (micro_batch_size * config.sequence_length * layout.world_size),
+        "val_tokens": val_tokens,
+        "hellaswag_items": hellaswag_items,
+        "versions": versions(),
+    }
+
+
+def describe(config: TrainConfig, facts: dict[str, Any]) -> str:
     """What a person about to spend 50 hours wants to know, as a table."""
-    tokens, c = config.max_steps * config.total_batch_size, model.config
-    train_tokens = shards.count("train")
+    tokens, data, model = config.max_steps * config.total_batch_size, facts["data"], facts["model_config"]
     rows = {
-        "device": f"{device_name(layout.device)}; processes: {layout.world_size}",
-        "model": f"{model.num_parameters():,} parameters: {c.n_layer} layers, {c.n_head} heads, "
-        f"width {c.n_embd}, block size {c.block_size}, vocabulary {c.vocab_size:,} ({c.encoding})",
-        "data": f"{shards.folder}: {train_tokens:,} training tokens in {len(shards.files['train'])} shards",
-        "training": f"{config.max_steps:,} steps, {tokens:,} tokens, {tokens / train_tokens:.2f} epochs",
-        **more,
+        "device": f"{facts['device']}; processes: {facts['world_size']}",
+        "precision": facts["precision"],
+        "model": f"{facts['parameters']:,} parameters: {model['n_layer']} layers, {model['n_head']} heads, "
+        f"width {model['n_embd']}, block size {model['block_size']}, vocabulary {model['vocab_size']:,} "
+        f"({model['encoding']})",
+        "data": f"{config.data_dir}: {data['train_tokens']:,} training tokens, {data['train_shards']} shards",
+        "training": f"{config.max_steps:,} steps, {tokens:,} tokens, "
+        f"{tokens / data['train_tokens']:.2f} epochs",
+        "batch": f"{config.total_batch_size:,} tokens a step = {facts['micro_batch_size']} rows x "
+        f"{config.sequence_length} tokens x {facts['world_size']} processes x {facts['grad_accum_steps']} "
+        "micro-steps",
+        "validation": f"{facts['val_tokens']:,} tokens every {config.val_every} steps",
+        "HellaSwag": f"{facts['hellaswag_items']:,} items every {config.hellaswag_every} steps",
         "run folder": str(config.log_dir),
     }
+    if not config.val_every:
+        rows["validation"] = "off"
+    if not facts["hellaswag_items"]:
+        rows["HellaSwag"] = "off"
     if config.warmup_steps >= config.max_steps:
         rows["note"] = f"the warm-up ({config.warmup_steps} steps) is as long as the run; see --warmup_steps"
     return "\n".join(f"{name + ':':12} {value}" for name, value in rows.items())
@@ -872,10 +908,14 @@ class Progress:
     def __init__(self, config: TrainConfig, layout: Layout):
         self.config, self.is_main = config, layout.is_main
         self.on_terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=config.max_steps, unit="step", dynamic_ncols=True, leave=False,
-                        disable=not (self.is_main and self.on_terminal))  # fmt: skip
         self.last_line = -math.inf
         self.first_steps: list[float] = []  # seconds
+
+    def start(self, first_step: int, description: str) -> None:
+        self.say(description)
+        silent = not (self.is_main and self.on_terminal)
+        self.bar = tqdm(total=self.config.max_steps, initial=first_step, unit="step", disable=silent,
+                        dynamic_ncols=True)  # fmt: skip
 
     def say(self, text: str) -> None:
         """One event, above the bar."""
@@ -889,7 +929,7 @@ class Progress:
             return
         rate = self.config.total_batch_size / seconds
         self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, norm {norm:.2f}, {rate:,.0f} tokens/s")
-        self.bar.update(step + 1 - self.bar.n)
+        self.bar.update()
         if not self.on_terminal and time.monotonic() - self.last_line >= 1:
             self.last_line = time.monotonic()
             self.say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
@@ -900,18 +940,22 @@ class Progress:
             self.say(f"training will take about {hours:.2g} hours ({min(self.first_steps):.2f} s a step)")
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any] | None, layout: Layout) -> None:
-    """Load the main process's `state` and hand it to the others, which need no disk in common with it."""
-    if state is not None:
-        optimizer.load_state_dict(state)
-    if layout.world_size > 1:
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                blank = {"step": torch.zeros((), device=p.device), "exp_avg": torch.zeros_like(p),
-                         "exp_avg_sq": torch.zeros_like(p)}  # fmt: skip
-                for name, tensor in blank.items():
-                    tensor = optimizer.state[p].setdefault(name, tensor)
-                    dist.broadcast(tensor, src=0)
+def restore(
+    optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, trainer: dict[str, Any], layout: Layout
+) -> None:
+    """Put back what a checkpoint's `trainer` holds. Only the main process has read it: the others get the
+    optimizer's moments over the network, so hosts need no disk in common."""
+    if layout.is_main:
+        optimizer.load_state_dict(trainer["optimizer"])
+    scaler.load_state_dict(layout.from_main(trainer.get("scaler")))
+    torch.set_rng_state(layout.from_main(trainer.get("rng")))
+    if layout.world_size == 1:
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[parameter]
+        state.setdefault("step", torch.zeros((), device=parameter.device))
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            dist.broadcast(state.setdefault(name, torch.zeros_like(parameter)), src=0)
 
 
 def non_finite_fault(step: int, loss: torch.Tensor, norm: float, layout: Layout) -> RunFault:
@@ -964,14 +1008,13 @@ def main(config: TrainConfig) -> None:
     folder = RunFolder(config.log_dir, layout.is_main, progress.say)
     folder.claim(config.resume)
     stop = StopSignals()
-    checkpoint, trainer = (folder.newest_checkpoint() if layout.is_main else None) or (None, None)
-    first_step = layout.from_main(trainer["step"] if trainer else 0)
+    checkpoint, trainer = folder.newest_checkpoint()  # of which the other processes hear below
     this_recipe = recipe(config, model_config, shards)
-    if trainer:
+    if checkpoint:
         compare_recipes(config.log_dir, trainer["recipe"], this_recipe)
-    if trainer and first_step == config.max_steps:
+    first_step = layout.from_main(trainer.get("step", 0))
+    if 0 < first_step == config.max_steps:
         progress.say(f"{config.log_dir} is finished: its model is {checkpoint}")
-    if first_step == config.max_steps > 0:
         return
 
     torch.manual_seed(config.seed)
@@ -989,25 +1032,15 @@ def main(config: TrainConfig) -> None:
     if W > 1:  # also gives every process the main one's weights
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if first_step > 0:
-        restore_optimizer(optimizer, trainer and trainer["optimizer"], layout)
-        scaler.load_state_dict(layout.from_main(trainer and trainer["scaler"]))
-        torch.set_rng_state(layout.from_main(trainer and trainer["rng"]))
+        restore(optimizer, scaler, trainer, layout)
         progress.say(f"resuming at step {first_step} from {checkpoint}")
     folder.cut_log(first_step)
-    folder.describe(
-        train_config=asdict(config), model_config=asdict(model_config), parameters=raw_model.num_parameters(),
-        encoding=shards.encoding, data={"dataset": shards.dataset, "fingerprint": shards.fingerprint},
-        device=device_name(device), world_size=W, dtype=str(dtype), micro_batch_size=B,
-        grad_accum_steps=grad_accum_steps, val_tokens=val_windows * T, hellaswag_items=len(hellaswag_items),
-        versions=versions(),
+    facts = gather_facts(
+        config, raw_model, shards, layout, dtype=dtype, compile_note=compile_note, micro_batch_size=B,
+        val_tokens=val_windows * T, hellaswag_items=len(hellaswag_items),
     )  # fmt: skip
-    progress.say(describe_run(config, raw_model, shards, layout, {
-        "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {compile_note}",
-        "batch": f"{config.total_batch_size:,} tokens a step = {B} rows x {T} tokens x {W} processes x "
-                 f"{grad_accum_steps} micro-steps",
-        "validation": f"{val_windows * T:,} tokens every {config.val_every} steps",
-        "HellaSwag": f"{len(hellaswag_items):,} items every {config.hellaswag_every} steps",
-    }))  # fmt: skip
+    folder.describe(facts)
+    progress.start(first_step, describe(config, facts))
 
     def due(every: int) -> bool:
         return every > 0 and not stopping and (step % every == 0 or last_step)
@@ -1060,13 +1093,11 @@ def main(config: TrainConfig) -> None:
         shared = torch.stack((loss_sum, torch.tensor(float(stop.received > 0), device=device)))
         if W > 1:
             dist.all_reduce(shared)  # a sum, then divided: gloo has no average
-        train_loss, stopping, norm = torch.cat(
-            (shared / W, norm.view(1))
-        ).tolist()  # the one wait for the device
+        # the step's one wait for the device
+        train_loss, stopping, norm = torch.cat((shared / W, norm.view(1))).tolist()
+        # before the update; a scaler skips it by itself when only the gradients overflow
         if not (math.isfinite(train_loss) and (math.isfinite(norm) or scaler.is_enabled())):
-            raise non_finite_fault(
-                step, loss_sum, norm, layout
-            )  # before the update; a scaler copes with norms
+            raise non_finite_fault(step, loss_sum, norm, layout)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -1081,6 +1112,7 @@ def main(config: TrainConfig) -> None:
         progress.step(step, train_loss, lr, norm, seconds)
     progress.bar.close()
     if W > 1:
+        dist.barrier()  # nobody leaves while another still talks
         dist.destroy_process_group()
     if stopping:
         progress.say(f"stopped at step {step}, state saved; the same command with --resume goes on")
