@@ -11,7 +11,7 @@ FineWeb-Edu, 524,288 of them a step. The defaults below are that recipe, and eve
 
 This file, top to bottom: configuration, model, optimisation, data, evaluation, run plumbing, main. Beside it:
 fineweb.py writes the token shards and holds the encodings, hellaswag.py scores a model, sample.py lets it
-write, plot.py draws the curves.
+write, plot.py draws the curves, run_folder.py keeps what a run leaves on disk.
 """
 
 import contextlib
@@ -133,19 +133,13 @@ class TrainConfig:
 
 def check_config(config: TrainConfig) -> None:
     """Raises InputError for a number that can't be meant."""
-    positive = (
-        "n_layer",
-        "n_head",
-        "n_embd",
-        "sequence_length",
-        "total_batch_size",
-        "micro_batch_size",
-        "val_tokens",
-    )
+    positive = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "micro_batch_size"}
+    positive |= {"val_tokens", "timeout_minutes"}
     for name, value in asdict(config).items():
-        least = 1 if name in positive else 0
-        if isinstance(value, int | float) and not value >= least:  # so that nan fails too
-            raise InputError(f"--{name} {value}: must be at least {least}")
+        if not isinstance(value, int | float):
+            continue
+        if not (value > 0 if name in positive else value >= 0):  # written so that nan fails too
+            raise InputError(f"--{name} {value}: must be {'more than' if name in positive else 'at least'} 0")
 
 
 # What --demo changes; any flag still overrides it.
@@ -229,9 +223,9 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = (
-            self.transformer.wte.weight
-        )  # tied: similar tokens get similar logits, and 38M saved
+        # Tied: tokens of like meaning want like vectors coming in and like logits going out; 38M parameters
+        # saved.
+        self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
         # Each of the 2 * n_layer additions to the residual stream adds variance; this keeps the sum at 1
         # (GPT-2 paper, section 2.3).
@@ -466,9 +460,7 @@ def tokenizer_files(model_max_length: int) -> dict[str, str]:
 
     encoding = get_encoding("gpt2")
     converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=["<|endoftext|>"])
-    converter.load_tiktoken_bpe = lambda _: (
-        encoding._mergeable_ranks
-    )  # the vocabulary is at hand: no download
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # at hand: no download
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(), model_max_length=model_max_length, bos_token="<|endoftext|>",
         eos_token="<|endoftext|>", unk_token="<|endoftext|>", clean_up_tokenization_spaces=False,

@@ -1,0 +1,134 @@
+"""Two hosts, imitated by two network namespaces with a cable between them; one is cut off for a while.
+
+Needs Linux, root and iproute2 (`apt-get install iproute2`).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, TINY, run
+
+from plot import read_log
+from run_folder import list_checkpoints
+
+HOSTS = ("gpt2-host-a", "gpt2-host-b")
+ADDRESSES = ("10.79.31.1", "10.79.31.2")
+
+
+def ip(*arguments, check=True):
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=check)
+
+
+@pytest.fixture
+def two_hosts():
+    if not shutil.which("ip") or os.geteuid() != 0:
+        pytest.skip("needs root and iproute2 to make network namespaces")
+    try:
+        for host in HOSTS:
+            ip("netns", "add", host)
+        ip(
+            "link",
+            "add",
+            "gpt2-a",
+            "netns",
+            HOSTS[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "gpt2-b",
+            "netns",
+            HOSTS[1],
+        )
+        for host, address, cable in zip(HOSTS, ADDRESSES, ("gpt2-a", "gpt2-b"), strict=True):
+            ip("-n", host, "addr", "add", f"{address}/24", "dev", cable)
+            ip("-n", host, "link", "set", cable, "up")
+            ip("-n", host, "link", "set", "lo", "up")
+    except subprocess.CalledProcessError as error:
+        for host in HOSTS:
+            ip("netns", "del", host, check=False)
+        pytest.skip(f"network namespaces can't be made here: {error.stderr.strip()}")
+    yield
+    for host in HOSTS:
+        ip("netns", "del", host, check=False)
+
+
+def start_hosts(flags, faults=""):
+    """torchrun on both hosts; returns the two launchers."""
+    processes = []
+    for host, cable in zip(HOSTS, ("gpt2-a", "gpt2-b"), strict=True):
+        command = [
+            "ip",
+            "netns",
+            "exec",
+            host,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes=2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint={ADDRESSES[0]}:29471",
+            f"--rdzv_conf=is_host={int(host == HOSTS[0])}",
+            "--rdzv_id=test",
+            f"--local_addr={ADDRESSES[HOSTS.index(host)]}",
+            ROOT / "tests/faults.py",
+            *flags,
+        ]
+        env = {
+            **os.environ,
+            "FAULTS": faults,
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": cable,
+        }
+        processes.append(
+            subprocess.Popen(
+                list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            )
+        )
+    return processes
+
+
+@pytest.mark.slow
+def test_one_of_two_hosts_is_cut_off_and_the_run_goes_on_later(two_hosts, text_shards, tmp_path):
+    common = (
+        *TINY,
+        f"--data_dir={text_shards}",
+        "--max_steps=30",
+        "--val_every=10",
+        "--sample_every=0",
+        "--checkpoint_every=5",
+        "--micro_batch_size=4",
+    )
+    run("train_gpt2.py", *common, f"--log_dir={tmp_path / 'one'}")
+    flags = (*common, f"--log_dir={tmp_path / 'two'}", "--timeout_minutes=0.25")
+    steps = tmp_path / "steps"
+    hosts = start_hosts(flags, f"slow=0.1 step_file={steps}")
+    while not (steps.exists() and int(steps.read_text() or 0) >= 8):
+        time.sleep(0.05)
+        assert all(host.poll() is None for host in hosts), [host.communicate()[1][-2000:] for host in hosts]
+    ip("-n", HOSTS[1], "link", "set", "gpt2-b", "down")
+    cut_off = time.monotonic()
+    errors = [hosts[0].communicate(timeout=120)[1]]
+    print(f"the host with the store ended {time.monotonic() - cut_off:.0f} s after the cut")
+    time.sleep(10)  # the other's launcher waits for its network, its worker does not
+    ip("-n", HOSTS[1], "link", "set", "gpt2-b", "up")
+    errors.append(hosts[1].communicate(timeout=200)[1])
+    print(f"the other ended {time.monotonic() - cut_off:.0f} s after the cut")
+    assert all(host.returncode != 0 for host in hosts)
+    assert all("lost contact with another process" in error for error in errors), errors
+    assert list_checkpoints(tmp_path / "two")
+    hosts = start_hosts((*flags, "--resume"))
+    outputs = [host.communicate(timeout=240) for host in hosts]
+    assert all(host.returncode == 0 for host in hosts), outputs
+    assert sum(out.count("resuming at step") for out, _ in outputs) == 1
+    one, two = read_log(tmp_path / "one/log.txt"), read_log(tmp_path / "two/log.txt")
+    for kind in ("train", "val"):
+        assert [step for step, _ in one[kind]] == [step for step, _ in two[kind]]
+        for (_, a), (_, b) in zip(one[kind], two[kind], strict=True):
+            assert a == pytest.approx(b, abs=1e-4)
