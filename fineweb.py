@@ -86,16 +86,22 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
     """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`
     with it; `default` is an instance that holds other defaults than the dataclass.
 
-    Bad input ends with one line on standard error and exit status 2, never a traceback.
+    Bad input ends with one line on standard error and exit status 2, a fault while running (a full disk, no
+    permission) with one line and status 1, Ctrl-C with 130; never with a traceback.
     """
     options = {} if default is None else {"default": default}
     arguments = tyro.cli(config, use_underscores=True, **options)
     try:
         main(arguments)
-    except CommandError as error:
-        if error.alone or int(os.environ.get("RANK", 0)) == 0:  # under torchrun, say it once
+    except (CommandError, OSError) as error:
+        if (
+            getattr(error, "alone", True) or int(os.environ.get("RANK", 0)) == 0
+        ):  # under torchrun, say it once
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, RunFault) else 2)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 # -----------------------------------------------------------------------------

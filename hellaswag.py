@@ -225,6 +225,8 @@ def main(config: ScoreConfig) -> None:
     device = choose_device(config.device)
     items = load_items(config.data, config.limit)
     model = GPT.from_pretrained(config.model).to(device)
+    if config.save_predictions:
+        config.save_predictions.touch()  # fails now, not after the last item
     dtype = getattr(torch, config.dtype)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         score = evaluate(model, items, get_encoding(model.config.encoding), progress=True)

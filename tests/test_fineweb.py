@@ -1,6 +1,7 @@
 """Text to shards, to the byte."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow
@@ -9,7 +10,16 @@ import pytest
 from conftest import ROOT, call, run
 from hub import COMMIT, serve
 
-from fineweb import Documents, InputError, encode_documents, get_encoding, sha256, write_shards
+from fineweb import (
+    Documents,
+    InputError,
+    RunFault,
+    encode_documents,
+    get_encoding,
+    run_command,
+    sha256,
+    write_shards,
+)
 
 
 def stream_of(texts, encoding):
@@ -209,6 +219,30 @@ def test_fineweb_edu_comes_from_the_hub(tmp_path):
     assert not list((tmp_path / "out").rglob("*.parquet"))
     assert gone.returncode == 2
     assert "could not fetch HuggingFaceFW/fineweb-edu" in gone.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (InputError("bad flag"), 2),
+        (RunFault("disk full"), 1),
+        (PermissionError(13, "Permission denied", "log"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_every_end_has_its_status_and_one_line(error, status, monkeypatch, capsys):
+    @dataclass(frozen=True)
+    class Nothing:
+        pass
+
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr("sys.argv", ["script.py"])
+    with pytest.raises(SystemExit) as end:
+        run_command(fail, Nothing)
+    assert end.value.code == status
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_without_a_network_the_vocabulary_is_explained(tmp_path):
