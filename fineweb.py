@@ -428,7 +428,9 @@ def write_shards(
                 break
     if not n_tokens:
         raise InputError("the input has no document")
-    if not shards:
+    if len(shards) + (filled > 0) < 2:
+        for shard in shards:
+            (output_dir / shard["file"]).unlink()
         raise InputError(
             f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation split, "
             f"and leave none to train on; choose a smaller --shard_size, for example {max(1, n_tokens // 10)}"

@@ -99,8 +99,9 @@ def test_max_tokens_takes_the_beginning(tmp_path):
 
 
 def test_too_little_text_to_train_on_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"149 tokens all fit .* smaller --shard_size, for example 14"):
-        write(TEXTS, tmp_path, 10**6)
+    for shard_size in (10**6, 149):  # 149: the first shard is exactly full
+        with pytest.raises(InputError, match=r"149 tokens all fit .* smaller --shard_size, for example 14"):
+            write(TEXTS, tmp_path, shard_size)
     with pytest.raises(InputError, match="no document"):
         write([], tmp_path, 10)
     assert list(tmp_path.iterdir()) == []
