@@ -77,6 +77,7 @@ def smooth(values: list[float], span: int) -> list[float]:
 def draw_runs(folders: list[Path], out: Path) -> None:
     """Draw the runs in `folders` into the picture `out`. Raises InputError for a folder that holds no run."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     runs = [(folder, read_log(folder / "log.txt"), read_run(folder)) for folder in folders]
     scores = any(events["hella"] for _, events, _ in runs)
@@ -95,7 +96,7 @@ def draw_runs(folders: list[Path], out: Path) -> None:
             loss_axis.plot(x, losses, color=color, alpha=0.2, linewidth=0.7)
             loss_axis.plot(
                 x,
-                smooth(losses, max(1, len(losses) // 100)),
+                smooth(losses, max(1, len(losses) // 40)),
                 color=color,
                 linewidth=1.2,
                 alpha=0.8,
@@ -162,6 +163,7 @@ def draw_runs(folders: list[Path], out: Path) -> None:
     loss_axis.set(title="Loss", ylabel="nats per " + ("byte" if encodings == {"bytes"} else "token"))
     for axis in axes:
         axis.set_xlabel(" / ".join(sorted(units)) + " trained on")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1M, 10G
         axis.grid(alpha=0.25)
         if axis.has_data():
             axis.legend(fontsize=9)

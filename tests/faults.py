@@ -5,7 +5,8 @@ tokens=FILE           write a line per step and rank to FILE + rank: the step, a
 tokens nan=RANK:STEP         the loss of that rank is NaN from that step on slow=SECONDS          every step
 takes so much longer step_file=FILE        FILE holds the number of steps begun kill_at=N             SIGKILL
 at the N-th time that something is flushed to disk or renamed disk=BYTES            no file may grow beyond so
-many bytes: a full disk clock=back            the wall clock runs backwards
+many bytes: a full disk save_every=SECONDS    a checkpoint at least so often
+clock=back            the wall clock runs backwards
 """
 
 import hashlib
@@ -88,6 +89,9 @@ if "kill_at" in faults:
 
 if "disk" in faults:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(faults["disk"]), resource.RLIM_INFINITY))
+
+if "save_every" in faults:
+    train_gpt2.SAVE_AT_LEAST_EVERY = float(faults["save_every"])
 
 if "clock" in faults:
     started, real_time = time.time(), time.time

@@ -350,6 +350,14 @@ def test_the_last_two_and_the_kept_ones_are_there(undisturbed):
     ]
 
 
+def test_slow_machines_save_by_the_clock(flags, tmp_path, undisturbed):
+    """15 minutes between checkpoints at most; here a hundredth of a second, at every step."""
+    faulty("save_every=0.01 slow=0.02", *flags, "--checkpoint_every=1000", "--keep_every=0")
+    names = [path.name for path in list_checkpoints(tmp_path / "log")]
+    assert names == ["checkpoint_00019", "checkpoint_00020"]
+    assert_same_end(tmp_path / "log", undisturbed)
+
+
 def test_a_finished_run_says_so(flags, tmp_path, undisturbed):
     shutil.copytree(undisturbed, tmp_path / "log")
     done = call("train_gpt2.py", *flags, "--resume")
