@@ -1,8 +1,8 @@
 """
 Text in, token shards out.
 
-    python fineweb.py                                    # FineWeb-Edu sample-10BT from the Hub: 100 shards,
-    20 GB python fineweb.py --max_tokens 300000000             # the first 300 million tokens of it: a trial
+    python fineweb.py                           # FineWeb-Edu sample-10BT from the Hub: 100 shards, 20 GB
+    python fineweb.py --max_tokens 300000000    # its first 300 million tokens: a trial
     python fineweb.py --input my_text/*.txt --output_dir my_shards --shard_size 1000000
 
 A shard is a 1-D uint16 `.npy` file of token ids. The stream that is cut into shards is, for every document in
@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import pydoc_data.topics
+import shutil
 import sys
 import sysconfig
 import warnings
@@ -492,6 +493,22 @@ def open_shard(file: Path) -> np.ndarray:
     return tokens
 
 
+def read_shards_json(folder: Path) -> dict[str, Any]:
+    """The record that `write_shards` left. InputError if it is damaged."""
+    try:
+        record = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
+        if not isinstance(record["tokens"], int) or not isinstance(record["encoding"], str):
+            raise TypeError
+        for entry in record["shards"]:
+            if not isinstance(entry["tokens"], int) or not isinstance(entry["file"] + entry["sha256"], str):
+                raise TypeError
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{folder / 'shards.json'}: damaged; write the shards again with fineweb.py"
+        ) from error
+    return record
+
+
 def load_shards(folder: Path, verify: bool = False) -> Shards:
     """Find and check the shards in `folder`; `shards.json` is used if there is one. `verify` reads them all
     and compares their sums.
@@ -506,14 +523,9 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
     files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
     record: dict[str, Any] = {}
     if (folder / "shards.json").exists():
-        try:
-            record = json.loads((folder / "shards.json").read_text())
-            expected = {entry["file"]: entry["tokens"] for entry in record["shards"]}
-            sums = {entry["file"]: entry["sha256"] for entry in record["shards"]}
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{folder / 'shards.json'}: damaged; write the shards again with fineweb.py"
-            ) from error
+        record = read_shards_json(folder)
+        expected = {entry["file"]: entry["tokens"] for entry in record["shards"]}
+        sums = {entry["file"]: entry["sha256"] for entry in record["shards"]}
         if missing := expected.keys() - {file.name for file in files}:
             raise InputError(
                 f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
@@ -549,19 +561,18 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
 
 
 def write_demo_shards(output_dir: Path) -> None:
-    """The demo's data: `standard_library_prose` in the bytes encoding. Does nothing if it is already
+    """The demo's data: `standard_library_prose` in the bytes encoding. Does nothing if `output_dir` is
     there."""
-    if (output_dir / "shards.json").exists():
+    if output_dir.exists():
         return
-    print(f"writing the prose of the standard library of Python {sys.version.split()[0]} to {output_dir}")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_shards(
-        in_groups("standard library", standard_library_prose()),
-        output_dir,
-        shard_size=200_000,
-        encoding_name="bytes",
-        source={"dataset": f"the prose of Python {sys.version.split()[0]}'s standard library"},
-    )
+    python = f"Python {sys.version.split()[0]}"
+    print(f"writing the prose of the standard library of {python} to {output_dir}")
+    temporary = output_dir.with_name(output_dir.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_shards(in_groups("standard library", standard_library_prose()), temporary, shard_size=200_000,
+                 encoding_name="bytes", source={"dataset": f"the prose of {python}'s standard library"})  # fmt: skip
+    temporary.rename(output_dir)
 
 
 def main(config: ShardConfig) -> None:
@@ -574,35 +585,39 @@ def main(config: ShardConfig) -> None:
     if config.output_dir.exists() and not config.output_dir.is_dir():
         raise InputError(f"--output_dir {config.output_dir}: a file of that name exists")
 
-    get_encoding(config.encoding)  # fails now, not after the first download
-    if config.input:
-        stream = local_documents(config.input)
-        source: dict[str, Any] = {"files": [Path(name).name for name in config.input]}
-    else:
-        commit, files = hub_files(config.revision)
-        stream = hub_documents(commit, files, config.output_dir / "downloads")
-        source = {"dataset": DATASET, "folder": DATASET_FOLDER, "revision": commit}
-
     settings = {"shard_size": config.shard_size, "max_tokens": config.max_tokens}
-    if (done := config.output_dir / "shards.json").exists():
-        record = json.loads(done.read_text())
-        wanted = {"encoding": config.encoding, "source": source, "settings": settings}
-        different = [key for key, value in wanted.items() if record[key] != value]
-        if different:
-            key = different[0]
-            raise InputError(
-                f"{config.output_dir} was made with {key} {record[key]}, not {wanted[key]}; "
-                "choose another --output_dir"
-            )
+    source: dict[str, Any] = {"dataset": DATASET, "folder": DATASET_FOLDER}
+    if config.input:
+        source = {"files": [Path(name).name for name in config.input]}
+    if (config.output_dir / "shards.json").exists():
+        record = read_shards_json(config.output_dir)
+        wanted = {"encoding": config.encoding, "settings": settings, "source": source}
+        for key, value in wanted.items():
+            made_with = record.get(key)
+            if isinstance(made_with, dict):  # whatever else it records: the revision
+                made_with = {
+                    name: made_with.get(name) for name in {**made_with, **value} if name != "revision"
+                }
+            if made_with != value:
+                raise InputError(
+                    f"{config.output_dir} was made with {key} {made_with}, not {value}; choose another --output_dir"
+                )
         print(
             f"{config.output_dir} is finished: {record['tokens']:,} tokens in {len(record['shards'])} shards"
         )
         return
     if list(config.output_dir.glob("*.npy")):
         raise InputError(
-            f"{config.output_dir} holds shards but no shards.json: a run that did not finish, or shards "
-            "made elsewhere; remove them or choose another --output_dir"
+            f"{config.output_dir} holds shards but no shards.json: a run that did not finish, or shards made "
+            "elsewhere; remove them or choose another --output_dir"
         )
+
+    get_encoding(config.encoding)  # fails now, not after the first download
+    if config.input:
+        stream = local_documents(config.input)
+    else:
+        source["revision"], files = hub_files(config.revision)
+        stream = hub_documents(source["revision"], files, config.output_dir / "downloads")
     config.output_dir.mkdir(parents=True, exist_ok=True)
     record = write_shards(
         stream,

@@ -1,9 +1,8 @@
 """
 Score any GPT-2 on HellaSwag: which of four endings does the model find most likely?
 
-    python hellaswag.py --model gpt2                              # OpenAI's 124M, items from the Hub
-    python hellaswag.py --model log --data hellaswag_val.jsonl    # a run's newest checkpoint, items from a
-    file
+    python hellaswag.py --model gpt2                             # OpenAI's 124M, items from the Hub
+    python hellaswag.py --model log --data hellaswag_val.jsonl   # a run's newest checkpoint, a local file
 
 The protocol is the tutorial's: the context's tokens, then " " + ending; the loss of the ending's tokens is
 summed (acc) or averaged (acc_norm), and the ending with the lowest loss is the answer. OpenAI's 124M reaches
@@ -218,18 +217,20 @@ def batches(rendered: list[Any]) -> Iterator[list[Any]]:
 
 
 def main(config: ScoreConfig) -> None:
-    from train_gpt2 import GPT, choose_device
+    from train_gpt2 import GPT, check_vocabulary, choose_device
 
     if config.limit is not None and config.limit < 1:
         raise InputError(f"--limit {config.limit}: must be at least 1")
     device = choose_device(config.device)
     items = load_items(config.data, config.limit)
     model = GPT.from_pretrained(config.model).to(device)
+    encoding = get_encoding(model.config.encoding)
+    check_vocabulary(model.config, encoding)
     if config.save_predictions:
         config.save_predictions.touch()  # fails now, not after the last item
     dtype = getattr(torch, config.dtype)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        score = evaluate(model, items, get_encoding(model.config.encoding), progress=True)
+        score = evaluate(model, items, encoding, progress=True)
     print(f"{config.model}: HellaSwag {score}")
     if config.save_predictions:
         with open(config.save_predictions, "w", encoding="utf-8") as file:

@@ -154,12 +154,12 @@ def draw_runs(folders: list[Path], out: Path) -> None:
             )
         hella_axis.axhline(0.25, color="gray", linestyle=":", linewidth=1, label="chance")
         hella_axis.set(title="HellaSwag", ylabel="accuracy (acc_norm)")
-    if any(events["val"] for _, events, _ in runs):
-        floor = min(
-            min(v for _, v in events["train"] + events["val"]) for _, events, _ in runs if events["val"]
-        )
-        start = max(events["val"][0][1] for _, events, _ in runs if events["val"])
-        loss_axis.set_ylim(floor - 0.05 * (start - floor) - 0.05, start + 0.05 * (start - floor) + 0.05)
+    # the axis spans the validation losses, from the start to the lowest value of all
+    starts = [events["val"][0][1] for _, events, _ in runs if events["val"]]
+    values = [v for _, events, _ in runs for _, v in events["train"] + events["val"] if math.isfinite(v)]
+    if starts and values and math.isfinite(max(starts)):
+        margin = 0.05 * (max(starts) - min(values)) + 0.05
+        loss_axis.set_ylim(min(values) - margin, max(starts) + margin)
     loss_axis.set(title="Loss", ylabel="nats per " + ("byte" if encodings == {"bytes"} else "token"))
     for axis in axes:
         axis.set_xlabel(" / ".join(sorted(units)) + " trained on")

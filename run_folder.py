@@ -11,42 +11,67 @@ Nothing half-written is ever found under a final name: files and folders are wri
 flushed to disk, then renamed. A checkpoint that is damaged later is recognised by its sums.
 """
 
+import contextlib
 import os
-import pickle
 import platform
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import safetensors
 import torch
 
 import plot
-from fineweb import InputError, sha256, to_json, write_file
+from fineweb import InputError, RunFault, sha256, to_json, write_file
+
+SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: what a slow machine may lose
+LOG_LINE = re.compile(rb"(\d+) (train|val|hella) \S+\n")
 
 
 class RunFolder:
-    """The folder of a run: log.txt, run.json, loss.png and checkpoints. Only the main process writes."""
+    """The folder of a run. Only the main process writes."""
 
     def __init__(self, path: Path, is_main: bool, say: Callable[[str], None]):
         self.path, self.is_main, self.say = path, is_main, say
-        self.unwritten = ""  # lines of log.txt that a full disk refused
+        self.unwritten = b""  # lines of log.txt that a full disk refused
         self.saved_at = time.monotonic()
+        self.checkpoint: Path | None = None  # to go on from
+        self.trainer: dict[str, Any] = {}  # the contents of its trainer.pt
 
-    def claim(self, resume: bool) -> None:
-        """Make the folder and lock it; the lock ends with the process, however it ends.
+    def open(self, resume: bool, recipe: dict[str, Any]) -> int:
+        """Make the folder, or find the newest sound checkpoint in it; returns the step to go on from.
 
-        Raises InputError when another process trains in it, or it holds a run that is not to be resumed.
+        Raises InputError when another process trains in the folder, when it holds a run that is not to be
+        resumed, or was made with another recipe, or has only damaged checkpoints.
         """
-        if not self.is_main:
-            return
         if not resume and ((self.path / "log.txt").exists() or list_checkpoints(self.path)):
             raise InputError(
                 f"{self.path} already holds a run; go on with --resume, or choose another --log_dir"
             )
+        self.lock()
+        damaged = self.find_checkpoint()
+        if damaged and not self.checkpoint:
+            raise InputError(
+                f"{self.path} has no sound checkpoint, only damaged ones ({', '.join(damaged)}); remove them "
+                "to start over, or choose another --log_dir"
+            )
+        if self.checkpoint:
+            compare_recipes(self.path, self.trainer["recipe"], recipe)
+        for name in damaged:  # put aside, so that the step can be saved again
+            aside = self.path / f"{name}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.path / name).rename(aside)
+        for leftover in self.path.glob("*.tmp"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return self.trainer.get("step", 0)
+
+    def lock(self) -> None:
+        """Lock the folder; the lock ends with the process, however it ends."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock_file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
@@ -62,62 +87,61 @@ class RunFolder:
         self.lock_file.truncate(0)
         self.lock_file.write(f"process {os.getpid()} on {platform.node()}")
         self.lock_file.flush()
-        for leftover in self.path.glob("*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
-    def newest_checkpoint(self) -> tuple[Path | None, dict[str, Any]]:
-        """The newest sound checkpoint and the contents of its trainer.pt; None and {} where there is none.
-        Damaged ones are named and put aside."""
-        for folder in reversed(list_checkpoints(self.path) if self.is_main else []):
+    def find_checkpoint(self) -> list[str]:
+        """Set `checkpoint` and `trainer` to the newest sound checkpoint. Returns the names of damaged ones
+        that were passed over, each said with the reason."""
+        damaged = []
+        for folder in reversed(list_checkpoints(self.path)):
             try:
                 check_sums(folder)
                 trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
                 if not trainer.keys() >= {"step", "optimizer", "scaler", "rng", "recipe", "loss"}:
                     raise ValueError("trainer.pt lacks entries")
-                return folder, trainer
             except (
-                OSError,
+                FileNotFoundError,
                 ValueError,
                 RuntimeError,
                 EOFError,
                 AttributeError,
-                pickle.UnpicklingError,
+                UnpicklingError,
             ) as error:
-                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-                aside = folder.with_name(f"{folder.name}.damaged")
-                self.say(
-                    f"DAMAGED: {folder}: {reason}; it is now {aside.name}, and the one before it is used"
-                )
-                shutil.rmtree(aside, ignore_errors=True)
-                folder.rename(aside)
-        return None, {}
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                self.say(f"DAMAGED: {folder}: {reason}; passing over it")
+                damaged.append(folder.name)
+                continue
+            self.checkpoint, self.trainer = folder, trainer
+            break
+        return damaged
 
     def cut_log(self, step: int) -> None:
-        """Keep what log.txt says of the steps before `step`: they are not run again, the others are."""
-        if not self.is_main:
-            return
-        log, kept = self.path / "log.txt", ""
-        if log.exists():
-            whole = [
-                line for line in log.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"
-            ]
-            kept = "".join(line for line in whole if int(line.split()[0]) < step)
-        write_file(log, lambda file: file.write(kept.encode()))
+        """Keep what log.txt says of the steps before `step`: they are not run again, the others are. What a
+        power cut left of a line, or in place of one, goes too."""
+        if self.is_main:
+            log = self.path / "log.txt"
+            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+            found = [match for line in lines if (match := LOG_LINE.fullmatch(line))]
+            kept = b"".join(match[0] for match in found if int(match[1]) < step)
+            write_file(log, lambda file: file.write(kept))
 
     def event(self, step: int, kind: str, value: str) -> None:
         """One line for log.txt: step, "train", "val" or "hella", value. A full disk only delays it."""
-        if not self.is_main:
-            return
-        self.unwritten += f"{step} {kind} {value}\n"
+        if self.is_main:
+            self.unwritten += f"{step} {kind} {value}\n".encode()
+            with contextlib.suppress(OSError):
+                self.write_log()
+
+    def write_log(self) -> None:
+        """Append what is not yet written to log.txt: all of it, or nothing and an OSError."""
         with open(self.path / "log.txt", "ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
-                if file.write(self.unwritten.encode()) == len(self.unwritten):
-                    self.unwritten = ""
-                    return
+                if self.unwritten and file.write(self.unwritten) < len(self.unwritten):
+                    raise OSError("log.txt could not be written")
             except OSError:
-                pass
-            file.truncate(size)  # no half lines
+                file.truncate(size)  # no half lines
+                raise
+        self.unwritten = b""
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Write run.json."""
@@ -129,7 +153,7 @@ class RunFolder:
         if self.is_main:
             try:
                 plot.draw_runs([self.path], self.path / "loss.png")
-            except (OSError, InputError) as error:
+            except Exception as error:
                 self.say(f"loss.png could not be drawn: {error}")
 
     def save(self, step: int, raw_model: Any, trainer: dict[str, Any], keep_every: int) -> bool:
@@ -151,6 +175,7 @@ class RunFolder:
             needed = sum(t.numel() * t.element_size() for t in tensors) + 10_000_000
             if (free := shutil.disk_usage(self.path).free) < needed:
                 raise OSError(f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed")
+            self.write_log()
             raw_model.save_pretrained(temporary)
             torch.save({"step": step, **trainer}, temporary / "trainer.pt")
             sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
@@ -165,9 +190,19 @@ class RunFolder:
             return False
         for old in list_checkpoints(self.path)[:-2]:
             if not keep_every or step_of(old) % keep_every:
-                shutil.rmtree(old)
+                shutil.rmtree(old, ignore_errors=True)
         self.say(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
         return True
+
+    def overdue(self, config: Any) -> bool:
+        """Whether the last save, or try, was too long ago for a slow machine."""
+        return config.checkpoint_every > 0 and time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
+
+    def require(self, step: int) -> None:
+        """Raises RunFault unless there is a checkpoint of `step`: the end of a run must not be lost
+        silently."""
+        if not (self.path / f"checkpoint_{step:05d}").exists():
+            raise RunFault(f"the end of the run, step {step}, could not be saved; make room, then --resume")
 
 
 def step_of(checkpoint: Path) -> int:

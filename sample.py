@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from fineweb import InputError, get_encoding, run_command
-from train_gpt2 import GPT, PROMPT, choose_device
+from train_gpt2 import GPT, PROMPT, check_vocabulary, choose_device
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ def main(config: SampleConfig) -> None:
     device = choose_device(config.device)
     model = GPT.from_pretrained(config.model).to(device)
     encoding = get_encoding(model.config.encoding)
+    check_vocabulary(model.config, encoding)
     prompt = encoding.encode_ordinary(config.prompt) or [encoding.eot_token]
     idx = torch.tensor([prompt] * config.num_samples, device=device)
     dtype = getattr(torch, config.dtype)

@@ -16,6 +16,7 @@ write, plot.py draws the curves, run_folder.py keeps what a run leaves on disk.
 
 import contextlib
 import functools
+import importlib.util
 import json
 import math
 import operator
@@ -24,9 +25,10 @@ import platform
 import shutil
 import signal
 import sys
+import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -44,6 +46,7 @@ from tqdm import tqdm
 
 import hellaswag
 from fineweb import (
+    CommandError,
     InputError,
     RunFault,
     Shards,
@@ -54,7 +57,7 @@ from fineweb import (
     to_json,
     write_demo_shards,
 )
-from run_folder import RunFolder, compare_recipes, list_checkpoints, versions
+from run_folder import RunFolder, list_checkpoints, versions
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -112,7 +115,7 @@ class TrainConfig:
     warmup_steps: int = 715  # 375 million tokens (GPT-3 paper, appendix B)
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
     weight_decay: float = 0.1  # on matrices only (GPT-3 paper, appendix B)
-    grad_clip: float = 1.0  # largest global gradient norm (GPT-3 paper, appendix B)
+    grad_clip: float = 1.0  # largest global gradient norm, 0: any (GPT-3 paper, appendix B)
 
     val_every: int = 250  # steps between validation losses
     val_tokens: int = 10_485_760  # tokens of the validation split to measure on: 20 steps' worth
@@ -146,14 +149,13 @@ def check_config(config: TrainConfig) -> None:
 DEMO = TrainConfig(
     demo=True, data_dir=Path("demo_data"), log_dir=Path("log/demo"),
     n_layer=2, n_head=4, n_embd=192, sequence_length=128,
-    total_batch_size=2048, micro_batch_size=16, max_steps=1000, warmup_steps=50, max_lr=4e-3,
+    total_batch_size=2048, max_steps=1000, warmup_steps=50, max_lr=4e-3,
     val_every=200, val_tokens=65_536, hellaswag_every=0, sample_every=200, checkpoint_every=500,
     dtype="float32", compile=False,
 )  # fmt: skip
 
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
 PROMPT = "Hello, I'm a language model,"
-SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: what a slow machine may lose
 PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
 
 # -----------------------------------------------------------------------------
@@ -452,6 +454,14 @@ def read_config(file: Path) -> GPTConfig:
     return config
 
 
+def check_vocabulary(config: GPTConfig, encoding: tiktoken.Encoding) -> None:
+    """Raises InputError unless the model's ids are the encoding's."""
+    if config.vocab_size != encoding.n_vocab:
+        raise InputError(
+            f"the model has {config.vocab_size} tokens, its encoding {encoding.name!r} {encoding.n_vocab}"
+        )
+
+
 @functools.cache
 def tokenizer_files(model_max_length: int) -> dict[str, str]:
     """GPT-2's tokenizer as the files, name to text, that `AutoTokenizer.from_pretrained` reads."""
@@ -590,6 +600,13 @@ class TokenLoader:
         return self.windows(step * self.rows_per_step + first, self.B)
 
 
+def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copies that a GPU fetches from pinned memory by itself, while this process goes on."""
+    if device.type == "cuda":
+        tensors = tuple(tensor.contiguous().pin_memory() for tensor in tensors)
+    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+
+
 # -----------------------------------------------------------------------------
 # evaluation
 
@@ -608,8 +625,9 @@ def estimate_val_loss(
         x, y = loader.windows(first, count)
         if count < loader.B:
             x, y = F.pad(x, (0, 0, 0, loader.B - count)), F.pad(y, (0, 0, 0, loader.B - count), value=-100)
+        x, y = to_device(layout.device, x, y)
         with autocast:
-            _, loss = model(x.to(layout.device), y.to(layout.device))
+            _, loss = model(x, y)
         losses.append(loss.float() * count)
     total = torch.stack(losses).cpu().double().sum().to(layout.collective_device)
     if layout.world_size > 1:
@@ -656,12 +674,28 @@ class Layout:
         """Where tensors that travel between processes live: NCCL wants the GPU, gloo the CPU."""
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
-    def from_main(self, value: Any) -> Any:
-        """The main process's `value`, in every process."""
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What `make()` returns in the main process, in every process; or its CommandError, raised in every
+        process."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except CommandError as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, device=self.collective_device)
+        if outcome[1]:
+            raise outcome[1]
+        return outcome[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, device=self.collective_device)
-        return values[0]
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
 
 
 def choose_device(name: str = "auto") -> torch.device:
@@ -684,11 +718,14 @@ def start_processes(config: TrainConfig) -> Layout:
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     device = choose_device(config.device)
+    if device.type == "mps" and world_size > 1:
+        raise InputError("several processes can't share MPS; use one, or --device cpu")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise InputError(
                 f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
-                "lower --nproc_per_node"
+                "lower --nproc_per_node",
+                alone=local_rank == torch.cuda.device_count(),
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -699,19 +736,23 @@ def start_processes(config: TrainConfig) -> Layout:
 
 
 @contextlib.contextmanager
-def lost_processes_named() -> Iterator[None]:
-    """Turns what gloo or NCCL say when another process is gone into one line with status 1."""
+def faults_in_one_line() -> Iterator[None]:
+    """Turns what gloo or NCCL say when another process is gone, and a full memory, into a RunFault."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise RunFault(
+            "out of memory; choose a smaller --micro_batch_size (the step's tokens stay the same), with "
+            f"--resume if there is a checkpoint ({str(error).splitlines()[0][:150]})",
+            alone=True,
+        ) from error
     except RuntimeError as error:
-        said = str(error)
-        if not dist.is_initialized() or (
-            not isinstance(error, dist.DistError) and "gloo" not in said.lower()
-        ):
+        first_line = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, dist.DistError) and "gloo" not in first_line.lower():
             raise
         raise RunFault(
             "lost contact with another process, which died or was cut off; go on with --resume "
-            f"({said.splitlines()[0][:150]})",
+            f"({first_line[:150]})",
             alone=True,
         ) from error
 
@@ -750,10 +791,14 @@ def choose_compile(config: TrainConfig, device: torch.device) -> tuple[bool, str
         return False, "off: only used on CUDA"
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         return False, "off: no C compiler"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False, "off: no Python headers (python3-dev)"
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
+        return False, "off: no Triton for this device"
     return True, "on"
 
 
-def choose_micro_batch_size(config: TrainConfig, layout: Layout) -> int:
+def choose_micro_batch_size(config: TrainConfig, model_config: GPTConfig, layout: Layout) -> int:
     """Rows per forward pass and process.
 
     Raises InputError, with numbers that work, if the batch can't be divided.
@@ -773,12 +818,13 @@ def choose_micro_batch_size(config: TrainConfig, layout: Layout) -> int:
                 f"process has in a step; these do: {', '.join(map(str, divisors))}"
             )
         return config.micro_batch_size
-    # a row of 1,024 tokens of the 124M model takes about 1.2 GB with everything that belongs to it
+    # A cautious guess: a row of 1,024 tokens of the 124M model takes 1.25 GB with everything that belongs to
+    # it, and activations grow with depth and width.
     gigabytes = 6.0
     if layout.device.type == "cuda":
         gigabytes = torch.cuda.get_device_properties(layout.device).total_memory / 1e9
-    affordable = max(1, int(gigabytes / 1.25 * 1024 / T))
-    return max(n for n in divisors if n <= affordable)
+    per_row = 1.25 * T / 1024 * max(1.0, model_config.n_layer * model_config.n_embd / (12 * 768))
+    return max(n for n in divisors if n <= max(1, gigabytes / per_row))
 
 
 def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPTConfig:
@@ -796,6 +842,7 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
             f"--init_from {config.init_from} speaks the encoding {loaded.encoding!r}, the data in "
             f"{config.data_dir} {encoding.name!r}"
         )
+    check_vocabulary(loaded, encoding)
     if config.sequence_length > loaded.block_size:
         raise InputError(
             f"--sequence_length {config.sequence_length} is longer than the block size of "
@@ -818,18 +865,26 @@ def recipe(config: TrainConfig, model_config: GPTConfig, shards: Shards) -> dict
     }
 
 
-def load_hellaswag(config: TrainConfig, layout: Layout) -> list[hellaswag.Item]:
-    """The items to score, fetched by the main process for all. Without them training goes on, which is said
-    once; a local file that was asked for must be there."""
-    items: list[hellaswag.Item] = []
-    if config.hellaswag_every and layout.is_main:
-        try:
-            items = hellaswag.load_items(config.hellaswag_data)
-        except InputError as error:
-            if config.hellaswag_data is not None:
-                raise
-            print(f"training without HellaSwag: {error}")
-    return layout.from_main(items)
+def load_hellaswag(config: TrainConfig) -> list[hellaswag.Item]:
+    """The items to score. Without them training goes on, which is said once; a local file that was asked for
+    must be there."""
+    if not config.hellaswag_every:
+        return []
+    try:
+        return hellaswag.load_items(config.hellaswag_data)
+    except InputError as error:
+        if config.hellaswag_data is not None:
+            raise
+        print(f"training without HellaSwag: {error}")
+        return []
+
+
+def agree(layout: Layout, **settings: Any) -> None:
+    """Raises InputError unless every process came to the same settings."""
+    for name in settings:
+        values = layout.from_all(settings[name])
+        if len(set(values)) > 1:
+            raise InputError(f"the processes differ in {name}: {', '.join(map(str, values))}")
 
 
 def device_name(device: torch.device) -> str:
@@ -939,8 +994,9 @@ def restore(
     optimizer's moments over the network, so hosts need no disk in common."""
     if layout.is_main:
         optimizer.load_state_dict(trainer["optimizer"])
-    scaler.load_state_dict(layout.from_main(trainer.get("scaler")))
-    torch.set_rng_state(layout.from_main(trainer.get("rng")))
+    if scaler_state := layout.from_main(lambda: trainer["scaler"]):  # empty if it was not needed then
+        scaler.load_state_dict(scaler_state)
+    torch.set_rng_state(layout.from_main(lambda: trainer["rng"]))
     if layout.world_size == 1:
         return
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
@@ -972,7 +1028,7 @@ def non_finite_fault(step: int, loss: torch.Tensor, norm: float, layout: Layout)
 # main
 
 
-@lost_processes_named()
+@faults_in_one_line()
 def main(config: TrainConfig) -> None:
     check_config(config)
     layout = start_processes(config)
@@ -980,11 +1036,15 @@ def main(config: TrainConfig) -> None:
 
     # Everything that can be wrong with the input is found before work begins.
     if config.demo:
-        layout.from_main(write_demo_shards(config.data_dir) if layout.is_main else None)
+        layout.from_main(lambda: write_demo_shards(config.data_dir))
     shards = load_shards(config.data_dir, config.verify)
     encoding = get_encoding(shards.encoding)
     model_config = choose_model_config(config, encoding)
-    B = choose_micro_batch_size(config, layout)
+    dtype, (use_compile, compile_note) = choose_dtype(config, device), choose_compile(config, device)
+    B = min(
+        layout.from_all(choose_micro_batch_size(config, model_config, layout))
+    )  # of unlike GPUs, the smallest
+    agree(layout, data=shards.fingerprint, dtype=str(dtype))
     grad_accum_steps = config.total_batch_size // (B * T * W)
     train_loader = TokenLoader(
         shards, "train", sequence_length=T, batch_size=B, rows_per_step=config.total_batch_size // T,
@@ -994,38 +1054,33 @@ def main(config: TrainConfig) -> None:
         shards, "val", sequence_length=T, batch_size=B, shuffle=False, vocab_size=encoding.n_vocab
     )
     val_windows = min(max(1, config.val_tokens // T), val_loader.n_windows)
-    hellaswag_items = load_hellaswag(config, layout)
+    hellaswag_items = layout.from_main(lambda: load_hellaswag(config))
 
     progress = Progress(config, layout)
     folder = RunFolder(config.log_dir, layout.is_main, progress.say)
-    folder.claim(config.resume)
-    stop = StopSignals()
-    checkpoint, trainer = folder.newest_checkpoint()  # of which the other processes hear below
     this_recipe = recipe(config, model_config, shards)
-    if checkpoint:
-        compare_recipes(config.log_dir, trainer["recipe"], this_recipe)
-    first_step = layout.from_main(trainer.get("step", 0))
+    first_step = layout.from_main(lambda: folder.open(config.resume, this_recipe))
+    stop = StopSignals()
     if 0 < first_step == config.max_steps:
-        progress.say(f"{config.log_dir} is finished: its model is {checkpoint}")
+        progress.say(f"{config.log_dir} is finished: its model is {folder.checkpoint}")
         return
 
     torch.manual_seed(config.seed)
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    dtype, (use_compile, compile_note) = choose_dtype(config, device), choose_compile(config, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
     # the same weights compiled and wrapped: training and validation, whose shapes are fixed, use that.
-    weights = checkpoint or config.init_from
+    weights = folder.checkpoint or config.init_from
     raw_model = (GPT.from_pretrained(weights) if weights else GPT(model_config)).pad_vocabulary().to(device)
     optimizer = configure_optimizer(raw_model, config)
     model: Any = torch.compile(raw_model) if use_compile else raw_model
     if W > 1:  # also gives every process the main one's weights
         model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if first_step > 0:
-        restore(optimizer, scaler, trainer, layout)
-        progress.say(f"resuming at step {first_step} from {checkpoint}")
+        restore(optimizer, scaler, folder.trainer, layout)
+        progress.say(f"resuming at step {first_step} from {folder.checkpoint}")
     folder.cut_log(first_step)
     facts = gather_facts(
         config, raw_model, shards, layout, dtype=dtype, compile_note=compile_note, micro_batch_size=B,
@@ -1040,6 +1095,10 @@ def main(config: TrainConfig) -> None:
     stopping, train_loss, training_seconds = False, math.nan, 0.0  # the clock stops around all but training
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
+        if last_step:
+            stopping = (
+                False  # a signal during the last update: there is nothing to stop but the final evaluation
+            )
         if due(config.val_every):
             val_loss = estimate_val_loss(model, val_loader, val_windows, layout, autocast)
             progress.say(f"step {step}: validation loss {val_loss:.4f} on {val_windows * T:,} tokens")
@@ -1054,15 +1113,15 @@ def main(config: TrainConfig) -> None:
                 progress.say(f"step {step}: sample: {text!r}")
         if due(config.val_every):
             folder.draw()
-        overdue = config.checkpoint_every > 0 and time.monotonic() - folder.saved_at > SAVE_AT_LEAST_EVERY
-        if (due(config.checkpoint_every) or stopping or overdue) and layout.is_main and step > first_step:
+        just_resumed = step == first_step and not last_step
+        if (
+            (due(config.checkpoint_every) or stopping or folder.overdue(config))
+            and layout.is_main
+            and not just_resumed
+        ):
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "loss": train_loss,
                      "rng": torch.get_rng_state(), "recipe": this_recipe}  # fmt: skip
-            saved = folder.save(step, raw_model, state, config.keep_every)
-            if (last_step or stopping) and not saved:
-                raise RunFault(
-                    f"the end of the run, step {step}, could not be saved; make room, then --resume"
-                )
+            folder.save(step, raw_model, state, config.keep_every)
         if last_step or stopping:
             break
 
@@ -1074,21 +1133,22 @@ def main(config: TrainConfig) -> None:
                 # The processes average their gradients during backward, but only the last time. The flag is
                 # read in the forward pass, so it is set before it.
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            x, y = train_loader.batch(step, micro_step)
+            x, y = to_device(device, *train_loader.batch(step, micro_step))
             with autocast:
-                _, loss = model(x.to(device), y.to(device))
+                _, loss = model(x, y)
             loss = loss / grad_accum_steps  # gradients add up over micro-steps; the loss is a mean
             loss_sum += loss.detach()
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip)
+        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         shared = torch.stack((loss_sum, torch.tensor(float(stop.received > 0), device=device)))
         if W > 1:
             dist.all_reduce(shared)  # a sum, then divided: gloo has no average
         # the step's one wait for the device
         train_loss, stopping, norm = torch.cat((shared / W, norm.view(1))).tolist()
         # before the update; a scaler skips it by itself when only the gradients overflow
-        if not (math.isfinite(train_loss) and (math.isfinite(norm) or scaler.is_enabled())):
+        scaler_copes = scaler.is_enabled() and (math.isfinite(norm) or scaler.get_scale() > 1)
+        if not math.isfinite(train_loss) or not (math.isfinite(norm) or scaler_copes):
             raise non_finite_fault(step, loss_sum, norm, layout)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
@@ -1103,15 +1163,16 @@ def main(config: TrainConfig) -> None:
         folder.event(step, "train", f"{train_loss:.6f}")
         progress.step(step, train_loss, lr, norm, seconds)
     progress.bar.close()
+    if stopping or config.checkpoint_every:
+        layout.from_main(lambda: folder.require(step))
     if W > 1:
-        dist.barrier()  # nobody leaves while another still talks
         dist.destroy_process_group()
     if stopping:
         progress.say(f"stopped at step {step}, state saved; the same command with --resume goes on")
         sys.exit(128 + (stop.received or signal.SIGTERM))
     progress.say(
-        f"done: {step:,} steps, {training_seconds / 3600:.2f} hours of training; the run is in "
-        f"{config.log_dir}"
+        f"done: {step:,} steps, the last {step - first_step:,} in {training_seconds / 3600:.2f} hours; the run "
+        f"is in {config.log_dir}"
     )
 
 

@@ -1,7 +1,7 @@
 """
 What a checkpoint of the 124M model costs: seconds to save it, seconds to find, verify and load it again.
 
-    python benchmarks/checkpoint.py [--n 5] [--folder /disk/that/matters] [--out results.json]
+    python -m benchmarks.checkpoint [--n 5] [--folder /disk/that/matters] [--out results.json]
 
 The share of training time is the time of a save over the interval between two: 15 minutes on slow machines.
 """
@@ -20,8 +20,8 @@ import torch
 import tyro
 
 import train_gpt2
-from run_folder import RunFolder, list_checkpoints
-from train_gpt2 import GPT, SAVE_AT_LEAST_EVERY, GPTConfig, Layout, TrainConfig, configure_optimizer
+from run_folder import SAVE_AT_LEAST_EVERY, RunFolder, list_checkpoints
+from train_gpt2 import GPT, GPTConfig, Layout, TrainConfig, configure_optimizer
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,9 @@ def main(config: Config) -> None:
         assert folder.save(i, model, state, 0)
         saves.append(time.perf_counter() - start)
         start = time.perf_counter()
-        checkpoint, trainer = folder.newest_checkpoint()
-        loaded = GPT.from_pretrained(checkpoint).pad_vocabulary()
-        train_gpt2.restore(configure_optimizer(loaded, TrainConfig()), scaler, trainer, layout)
+        folder.find_checkpoint()
+        loaded = GPT.from_pretrained(folder.checkpoint).pad_vocabulary()
+        train_gpt2.restore(configure_optimizer(loaded, TrainConfig()), scaler, folder.trainer, layout)
         resumes.append(time.perf_counter() - start)
     size = sum(file.stat().st_size for file in list_checkpoints(root)[-1].iterdir())
     shutil.rmtree(root)

@@ -1,12 +1,16 @@
-"""Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separated by spaces.
+"""
+Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separated by spaces.
 
-gradients=FILE        write the gradients that the optimizer is given to FILE + rank
-tokens=FILE           write a line per step and rank to FILE + rank: the step, and a hash of each window's
-tokens nan=RANK:STEP         the loss of that rank is NaN from that step on slow=SECONDS          every step
-takes so much longer step_file=FILE        FILE holds the number of steps begun kill_at=N             SIGKILL
-at the N-th time that something is flushed to disk or renamed disk=BYTES            no file may grow beyond so
-many bytes: a full disk save_every=SECONDS    a checkpoint at least so often
-clock=back            the wall clock runs backwards
+    gradients=FILE        write the gradients that the optimizer is given to FILE + rank
+    tokens=FILE           write a line per step and window to FILE + rank: the step, and a hash of the tokens
+    nan=RANK:STEP         the loss of that rank is NaN from that step on
+    nan_gradient=STEP     the gradients are NaN from that step on, the loss is not
+    slow=SECONDS          every step takes so much longer
+    step_file=FILE        FILE holds the number of steps begun
+    kill_at=N             SIGKILL at the N-th time that something is flushed to disk or renamed
+    disk=BYTES            no file may grow beyond so many bytes: a full disk
+    save_every=SECONDS    a checkpoint at least so often
+    clock=back            the wall clock runs backwards
 """
 
 import hashlib
@@ -71,6 +75,19 @@ def faulty_forward(self, idx, targets=None):
 
 train_gpt2.GPT.forward = faulty_forward
 
+if "nan_gradient" in faults:
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def clip_nan(parameters, largest):
+        norm = clip(parameters, largest)
+        return (
+            norm * float("nan")
+            if int(Path(faults["step_file"]).read_text()) >= int(faults["nan_gradient"])
+            else norm
+        )
+
+    torch.nn.utils.clip_grad_norm_ = clip_nan
+
 if "kill_at" in faults:
     left = [int(faults["kill_at"])]
 
@@ -91,7 +108,7 @@ if "disk" in faults:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(faults["disk"]), resource.RLIM_INFINITY))
 
 if "save_every" in faults:
-    train_gpt2.SAVE_AT_LEAST_EVERY = float(faults["save_every"])
+    run_folder.SAVE_AT_LEAST_EVERY = float(faults["save_every"])
 
 if "clock" in faults:
     started, real_time = time.time(), time.time

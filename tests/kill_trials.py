@@ -63,7 +63,7 @@ def main(kills: int, seed: int, root: Path, flags: list[str]) -> None:
             status = os.waitpid(child, 0)[1]
             if status == signal.SIGKILL:
                 done["kills"] += 1
-                done["in_a_save"] += bool(list(folder.glob("*.tmp")))
+                done["in_a_save"] += bool(list(folder.glob("checkpoint_*.tmp")))
                 continue
             assert status == 0, folder.with_suffix(".out").read_text()[-3000:]
             break

@@ -1,5 +1,6 @@
 """A run that survives: every fault, made to happen."""
 
+import itertools
 import json
 import os
 import re
@@ -108,13 +109,16 @@ def test_killed_at_fifty_random_moments_it_ends_the_same(tmp_path, text_shards):
     assert result["kills"] == 50
     assert result["differences"] == 0
     assert result["resumed"] > 5
+    assert result["in_a_save"] > 0
 
 
-@pytest.mark.parametrize("moment", [2, 10])
+@pytest.mark.parametrize("moment", [15, 20])
 def test_killed_inside_a_save(moment, flags, tmp_path, undisturbed):
-    """At the flush of a file, and at the rename, of the second checkpoint or so."""
-    killed = faulty(f"kill_at={moment + 12}", *flags, check=False)
+    """At the flush of a file, and at the rename, of the second checkpoint."""
+    killed = faulty(f"kill_at={moment}", *flags, check=False)
     assert killed.returncode == -signal.SIGKILL
+    assert list((tmp_path / "log").glob("checkpoint_*.tmp"))
+    assert [path.name for path in list_checkpoints(tmp_path / "log")] == ["checkpoint_00004"]
     faulty("", *flags, "--resume")
     assert_same_end(tmp_path / "log", undisturbed)
     assert not list((tmp_path / "log").glob("*.tmp"))
@@ -122,7 +126,7 @@ def test_killed_inside_a_save(moment, flags, tmp_path, undisturbed):
 
 @pytest.mark.slow
 def test_killed_at_every_flush_and_rename(flags, tmp_path, undisturbed):
-    for moment in range(45):
+    for moment in itertools.count():
         shutil.rmtree(tmp_path / "log", ignore_errors=True)
         killed = faulty(f"kill_at={moment}", *flags, check=False)
         if killed.returncode == 0:
@@ -238,6 +242,17 @@ def test_a_second_ctrl_c_ends_at_once(flags, tmp_path):
     assert time.monotonic() - sent < 2
 
 
+def test_a_signal_during_the_last_update_does_not_stop_the_end(flags, tmp_path, undisturbed):
+    steps = tmp_path / "steps"
+    process = start(f"slow=0.2 step_file={steps}", *flags)
+    wait_for_step(steps, 19)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert "done: 20 steps" in out
+    assert_same_end(tmp_path / "log", undisturbed)
+
+
 @pytest.mark.parametrize("whom", ["one", "all"])
 def test_a_signal_to_one_of_two_processes_or_to_all(whom, flags, tmp_path, undisturbed):
     steps = tmp_path / "steps"
@@ -337,9 +352,41 @@ def test_half_a_checkpoint_and_a_pickle_bomb_are_passed_over(flags, tmp_path, un
     (bomb / "SHA256SUMS").write_text(sums)  # whoever plants a bomb can compute its sum
     done = call("train_gpt2.py", *flags, "--resume")
     assert done.stdout.count("DAMAGED") == 2
+    assert (tmp_path / "log/checkpoint_00016.damaged").exists()
     assert "resuming at step 8" in done.stdout  # the one that --keep_every has kept
     assert not (tmp_path / "executed").exists()
     assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
+
+
+def test_only_damaged_checkpoints_are_not_a_reason_to_start_over(flags, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "log")
+    for checkpoint in list_checkpoints(tmp_path / "log"):
+        (checkpoint / "config.json").unlink()
+    done = call("train_gpt2.py", *flags, "--resume", check=False)
+    assert done.returncode == 2
+    assert "has no sound checkpoint, only damaged ones (checkpoint_00020, checkpoint_00016" in done.stderr
+    assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
+
+
+def test_what_a_power_cut_leaves_in_the_log_is_cut_out(flags, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log/checkpoint_00020")
+    with open(tmp_path / "log/log.txt", "ab") as file:
+        file.write(b"\n20 tr\xff" + b"\0" * 100 + b"\n21 val")
+    call("train_gpt2.py", *flags, "--resume")
+    assert read_log(tmp_path / "log/log.txt") == read_log(undisturbed / "log.txt")
+
+
+def test_a_run_without_a_scaler_resumes_with_one(tmp_path):
+    """Begun in float32, resumed on a card that needs float16: there is no scaler state to load."""
+    from train_gpt2 import Layout, restore
+
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    trainer = {"optimizer": optimizer.state_dict(), "scaler": {}, "rng": torch.get_rng_state()}
+    scaler = torch.amp.GradScaler("cpu", enabled=True)
+    restore(optimizer, scaler, trainer, Layout(0, 1, torch.device("cpu")))
+    assert scaler.get_scale() == 65536.0
 
 
 def test_the_last_two_and_the_kept_ones_are_there(undisturbed):
@@ -456,6 +503,12 @@ def test_nan_on_one_process(flags, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("error: step 5: the loss of rank 0 is nan; the weights were not updated")
     assert done.stderr.count("\n") == 1
+
+
+def test_nan_in_the_gradient_alone(flags, tmp_path):
+    done = faulty(f"nan_gradient=5 step_file={tmp_path / 'steps'}", *flags, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: step 5: the gradient norm is nan, the losses are finite")
 
 
 def test_a_token_outside_the_vocabulary_stops_with_its_place(flags, text_shards, tmp_path):

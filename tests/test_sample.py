@@ -73,3 +73,12 @@ def test_openais_weights_come_from_the_hub_by_name(tmp_path, gpt2_encoding):
     assert missing.returncode == 2
     assert "could not fetch the model 'gpt2-medium'" in missing.stderr
     assert "Traceback" not in missing.stderr
+
+
+def test_a_model_with_another_vocabulary_is_refused(tmp_path, gpt2_encoding):
+    GPT(
+        GPTConfig(block_size=16, vocab_size=999, n_layer=1, n_head=1, n_embd=8, encoding="bytes")
+    ).save_pretrained(tmp_path)
+    done = call("sample.py", f"--model={tmp_path}", check=False)
+    assert done.returncode == 2
+    assert "the model has 999 tokens, its encoding 'bytes' 257" in done.stderr

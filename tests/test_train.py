@@ -79,17 +79,17 @@ def test_the_optimizer_is_adamw_as_published():
 
 def test_the_batch_is_divided_or_refused_with_numbers_that_work():
     config = TrainConfig()
-    assert choose_micro_batch_size(replace(config, micro_batch_size=64), CPU) == 64
-    assert 512 % choose_micro_batch_size(config, CPU) == 0
+    assert choose_micro_batch_size(replace(config, micro_batch_size=64), GPTConfig(), CPU) == 64
+    assert 512 % choose_micro_batch_size(config, GPTConfig(), CPU) == 0
     with pytest.raises(
         InputError, match=r"--micro_batch_size 60 does not divide the 512 rows .* 32, 64, 128"
     ):
-        choose_micro_batch_size(replace(config, micro_batch_size=60), CPU)
+        choose_micro_batch_size(replace(config, micro_batch_size=60), GPTConfig(), CPU)
     with pytest.raises(InputError, match=r"--total_batch_size 500000 .*; 499712 can"):
-        choose_micro_batch_size(replace(config, total_batch_size=500_000), CPU)
+        choose_micro_batch_size(replace(config, total_batch_size=500_000), GPTConfig(), CPU)
     three = replace(CPU, world_size=3)
     with pytest.raises(InputError, match="3 processes; 525312 can"):
-        choose_micro_batch_size(config, three)
+        choose_micro_batch_size(config, GPTConfig(), three)
     assert 525312 % (3 * 1024) == 0
 
 
