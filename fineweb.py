@@ -571,7 +571,7 @@ def write_demo_shards(output_dir: Path) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     write_shards(in_groups("standard library", standard_library_prose()), temporary, shard_size=200_000,
-                 encoding_name="bytes", source={"dataset": f"the prose of {python}'s standard library"})  # fmt: skip
+                 encoding_name="bytes", source={"dataset": f"prose of {python}'s library"})  # fmt: skip
     temporary.rename(output_dir)
 
 
@@ -600,7 +600,8 @@ def main(config: ShardConfig) -> None:
                 }
             if made_with != value:
                 raise InputError(
-                    f"{config.output_dir} was made with {key} {made_with}, not {value}; choose another --output_dir"
+                    f"{config.output_dir} was made with {key} {made_with}, not {value}; "
+                    "choose another --output_dir"
                 )
         print(
             f"{config.output_dir} is finished: {record['tokens']:,} tokens in {len(record['shards'])} shards"

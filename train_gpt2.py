@@ -1171,8 +1171,8 @@ def main(config: TrainConfig) -> None:
         progress.say(f"stopped at step {step}, state saved; the same command with --resume goes on")
         sys.exit(128 + (stop.received or signal.SIGTERM))
     progress.say(
-        f"done: {step:,} steps, the last {step - first_step:,} in {training_seconds / 3600:.2f} hours; the run "
-        f"is in {config.log_dir}"
+        f"done: {step:,} steps, the last {step - first_step:,} in {training_seconds / 3600:.2f} hours; "
+        f"the run is in {config.log_dir}"
     )
 
 

@@ -1,9 +1,11 @@
 """What several test files share: tiny shards, the scripts run as a user runs them, and where the real data
 lies."""
 
+import gc
 import io
 import os
 import runpy
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -16,7 +18,7 @@ import torch
 from fineweb import Documents, write_shards
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # as in the processes that tests start: the same bits
 
 
 @pytest.fixture(scope="session")
@@ -59,12 +61,17 @@ def run(
 def call(script: str, *arguments, check: bool = True):
     """The same in this process, for what needs no fresh one: two seconds less."""
     out, err, status = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [script, *map(str, arguments)])
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
-            status = end.code
+            status = end.code or 0
+        finally:
+            gc.collect()  # closes what the end of a process would: the lock of a run's folder
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     assert not check or status == 0, out.getvalue() + err.getvalue()
     stdout, stderr = (stream.getvalue().replace("\r", "\n") for stream in (out, err))  # as subprocess has it
     return subprocess.CompletedProcess(arguments, status, stdout, stderr)

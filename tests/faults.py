@@ -9,8 +9,6 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     step_file=FILE        FILE holds the number of steps begun
     kill_at=N             SIGKILL at the N-th time that something is flushed to disk or renamed
     disk=BYTES            no file may grow beyond so many bytes: a full disk
-    save_every=SECONDS    a checkpoint at least so often
-    clock=back            the wall clock runs backwards
 """
 
 import hashlib
@@ -106,13 +104,6 @@ if "kill_at" in faults:
 
 if "disk" in faults:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(faults["disk"]), resource.RLIM_INFINITY))
-
-if "save_every" in faults:
-    run_folder.SAVE_AT_LEAST_EVERY = float(faults["save_every"])
-
-if "clock" in faults:
-    started, real_time = time.time(), time.time
-    time.time = lambda: started - (real_time() - started)
 
 if __name__ == "__main__":
     run_command(train_gpt2.main, train_gpt2.TrainConfig)

@@ -47,6 +47,9 @@ def start(folder: Path, flags: list[str]) -> int:
 def main(kills: int, seed: int, root: Path, flags: list[str]) -> None:
     torch.set_num_threads(1)
     random.seed(seed)
+    import matplotlib.backends.backend_agg
+    import matplotlib.font_manager  # noqa: F401
+
     began = time.monotonic()
     assert os.waitpid(start(root / "undisturbed", flags), 0)[1] == 0
     duration = time.monotonic() - began
@@ -58,7 +61,7 @@ def main(kills: int, seed: int, root: Path, flags: list[str]) -> None:
         while True:
             child = start(folder, flags)
             if done["kills"] < kills:
-                time.sleep(random.uniform(0.05, 0.9) * duration)
+                time.sleep(random.uniform(0.05, 0.7) * duration)
                 os.kill(child, signal.SIGKILL)
             status = os.waitpid(child, 0)[1]
             if status == signal.SIGKILL:

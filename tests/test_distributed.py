@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import ROOT, TINY, run, torchrun
+from conftest import ROOT, TINY, call, run, torchrun
 
 from plot import read_log
 
@@ -41,7 +41,7 @@ def test_gradients_do_not_depend_on_the_layout(tmp_path, text_shards):
 
 def test_two_processes_train_as_one_does(tmp_path, text_shards):
     common = (*TINY, f"--data_dir={text_shards}", "--max_steps=12", "--val_every=5", "--sample_every=6")
-    run("train_gpt2.py", *common, "--micro_batch_size=2", f"--log_dir={tmp_path / 'one'}")
+    call("train_gpt2.py", *common, "--micro_batch_size=2", f"--log_dir={tmp_path / 'one'}")
     done = torchrun(2, "train_gpt2.py", *common, "--micro_batch_size=4", f"--log_dir={tmp_path / 'two'}")
     assert "256 tokens a step = 4 rows x 32 tokens x 2 processes x 1 micro-steps" in done.stdout
     assert done.stdout.count("step 12: validation loss") == 1  # only one process speaks

@@ -178,7 +178,7 @@ def test_the_last_weights_are_the_measured_ones(finished_run, text_shards):
 
 
 def test_the_same_command_twice_gives_the_same_run(finished_run, text_shards, tmp_path):
-    run(
+    call(
         "train_gpt2.py",
         *TINY,
         f"--data_dir={text_shards}",
