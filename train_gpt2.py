@@ -731,7 +731,13 @@ def start_processes(config: TrainConfig) -> Layout:
         torch.cuda.set_device(device)
     if world_size > 1:
         backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=config.timeout_minutes))
+        timeout = timedelta(minutes=config.timeout_minutes)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # After `torchrun --max_restarts` the store still holds the addresses of the processes that died,
+            # and gloo may wait for them. (Several hosts count restarts each for itself: see the README.)
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return Layout(rank, world_size, device)
 
 
@@ -1041,9 +1047,8 @@ def main(config: TrainConfig) -> None:
     encoding = get_encoding(shards.encoding)
     model_config = choose_model_config(config, encoding)
     dtype, (use_compile, compile_note) = choose_dtype(config, device), choose_compile(config, device)
-    B = min(
-        layout.from_all(choose_micro_batch_size(config, model_config, layout))
-    )  # of unlike GPUs, the smallest
+    # of unlike GPUs, the smallest decides
+    B = min(layout.from_all(choose_micro_batch_size(config, model_config, layout)))
     agree(layout, data=shards.fingerprint, dtype=str(dtype))
     grad_accum_steps = config.total_batch_size // (B * T * W)
     train_loader = TokenLoader(

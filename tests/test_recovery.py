@@ -204,9 +204,14 @@ def test_torchrun_restarts_what_was_killed(flags, tmp_path, undisturbed):
     launcher = subprocess.Popen(
         list(map(str, command)), env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    for step in (6, 13):
-        wait_for_step(steps, step)
-        os.kill(workers(launcher.pid)[step % 2], signal.SIGKILL)
+    try:
+        for step in (6, 13):
+            wait_for_step(steps, step, timeout=100)
+            os.kill(workers(launcher.pid)[step % 2], signal.SIGKILL)
+    except AssertionError:
+        launcher.terminate()
+        print(*launcher.communicate(timeout=60))
+        raise
     out, err = launcher.communicate(timeout=120)
     assert launcher.returncode == 0, err
     assert out.count("resuming at step") == 2
