@@ -63,9 +63,10 @@ def wait_for_step(file: Path, step: int, timeout: float = 60):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, text_shards):
-    """A run of 20 steps that nothing happens to."""
+    """A run of 20 steps that nothing happens to; beside its folder, the hashes of the tokens it saw."""
     folder = tmp_path_factory.mktemp("undisturbed") / "log"
-    run("train_gpt2.py", *FLAGS, f"--data_dir={text_shards}", f"--log_dir={folder}")
+    flags = (*FLAGS, f"--data_dir={text_shards}", f"--log_dir={folder}")
+    faulty(f"tokens={folder.parent / 'hashes'}", *flags, "--micro_batch_size=8")
     return folder
 
 
@@ -459,7 +460,6 @@ def test_another_recipe_is_refused_with_the_difference(flags, tmp_path, undistur
 def test_resumed_on_another_layout_the_tokens_are_the_same(flags, tmp_path, undisturbed):
     """Begun on one process, resumed on two and with half the micro-batch: the same windows in every step."""
     hashes = tmp_path / "hashes"
-    faulty(f"tokens={hashes}_whole", *flags[:-1], f"--log_dir={tmp_path / 'whole'}", "--micro_batch_size=8")
     shutil.copytree(undisturbed, tmp_path / "log")
     shutil.rmtree(tmp_path / "log/checkpoint_00020")
     shutil.rmtree(tmp_path / "log/checkpoint_00016")  # back to step 8
@@ -479,14 +479,14 @@ def test_resumed_on_another_layout_the_tokens_are_the_same(flags, tmp_path, undi
         "--resume",
     )
 
-    def windows(*names):
-        lines = [line for name in names for line in Path(f"{hashes}_{name}").read_text().splitlines()]
+    def windows(*files):
+        lines = [line for file in files for line in Path(file).read_text().splitlines()]
         return sorted(line for line in lines if int(line.split()[0]) >= 8)
 
-    whole = windows("whole0")
+    whole = windows(undisturbed.parent / "hashes0")
     assert len(whole) == 12 * 8
-    assert windows("two0", "two1") == whole
-    assert windows("half0") == whole
+    assert windows(f"{hashes}_two0", f"{hashes}_two1") == whole
+    assert windows(f"{hashes}_half0") == whole
     compare_losses(tmp_path / "log", undisturbed)
     compare_losses(tmp_path / "halved", undisturbed)
 
