@@ -71,6 +71,16 @@ def test_saved_folder_is_a_hugging_face_model(tmp_path):
     assert torch.allclose(model(idx)[0], loaded.eval()(idx).logits, atol=1e-5, rtol=0)
 
 
+def test_what_goes_through_us_is_unchanged_to_hugging_face(tmp_path):
+    """Hugging Face's model, loaded and saved by us, loaded by Hugging Face: bit-identical logits."""
+    oracle = huggingface_model(TINY)
+    oracle.save_pretrained(tmp_path / "theirs")
+    GPT.from_pretrained(tmp_path / "theirs").pad_vocabulary(128).save_pretrained(tmp_path / "ours")
+    idx = torch.randint(0, 300, (3, 64))
+    returned = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(returned(idx).logits, oracle(idx).logits)
+
+
 def test_load_save_load_gives_identical_tensors(tmp_path):
     huggingface_model(TINY).save_pretrained(tmp_path / "a")
     first = GPT.from_pretrained(tmp_path / "a")

@@ -309,6 +309,16 @@ def start_and_stop(flags, tmp_path, step):
     return process.returncode == 143
 
 
+def test_free_space_is_checked_before_a_save(flags, tmp_path, monkeypatch):
+    nearly_full = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: nearly_full)
+    done = call("train_gpt2.py", *flags, check=False)
+    assert done.returncode == 1
+    assert done.stdout.count("NOT SAVED: 0 MB are free, 10 MB are needed") == 5
+    assert "step 20, could not be saved" in done.stderr
+    assert not list((tmp_path / "log").glob("checkpoint_*"))
+
+
 def test_a_log_line_that_did_not_fit_is_written_later(tmp_path, monkeypatch):
     from run_folder import RunFolder
 
