@@ -14,6 +14,7 @@ This file also holds the two encodings (`get_encoding`), the prose that the demo
 """
 
 import ast
+import contextlib
 import glob
 import hashlib
 import json
@@ -95,9 +96,8 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
     try:
         main(arguments)
     except (CommandError, OSError) as error:
-        if (
-            getattr(error, "alone", True) or int(os.environ.get("RANK", 0)) == 0
-        ):  # under torchrun, say it once
+        # under torchrun, what all processes found is said once on each host
+        if getattr(error, "alone", True) or os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
@@ -243,26 +243,20 @@ def hub_documents(commit: str, files: list[str], folder: Path) -> Iterator[Docum
         path.unlink()
 
 
-class hub_errors:
-    """Context that turns the many ways a download fails into one InputError that says what was wanted."""
+@contextlib.contextmanager
+def hub_errors(wanted: str) -> Iterator[None]:
+    """Turns the many ways a download fails into one InputError that says what was wanted."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    def __init__(self, wanted: str):
-        self.wanted = wanted
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
-        if error is None or isinstance(error, InputError | KeyboardInterrupt):
-            return
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
+    try:
+        yield
+    except Exception as error:
         network = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
-        if isinstance(error, network) or type(error).__module__.startswith(("http", "requests")):
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                f"could not fetch {self.wanted} from the Hugging Face Hub: {first_line}"
-            ) from error
+        from_client = type(error).__module__.startswith(("http", "requests"))
+        if isinstance(error, InputError) or not (from_client or isinstance(error, network)):
+            raise
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"could not fetch {wanted} from the Hugging Face Hub: {first_line}") from error
 
 
 def standard_library_prose() -> Iterator[str]:

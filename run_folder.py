@@ -258,8 +258,9 @@ def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) ->
 
 def versions() -> dict[str, str | None]:
     """What the run was made with: Python, PyTorch, and this repository's commit where git knows it."""
-    git = shutil.which("git")
-    commit = git and subprocess.run([git, "rev-parse", "HEAD"], cwd=Path(__file__).parent,
-    capture_output=True,
-                                    text=True, check=False).stdout.strip()  # fmt: skip
+    commit = None
+    if git := shutil.which("git"):
+        command = [git, "rev-parse", "HEAD"]
+        here = Path(__file__).parent
+        commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or None}

@@ -1171,6 +1171,7 @@ def main(config: TrainConfig) -> None:
     if stopping or config.checkpoint_every:
         layout.from_main(lambda: folder.require(step))
     if W > 1:
+        dist.barrier()  # nobody leaves while another still talks
         dist.destroy_process_group()
     if stopping:
         progress.say(f"stopped at step {step}, state saved; the same command with --resume goes on")
