@@ -3,44 +3,78 @@ Text in, token shards out.
 
     python fineweb.py                           # FineWeb-Edu sample-10BT from the Hub: 100 shards, 20 GB
     python fineweb.py --max_tokens 300000000    # its first 300 million tokens: a trial
-    python fineweb.py --input my_text/*.txt --output_dir my_shards --shard_size 1000000
+    python fineweb.py --input my_text/ --output_dir my_shards --shard_size 1000000
+    python fineweb.py --check my_shards         # verify shards, made here or elsewhere
 
 A shard is a 1-D uint16 `.npy` file of token ids. The stream that is cut into shards is, for every document in
 input order, `<|endoftext|>` and then the document's tokens. The first shard is the validation split, the
 others are for training. `shards.json`, written last, says what they were made from.
 
-This file also holds the two encodings (`get_encoding`), the prose that the demo trains on
-(`standard_library_prose`) and the way every script here starts (`run_command`).
+The job may be killed at any time: the same command goes on after the last finished shard, which
+`shards.partial.json` names, and ends with the same bytes.
+
+This file also makes the shards of the demo, from the prose that every Python brings along.
 """
 
 import ast
 import contextlib
 import glob
-import hashlib
+import gzip
+import io
 import json
+import math
 import os
+import posixpath
 import pydoc_data.topics
+import re
 import shutil
 import sys
 import sysconfig
+import threading
+import time
 import warnings
-from collections import deque
+import zlib
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, AnyStr, Literal
 
 import numpy as np
 import tiktoken
-import tyro
 from tqdm import tqdm
 
-DATASET = "HuggingFaceFW/fineweb-edu"
-DATASET_FOLDER = "sample/10BT"  # in the dataset's repository: 14 parquet files, 9.95 billion GPT-2 tokens
-END_OF_TEXT = "<|endoftext|>"
-DOCUMENTS_PER_TASK = 256  # what one worker takes at a time: large enough to hide the cost of handing it over
+from shards import (
+    END_OF_TEXT,
+    PARTIAL,
+    InputError,
+    RunFault,
+    check_folder,
+    get_encoding,
+    hub_errors,
+    lock_folder,
+    new_record,
+    open_shard,
+    read_record,
+    run_command,
+    sha256,
+    to_json,
+    write_file,
+)
+
+LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")  # one JSON object a line
+KINDS = (".parquet", *LINES, ".txt")
+TASK_CHARACTERS = 250_000  # what a thread takes at a time, and the size of the pieces of a long document
+LONGEST_WORD = 4_000_000  # characters; tiktoken needs some 50 bytes of memory for each character of a word
+RETRY_AFTER = (1, 5, 30, 120)  # seconds to wait before each new attempt to reach the Hub
+REMARKS = {
+    "null": "null rows skipped",
+    "empty": "empty documents (only their <|endoftext|> is written)",
+    "replaced": "documents with bytes that are not UTF-8 or with lone surrogates (U+FFFD stands for each)",
+    "end_of_text": "documents that contain the characters <|endoftext|> (kept as text)",
+    "cut": f"words of more than {LONGEST_WORD:,} characters (tokenized in parts)",
+}
 
 
 @dataclass(frozen=True)
@@ -48,87 +82,32 @@ class ShardConfig:
     """Tokenize text into shards for train_gpt2.py."""
 
     input: tuple[str, ...] = ()
-    """Local .parquet (column "text"), .jsonl (key "text") or .txt files; none: FineWeb-Edu sample-10BT."""
+    """Local files, folders or globs of .parquet, .jsonl, .jsonl.gz and .txt, each file read once; a .txt
+    file is one document. None: --dataset."""
+    dataset: str = "HuggingFaceFW/fineweb-edu"
+    """A dataset on the Hugging Face Hub."""
+    config: str | None = "sample-10BT"
+    """Its configuration, for FineWeb-Edu also sample-100BT and sample-350BT; None: the default one."""
+    revision: str = "main"
+    """Its branch, tag or commit; what it stands for at the start is used to the end, and recorded."""
+    text_column: str = "text"
+    """The column of a parquet file, or the key of a JSON line, that holds the text."""
     output_dir: Path = Path("edu_fineweb10B")
     """Folder for the shards; made if missing."""
     shard_size: int = 100_000_000
     """Tokens per shard (2 bytes each)."""
-    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Processes that tokenize; their number never changes the result."""
-    encoding: Literal["gpt2", "bytes"] = "gpt2"
-    """gpt2: the 50,257 tokens of GPT-2; bytes: one token per byte."""
     max_tokens: int | None = None
     """Stop after this many tokens; default: the whole input."""
-    revision: str = "main"
-    """Branch, tag or commit of FineWeb-Edu; the commit it stands for is recorded in shards.json."""
-
-
-# -----------------------------------------------------------------------------
-# how every script starts, and what it says when its input is bad
-
-
-class CommandError(Exception):
-    """What ends a script with one line: the file or flag, what is wrong, what to do. `alone`: of the
-    processes that torchrun started, only this one may have found it."""
-
-    def __init__(self, message: str, alone: bool = False):
-        super().__init__(message)
-        self.alone = alone
-
-
-class InputError(CommandError, ValueError):
-    """Bad input: exit status 2."""
-
-
-class RunFault(CommandError):
-    """A fault while running: exit status 1."""
-
-
-def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -> None:
-    """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`
-    with it; `default` is an instance that holds other defaults than the dataclass.
-
-    Bad input ends with one line on standard error and exit status 2, a fault while running (a full disk, no
-    permission) with one line and status 1, Ctrl-C with 130; never with a traceback.
-    """
-    options = {} if default is None else {"default": default}
-    arguments = tyro.cli(config, use_underscores=True, **options)
-    try:
-        main(arguments)
-    except (CommandError, OSError) as error:
-        # under torchrun, what all processes found is said once on each host
-        if getattr(error, "alone", True) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
-
-
-# -----------------------------------------------------------------------------
-# encodings
-
-
-def get_encoding(name: str) -> tiktoken.Encoding:
-    """The encoding called `name`: "gpt2" (50,257 tokens) or "bytes" (256 single bytes and <|endoftext|>).
-
-    Raises InputError for another name, or when tiktoken can't download GPT-2's vocabulary.
-    """
-    if name == "bytes":
-        single_bytes = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str="(?s:.)", mergeable_ranks=single_bytes, special_tokens={END_OF_TEXT: 256}
-        )
-    if name != "gpt2":
-        raise InputError(f"encoding {name!r} is unknown; there are 'gpt2' and 'bytes'")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' exceptions are OSErrors
-        raise InputError(
-            "tiktoken could not download GPT-2's vocabulary (vocab.bpe and encoder.json). Without a network, "
-            "copy tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or "
-            f"use the 'bytes' encoding. What it said: {str(error).splitlines()[0]}"
-        ) from error
+    encoding: Literal["gpt2", "bytes"] = "gpt2"
+    """gpt2: the 50,257 tokens of GPT-2; bytes: one token per byte."""
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+    """Threads that tokenize; their number never changes the result."""
+    keep_downloads: bool = False
+    """Keep the Hub's files, in OUTPUT_DIR/downloads; default: each is deleted when its shards are safe."""
+    check: Path | None = None
+    """Only verify the shards in this folder: headers, sizes, ids, and sums where shards.json has them."""
+    write_shards_json: bool = False
+    """With --check: write the shards.json that is missing, saying that the shards are in --encoding."""
 
 
 # -----------------------------------------------------------------------------
@@ -136,127 +115,181 @@ def get_encoding(name: str) -> tiktoken.Encoding:
 
 
 @dataclass(frozen=True)
-class Documents:
-    """Consecutive documents of one input file; `first` is the index of the first of them in that file."""
+class File:
+    """One file of the input; `path` is None as long as it is only on the Hub."""
+
+    name: str
+    size: int  # bytes
+    path: Path | None = None
+    sha256: str | None = None  # as the Hub has it
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document, or a part of a long one."""
 
     file: str
-    first: int
-    texts: list[str]
+    document: int  # its row or line in the file, from 0
+    text: str | None  # None: a null
+    begins: bool = True
+    ends: bool = True
+    cut: bool = False  # within a word
+    share: float = 1.0  # of the file, read so far
 
 
-def read_documents(path: Path, name: str) -> Iterator[Documents]:
-    """The documents of a .parquet, .jsonl or .txt file (a .txt file is one document), in order, in small
-    groups.
+def cut_document(
+    file: str, document: int, chunks: Iterable[str], share: Callable[[], float] = lambda: 1.0
+) -> Iterator[Piece]:
+    """A document, given in any chunks, as pieces that can be tokenized apart.
 
-    Raises InputError, naming file and line, for what is not a document.
+    It is cut before a space or newline that follows something else. No token of GPT-2 crosses that: in its
+    pattern white space begins a token or stands alone, and what precedes never depends on it.
     """
-    if path.suffix == ".txt":
-        yield Documents(name, 0, [path.read_text(encoding="utf-8", errors="replace")])
-    elif path.suffix == ".jsonl":
-        with open(path, encoding="utf-8", errors="replace") as lines:
-            yield from in_groups(
-                name, (text_of_line(path, number, line) for number, line in enumerate(lines, 1))
-            )
-    elif path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
+    rest, begins = "", True
+    for chunk in chunks:
+        rest += chunk
+        if len(rest) >= TASK_CHARACTERS:
+            boundary = re.match(r"(?s).*\S(?=[ \n])", rest)
+            if boundary or len(rest) > LONGEST_WORD:
+                end = boundary.end() if boundary else len(rest)
+                yield Piece(file, document, rest[:end], begins, False, not boundary, share())
+                rest, begins = rest[end:], False
+    yield Piece(file, document, rest, begins, True, False, share())
+
+
+def chunks_of(text: AnyStr) -> Iterator[AnyStr]:
+    for start in range(0, len(text), TASK_CHARACTERS):
+        yield text[start : start + TASK_CHARACTERS]
+
+
+def read_documents(file: File, path: Path, column: str, first: int = 0) -> Iterator[Piece]:
+    """The documents of a file at `path` in order, from number `first` on.
+
+    Bytes that are not UTF-8 become lone surrogates, which the encoder counts and replaces. Raises InputError,
+    naming file and line, for what is not a document.
+    """
+    if file.name.endswith(".parquet"):
+        yield from read_parquet(file, path, column, first)
+        return
+    with open(path, "rb") as raw:
+        stream = gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+
+        def share() -> float:
+            return raw.tell() / max(1, file.size)
 
         try:
-            with pyarrow.parquet.ParquetFile(path) as parquet:
-                if "text" not in parquet.schema_arrow.names:
-                    raise InputError(
-                        f"{path}: no column 'text', only {', '.join(parquet.schema_arrow.names)}"
-                    )
-                row_groups = (
-                    parquet.read_row_group(i, columns=["text"]) for i in range(parquet.num_row_groups)
-                )
-                texts = (text or "" for table in row_groups for text in table.column("text").to_pylist())
-                yield from in_groups(name, texts)
-        except pyarrow.ArrowException as error:
-            raise InputError(f"{path}: not a sound parquet file ({error})") from error
-    else:
-        raise InputError(
-            f"{path}: ends in {path.suffix or 'nothing'}; --input takes .parquet, .jsonl and .txt"
-        )
+            if file.name.endswith(".txt"):
+                yield from cut_document(file.name, 0, iter(lambda: text.read(TASK_CHARACTERS), ""), share)
+                return
+            for number, line in enumerate(text):
+                if number >= first and not line.isspace():
+                    document = text_of_line(path, number + 1, line, column)
+                    if document is None:
+                        yield Piece(file.name, number, None)
+                    else:
+                        yield from cut_document(file.name, number, chunks_of(document), share)
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise InputError(f"{path}: not a sound gzip file ({error})") from error
 
 
-def text_of_line(path: Path, number: int, line: str) -> str:
+def text_of_line(path: Path, number: int, line: str, column: str) -> str | None:
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f'{path}, line {number}: not a JSON object with a "text"') from error
-    if not isinstance(text, str):
-        raise InputError(f'{path}, line {number}: "text" is {type(text).__name__}, not a string')
-    return text
-
-
-def in_groups(file: str, texts: Iterable[str]) -> Iterator[Documents]:
-    first, group = 0, []
-    for text in texts:
-        group.append(text)
-        if len(group) == DOCUMENTS_PER_TASK:
-            yield Documents(file, first, group)
-            first, group = first + len(group), []
-    if group:
-        yield Documents(file, first, group)
-
-
-def local_documents(patterns: Iterable[str]) -> Iterator[Documents]:
-    """The documents of all files that `patterns` name, in the order given."""
-    paths = []
-    for pattern in patterns:
-        found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern))
-        if not found:
-            raise InputError(f"--input {pattern}: no such file")
-        paths.extend(Path(name) for name in found)
-    for path in paths:
-        if path.is_dir():
-            raise InputError(f"--input {path}: a folder; name its files, for example {path}/*.parquet")
-        yield from read_documents(path, path.name)
-
-
-def hub_files(revision: str) -> tuple[str, list[str]]:
-    """The commit that `revision` of FineWeb-Edu stands for, and the names of the sample's parquet files."""
-    from huggingface_hub import HfApi
-
-    with hub_errors(f"{DATASET} at {revision!r}"):
-        info = HfApi().dataset_info(DATASET, revision=revision)
-    names = [s.rfilename for s in info.siblings or []]
-    files = sorted(n for n in names if n.startswith(DATASET_FOLDER + "/") and n.endswith(".parquet"))
-    if not files:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}: not JSON") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{path}, line {number}: not a JSON object")
+    if column not in row:
         raise InputError(
-            f"{DATASET} at {revision!r} has no parquet files in {DATASET_FOLDER}; try --revision main"
+            f"{path}, line {number}: no key {column!r} but {list(row)}; name the one that holds the text "
+            "with --text_column"
         )
-    return info.sha, files
+    if not isinstance(row[column], str | None):
+        raise InputError(f"{path}, line {number}: {column!r} is {type(row[column]).__name__}, not a string")
+    return row[column]
 
 
-def hub_documents(commit: str, files: list[str], folder: Path) -> Iterator[Documents]:
-    """The documents of the Hub's `files`, downloaded one at a time into `folder` and deleted when read."""
-    from huggingface_hub import hf_hub_download
+def read_parquet(file: File, path: Path, column: str, first: int) -> Iterator[Piece]:
+    import pyarrow
 
-    for name in files:
-        with hub_errors(name):
-            path = Path(
-                hf_hub_download(DATASET, name, repo_type="dataset", revision=commit, local_dir=folder)
-            )
-        yield from read_documents(path, name)
-        path.unlink()
+    with open_parquet(path, column) as parquet:
+        groups, row = list(range(parquet.num_row_groups)), 0
+        while groups and row + parquet.metadata.row_group(groups[0]).num_rows <= first:
+            row += parquet.metadata.row_group(groups.pop(0)).num_rows
+        for batch in parquet.iter_batches(64, groups, [column]):
+            for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
+                if row >= first and raw is None:
+                    yield Piece(file.name, row, None)
+                elif row >= first:
+                    text, share = (
+                        raw.decode("utf-8", "surrogateescape"),
+                        (row + 1) / parquet.metadata.num_rows,
+                    )
+                    yield from cut_document(file.name, row, chunks_of(text), lambda share=share: share)
+                row += 1
 
 
 @contextlib.contextmanager
-def hub_errors(wanted: str) -> Iterator[None]:
-    """Turns the many ways a download fails into one InputError that says what was wanted."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def open_parquet(path: Path, column: str) -> Iterator[Any]:
+    """A pyarrow ParquetFile that has this column of strings; InputError otherwise, or when reading it
+    fails."""
+    import pyarrow
+    import pyarrow.parquet
 
     try:
-        yield
-    except Exception as error:
-        network = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
-        from_client = type(error).__module__.startswith(("http", "requests"))
-        if isinstance(error, InputError) or not (from_client or isinstance(error, network)):
-            raise
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"could not fetch {wanted} from the Hugging Face Hub: {first_line}") from error
+        # not pre_buffer: it holds whole row groups, which may be large
+        with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as parquet:
+            schema = parquet.schema_arrow
+            if column not in schema.names:
+                raise InputError(
+                    f"{path}: no column {column!r} but {schema.names}; name the one that holds the text with "
+                    "--text_column"
+                )
+            kind = str(schema.field(column).type)
+            if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
+                raise InputError(f"{path}: the column {column!r} holds {kind}, not strings")
+            yield parquet
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: not a sound parquet file ({str(error).splitlines()[0]})") from error
+
+
+def local_files(patterns: Iterable[str]) -> list[File]:
+    """The files that `patterns` name, in their order; those of a folder or a glob are sorted. Each once."""
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        found = [Path(pattern)]
+        if not found[0].exists():
+            found = sorted(map(Path, glob.glob(pattern, recursive=True)))
+        if not found:
+            raise InputError(f"--input {pattern}: no such file")
+        for path in found:
+            inside = [path]
+            if path.is_dir():
+                inside = sorted(p for p in path.rglob("*") if p.name.endswith(KINDS) and p.is_file())
+            if not inside:
+                raise InputError(f"--input {path}: a folder without {', '.join(KINDS)} files")
+            paths.update(dict.fromkeys(inside))
+    for path in paths:
+        if not path.name.endswith(KINDS):
+            raise InputError(
+                f"--input {path}: ends in {path.suffix or 'nothing'}; what can be read ends in "
+                f"{', '.join(KINDS)}"
+            )
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [path.as_posix() for path in paths]
+    return [File(name, path.stat().st_size, path) for name, path in zip(names, paths, strict=True)]
+
+
+def text_bytes(file: File, column: str) -> float:
+    """About how many bytes of text a file holds. FineWeb-Edu's parquet files hold 1.6 times their size."""
+    if file.path is None or not file.name.endswith(".parquet"):
+        return file.size * (1.6 if file.name.endswith(".parquet") else 3 if file.name.endswith(".gz") else 1)
+    with open_parquet(file.path, column) as parquet:
+        groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
+        columns = [group.column(i) for group in groups for i in range(group.num_columns)]
+        return sum(part.total_uncompressed_size for part in columns if part.path_in_schema == column)
 
 
 def standard_library_prose() -> Iterator[str]:
@@ -280,278 +313,348 @@ def standard_library_prose() -> Iterator[str]:
 
 
 # -----------------------------------------------------------------------------
+# the Hugging Face Hub
+
+
+def patiently(wanted: str, fetch: Callable[[], Any]) -> Any:
+    """`fetch()`, tried again after RETRY_AFTER seconds when it fails for a reason that may pass."""
+    for wait in RETRY_AFTER:
+        try:
+            with hub_errors(wanted):
+                return fetch()
+        except RunFault as fault:
+            tqdm.write(f"{fault}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+    try:
+        with hub_errors(wanted):
+            return fetch()
+    except RunFault as fault:
+        raise RunFault(f"{fault}; nothing is lost, the same command goes on") from fault
+
+
+def hub_files(dataset: str, config: str | None, revision: str) -> tuple[str, list[File]]:
+    """The commit that `revision` stands for, and the files of the dataset's train split in the order in which
+    `datasets.load_dataset` reads them.
+
+    Raises InputError when there is no such dataset, configuration, revision or split, or none of its files
+    can be read here; RunFault when the Hub can't be reached.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfApi
+
+    wanted = f"the file list of {dataset}, configuration {config}, at {revision}"
+    try:
+        builder = patiently(wanted, lambda: load_dataset_builder(dataset, name=config, revision=revision))
+    except (ValueError, RuntimeError) as error:  # an unknown configuration; a dataset that is a script
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{dataset}: {str(error).splitlines()[0]}") from error
+    splits = builder.config.data_files or {}
+    if "train" not in splits:
+        raise InputError(f"{dataset}: no train split, only {', '.join(map(str, splits)) or 'nothing'}")
+    found = [re.fullmatch(r"hf://datasets/(.+?)@([^/]+)/(.+)", url) for url in splits["train"]]
+    if not all(found):
+        raise InputError(f"{dataset}: its files are not on the Hub; download them and name them with --input")
+    commit, names = found[0][2], [match[3] for match in found]
+    if unreadable := [name for name in names if not name.endswith(KINDS)]:
+        raise InputError(
+            f"{dataset}: {unreadable[0]} can't be read here; what can ends in {', '.join(KINDS)}"
+        )
+    folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
+    options = {"recursive": True, "revision": commit, "repo_type": "dataset"}
+    tree = patiently(wanted, lambda: list(HfApi().list_repo_tree(dataset, folder or None, **options)))
+    entries = {entry.path: entry for entry in tree}
+    lfs = {name: getattr(entries[name], "lfs", None) for name in names}
+    return commit, [File(name, entries[name].size, None, lfs[name] and lfs[name].sha256) for name in names]
+
+
+class Downloads:
+    """The files from the Hub on this disk: the one being read and, downloading meanwhile, the next."""
+
+    def __init__(self, dataset: str, commit: str, files: list[File], folder: Path, keep: bool, ahead: bool):
+        self.dataset, self.commit, self.files, self.folder = dataset, commit, files, folder
+        self.keep, self.ahead = keep, ahead
+        self.downloads: dict[int, Future] = {}  # by the file's place in `files`
+        for leftover in folder.rglob("*.incomplete"):  # of a killed job: huggingface_hub would begin another
+            leftover.unlink()
+
+    def path(self, i: int) -> Path:
+        """Where file `i` is, once it is there. Raises what `fetch` raises."""
+        self.start(i)
+        return self.downloads[i].result()
+
+    def start(self, i: int) -> None:
+        if i in self.downloads:
+            return
+        download = self.downloads[i] = Future()
+
+        def work() -> None:
+            try:
+                download.set_result(self.fetch(self.files[i]))
+            except BaseException as error:
+                download.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()  # daemon: it must not outlive an interrupted job
+
+    def look_ahead(self, i: int) -> None:
+        """While file `i` is read: start the next, as soon as the one before is gone."""
+        if self.ahead and i + 1 < len(self.files) and not any(j < i for j in self.downloads):
+            self.start(i + 1)
+
+    def drop_before(self, name: str) -> None:
+        """The shards of all files before the one called `name` are safe."""
+        for i, file in enumerate(self.files):
+            if file.name == name:
+                break
+            self.downloads.pop(i, None)
+            if not self.keep:
+                (self.folder / file.name).unlink(missing_ok=True)
+
+    def fetch(self, file: File) -> Path:
+        """Download a file (when the connection is cut, huggingface_hub goes on where it was) and compare its
+        size and SHA-256 with the Hub's. Raises InputError when the Hub has no such file, RunFault when it
+        can't be had soundly."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import disable_progress_bars
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+            print(f"downloading {file.name} ({file.size / 1e9:.2f} GB)", flush=True)
+
+        def attempt() -> Path:
+            options = {"repo_type": "dataset", "revision": self.commit, "local_dir": self.folder}
+            path = Path(hf_hub_download(self.dataset, file.name, **options))
+            if path.stat().st_size == file.size and file.sha256 in (None, sha256(path)):
+                return path
+            path.unlink()
+            raise OSError("what came is not what the Hub says it has (size or SHA-256)")
+
+        return patiently(file.name, attempt)
+
+
+def read_files(
+    files: list[File], column: str, ends_at: dict[str, Any] | None, downloads: Downloads | None = None
+) -> Iterator[Piece]:
+    """The documents of all files, from the one that `ends_at` (of a finished shard) names on."""
+    names = [file.name for file in files]
+    start = names.index(ends_at["file"]) if ends_at else 0
+    for i in range(start, len(files)):
+        path = files[i].path or downloads.path(i)
+        first = ends_at["document"] if ends_at and i == start else 0
+        for piece in read_documents(files[i], path, column, first):
+            if downloads:
+                downloads.look_ahead(i)
+            yield piece
+
+
+# -----------------------------------------------------------------------------
 # tokens
 
 
-def encode_documents(encoding: tiktoken.Encoding, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """All tokens of `texts`, each document behind an <|endoftext|>, and every document's share of them.
-
-    Returns (n_tokens,) uint16 and (n_documents,) int64. A "<|endoftext|>" written in a document is text.
-    """
-    separator = np.array([encoding.eot_token], dtype=np.uint32)
-    pieces = []
-    for text in texts:
-        try:
-            tokens = encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate becomes U+FFFD, as in tiktoken's encode_ordinary
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            tokens = encoding.encode_to_numpy(text, disallowed_special=())
-        pieces += [separator, tokens]
-    stream = np.concatenate(pieces)
-    assert stream.max() < 2**16, "a token id does not fit uint16"
-    lengths = np.array([len(piece) + 1 for piece in pieces[1::2]], dtype=np.int64)
-    return stream.astype(np.uint16), lengths
-
-
-_worker_encoding: tiktoken.Encoding | None = None  # one per worker process, made by start_worker
+def encode_piece(encoding: tiktoken.Encoding, piece: Piece) -> tuple[np.ndarray, set[str]]:
+    """The tokens of a piece, (n,) uint16, behind an <|endoftext|> if a document begins; and what there is to
+    remark on, as keys of REMARKS."""
+    if piece.text is None:
+        return np.empty(0, np.uint16), {"null"}
+    text, remarks = piece.text, {"cut"} if piece.cut else set()
+    try:
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # lone surrogates become U+FFFD, as in tiktoken's encode_ordinary
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        remarks.add("replaced")
+    if END_OF_TEXT in text:
+        remarks.add("end_of_text")
+    if piece.begins:
+        tokens = np.concatenate((np.array([encoding.eot_token], tokens.dtype), tokens))
+        if piece.ends and not text:
+            remarks.add("empty")
+    return tokens.astype(np.uint16), remarks
 
 
-def start_worker(encoding_name: str) -> None:
-    global _worker_encoding
-    _worker_encoding = get_encoding(encoding_name)
-
-
-def encode_in_worker(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    return encode_documents(_worker_encoding, texts)
+def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[tuple[Piece, np.ndarray, set[str]]]:
+    """What `encode_piece` says of each piece. Where none is remarkable one call does for all: threads wait
+    for Python's lock at the end of a call, and there are too many documents for that."""
+    if all(piece.text and piece.begins and piece.ends and END_OF_TEXT not in piece.text for piece in pieces):
+        text = "".join(END_OF_TEXT + piece.text for piece in pieces)
+        with contextlib.suppress(UnicodeEncodeError):
+            tokens = encoding.encode_to_numpy(text, allowed_special={END_OF_TEXT}).astype(np.uint16)
+            documents = np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[1:])
+            return [(piece, tokens, set()) for piece, tokens in zip(pieces, documents, strict=True)]
+    return [(piece, *encode_piece(encoding, piece)) for piece in pieces]
 
 
 def encode_stream(
-    stream: Iterable[Documents], encoding_name: str, workers: int
-) -> Iterator[tuple[Documents, np.ndarray, np.ndarray]]:
-    """Each group of documents with its tokens and lengths (see `encode_documents`), in input order.
+    stream: Iterable[Piece], encoding: tiktoken.Encoding, workers: int
+) -> Iterator[tuple[Piece, np.ndarray, set[str]]]:
+    """Each piece with its tokens and remarks, in input order.
 
-    At most three groups per worker are in flight, so memory is bounded however large the input. Workers are
-    spawned, not forked: the same code runs on Linux, macOS and Windows.
+    Threads are enough: tiktoken lets go of Python's lock while it works. Each has at most three tasks
+    waiting, so memory is bounded however large the input.
     """
-    if workers == 1:
-        encoding = get_encoding(encoding_name)
-        for documents in stream:
-            yield documents, *encode_documents(encoding, documents.texts)
-        return
-    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker, (encoding_name,)) as pool:
-        in_flight: deque = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        in_flight: deque[Future] = deque()
         try:
-            for documents in stream:
-                in_flight.append((documents, pool.submit(encode_in_worker, documents.texts)))
+            for task in in_tasks(stream):
+                in_flight.append(pool.submit(encode_task, encoding, task))
                 if len(in_flight) > 3 * workers:
-                    documents, result = in_flight.popleft()
-                    yield documents, *result.result()
+                    yield from in_flight.popleft().result()
             while in_flight:
-                documents, result = in_flight.popleft()
-                yield documents, *result.result()
+                yield from in_flight.popleft().result()
         finally:  # the reader may stop early (--max_tokens): drop what nobody waits for
             pool.shutdown(cancel_futures=True)
+
+
+def in_tasks(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
+    task, characters = [], 0
+    for piece in stream:
+        task.append(piece)
+        characters += len(piece.text or "") + 1
+        if characters >= TASK_CHARACTERS:
+            yield task
+            task, characters = [], 0
+    if task:
+        yield task
 
 
 # -----------------------------------------------------------------------------
 # shards
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+class ShardWriter:
+    """Cuts the stream of tokens into shards in `folder`.
+
+    A shard ends after exactly `shard_size` tokens, in the middle of a document if need be; only the last is
+    shorter. Each is recorded, with the place where the input goes on and the documents that end in it, in
+    shards.partial.json, which becomes shards.json at the end. A `record` that lists finished shards is gone
+    on with: the stream must begin with the document that their last `ends_at` names.
+    """
+
+    def __init__(
+        self, folder: Path, record: dict[str, Any], on_shard: Callable[[str], None] = lambda file: None
+    ):
+        self.folder, self.record, self.on_shard = folder, record, on_shard
+        settings, shards = record["settings"], record["shards"]
+        self.left = (settings["max_tokens"] or sys.maxsize) - sum(shard["tokens"] for shard in shards)
+        try:
+            self.buffer = np.empty(min(settings["shard_size"], self.left), np.uint16)  # the shard in progress
+        except MemoryError as error:
+            raise InputError(
+                f"--shard_size {settings['shard_size']}: a shard is held in memory while it is filled, and "
+                f"{settings['shard_size'] / 5e8:,.0f} GB are not to be had"
+            ) from error
+        self.filled, self.skip = 0, shards[-1]["ends_at"]["token"] if shards else 0
+        self.ends_at: dict[str, Any] = {}  # where the next token of the stream comes from
+        self.documents, self.remarks, self.of_document = 0, Counter(), set()
+        self.write_record()  # before the first shard, which would else belong to nobody
+
+    def add(self, piece: Piece, tokens: np.ndarray, remarks: set[str]) -> int:
+        """Take what `encode_stream` yields; returns how many of the tokens were new, up to max_tokens."""
+        before = self.left
+        if piece.begins:
+            self.ends_at = {"file": piece.file, "document": piece.document, "token": 0}
+            self.of_document = set()
+        self.of_document |= remarks
+        done = min(self.skip, len(tokens))  # in a finished shard already
+        self.skip -= done
+        self.ends_at["token"] += done
+        while done < len(tokens) and self.left:
+            if self.filled == len(self.buffer):
+                self.finish_shard()
+            n = min(len(tokens) - done, len(self.buffer) - self.filled, self.left)
+            self.buffer[self.filled : self.filled + n] = tokens[done : done + n]
+            self.filled, self.left, done = self.filled + n, self.left - n, done + n
+            self.ends_at["token"] += n
+        if piece.ends and done == len(tokens):
+            self.ends_at = {"file": piece.file, "document": piece.document + 1, "token": 0}
+            self.documents += piece.text is not None
+            self.remarks.update(self.of_document)
+        return before - self.left
+
+    def finish_shard(self) -> None:
+        shards = self.record["shards"]
+        path = self.folder / f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
+        write_file(path, lambda file: np.save(file, self.buffer[: self.filled]))
+        shards.append({"file": path.name, "tokens": self.filled, "sha256": sha256(path),
+                       "ends_at": self.ends_at.copy(), "documents": self.documents,
+                       "remarks": dict(sorted(self.remarks.items()))})  # fmt: skip
+        self.filled, self.documents, self.remarks = 0, 0, Counter()
+        self.write_record()
+        self.on_shard(self.ends_at["file"])
+
+    def write_record(self) -> None:
+        shards = self.record["shards"]
+        self.record["documents"] = sum(shard["documents"] for shard in shards)
+        self.record["tokens"] = sum(shard["tokens"] for shard in shards)
+        self.record["remarks"] = dict(sum((Counter(shard["remarks"]) for shard in shards), Counter()))
+        write_file(self.folder / PARTIAL, lambda file: file.write(to_json(self.record).encode()))
+
+    def finish(self) -> None:
+        """Write the last shard and shards.json. Raises InputError when the input has no document, or not more
+        tokens than the validation shard takes."""
+        if self.filled:
+            self.finish_shard()
+        if len(self.record["shards"]) < 2:
+            (self.folder / PARTIAL).unlink(missing_ok=True)
+            if not self.record["shards"]:
+                raise InputError("the input has no document")
+            (self.folder / self.record["shards"][0]["file"]).unlink()
+            n_tokens = self.record["tokens"]
+            raise InputError(
+                f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation "
+                "split, and leave none to train on; choose a smaller --shard_size, for example "
+                f"{max(1, n_tokens // 10)}"
+            )
+        os.replace(self.folder / PARTIAL, self.folder / "shards.json")
 
 
-def to_json(value: Any) -> str:
-    return json.dumps(value, indent=2, default=str) + "\n"
+class Progress:
+    """The job in tokens: on a terminal a bar, elsewhere a line every half minute. How many tokens the input
+    has is known at its end; until then it is estimated from the share of its bytes that is read."""
 
+    def __init__(self, files: list[File], n_tokens: int, limit: int | None):
+        self.limit, self.n_tokens = limit, n_tokens
+        self.before, self.input_size = {}, 0  # bytes
+        for file in files:
+            self.before[file.name] = self.input_size, file.size
+            self.input_size += file.size
+        self.started = self.said = time.monotonic()
+        self.at_start = n_tokens
+        self.bar = tqdm(initial=n_tokens, total=limit, unit=" tokens", unit_scale=True, dynamic_ncols=True,
+                        disable=not sys.stderr.isatty())  # fmt: skip
 
-def write_file(path: Path, write: Callable[[Any], None]) -> None:
-    """Call `write(file)` on a temporary file, flush it to disk, then give it its final name: all or
-    nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def update(self, n: int, piece: Piece, shard: int) -> None:
+        self.n_tokens += n
+        before, size = self.before[piece.file]
+        read = (before + piece.share * size) / max(1, self.input_size)
+        total = min(self.limit or sys.maxsize, int(self.n_tokens / read) if read else sys.maxsize)
+        self.bar.total = max(total, self.n_tokens)
+        self.bar.set_postfix_str(f"shard {shard}, {piece.file}", refresh=False)
+        self.bar.update(n)
+        now = time.monotonic()
+        if self.bar.disable and now - self.said >= 30:
+            self.said = now
+            rate = (self.n_tokens - self.at_start) / (now - self.started)
+            left = tqdm.format_interval((self.bar.total - self.n_tokens) / rate) if rate else "?"
+            done = (
+                f"{self.n_tokens:,} of about {self.bar.total:,} tokens | {rate:,.0f} tokens/s | {left} left"
+            )
+            print(f"{done} | shard {shard} | {piece.file}", flush=True)
 
 
 def write_shards(
-    stream: Iterable[Documents],
-    output_dir: Path,
-    *,
-    shard_size: int,
-    encoding_name: str,
-    workers: int = 1,
-    max_tokens: int | None = None,
-    source: dict[str, Any],
+    stream: Iterable[Piece], writer: ShardWriter, workers: int = 1, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Tokenize `stream` and cut it into shards in `output_dir`; returns the contents of shards.json.
-
-    A shard ends after exactly `shard_size` tokens, in the middle of a document if need be; only the last is
-    shorter. `source` (where the text came from) is recorded as it is. Raises InputError when the input has no
-    document, or not more tokens than the validation shard takes.
-    """
-    encoding = get_encoding(encoding_name)
-    limit = max_tokens or sys.maxsize
-    buffer, filled = np.empty(min(shard_size, limit), dtype=np.uint16), 0  # the shard in progress
-    shards: list[dict[str, Any]] = []
-    n_tokens = n_documents = 0
-    ends_at: dict[str, Any] = {}
-
-    def finish_shard() -> None:
-        split = "train" if shards else "val"
-        path = output_dir / f"edufineweb_{split}_{len(shards):06d}.npy"
-        write_file(path, lambda file: np.save(file, buffer[:filled]))
-        shards.append({"file": path.name, "tokens": filled, "sha256": sha256(path), "ends_at": ends_at})
-
-    with tqdm(
-        total=max_tokens, unit=" tokens", unit_scale=True, desc="tokenizing", dynamic_ncols=True
-    ) as bar:
-        for documents, tokens, lengths in encode_stream(stream, encoding_name, workers):
-            document_ends = np.cumsum(lengths)
-            taken = 0
-            while taken < len(tokens) and n_tokens < limit:
-                n = min(len(tokens) - taken, len(buffer) - filled, limit - n_tokens)
-                buffer[filled : filled + n] = tokens[taken : taken + n]
-                taken, filled, n_tokens = taken + n, filled + n, n_tokens + n
-                bar.update(n)
-                # the next token of the stream: token `token` of document `document` of `file`
-                whole = int(np.searchsorted(document_ends, taken, side="right"))
-                into = taken - (int(document_ends[whole - 1]) if whole else 0)
-                ends_at = {"file": documents.file, "document": documents.first + whole, "token": into}
-                if filled == len(buffer) and n_tokens < limit:
-                    finish_shard()
-                    filled = 0
-                    bar.set_postfix_str(f"{len(shards)} shards written")
-            n_documents += int(np.searchsorted(document_ends, taken, side="right"))
-            if n_tokens >= limit:
-                break
-    if not n_tokens:
-        raise InputError("the input has no document")
-    if len(shards) + (filled > 0) < 2:
-        for shard in shards:
-            (output_dir / shard["file"]).unlink()
-        raise InputError(
-            f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation split, "
-            f"and leave none to train on; choose a smaller --shard_size, for example {max(1, n_tokens // 10)}"
-        )
-    if filled:
-        finish_shard()
-    record = {
-        "encoding": encoding_name,
-        "vocab_size": encoding.n_vocab,
-        "source": source,
-        "settings": {"shard_size": shard_size, "max_tokens": max_tokens},
-        "documents": n_documents,
-        "tokens": n_tokens,
-        "shards": shards,
-    }
-    write_file(output_dir / "shards.json", lambda file: file.write(to_json(record).encode()))
-    return record
-
-
-@dataclass(frozen=True)
-class Shards:
-    """The token shards of a folder, memory-mapped: (n,) uint16 each, keyed by split ("train", "val")."""
-
-    folder: Path
-    files: dict[str, list[Path]]
-    tokens: dict[str, list[np.ndarray]]
-    encoding: str
-    dataset: str | None  # which data it is, where shards.json says so
-    fingerprint: str  # changes whenever the shards do
-
-    def count(self, split: str) -> int:
-        return sum(len(tokens) for tokens in self.tokens[split])
-
-
-def open_shard(file: Path) -> np.ndarray:
-    """Map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (256 int32 of header: 20240520, 1, n).
-
-    Raises InputError, naming the file, unless it is exactly that.
-    """
-    remedy = "write it again with fineweb.py"
-    try:
-        if file.suffix == ".bin":
-            header = np.fromfile(file, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise InputError(f"{file}: not a token shard of llm.c (its header is wrong)")
-            tokens = np.memmap(file, dtype="<u2", mode="r", offset=header.nbytes)
-            if len(tokens) != header[2]:
-                raise InputError(
-                    f"{file}: holds {len(tokens):,} tokens, its header says {header[2]:,}; {remedy}"
-                )
-        else:
-            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
-    if tokens.dtype != np.uint16 or tokens.ndim != 1:
-        raise InputError(f"{file}: {tokens.ndim}-D {tokens.dtype}, a token shard is 1-D uint16; {remedy}")
-    return tokens
-
-
-def read_shards_json(folder: Path) -> dict[str, Any]:
-    """The record that `write_shards` left. InputError if it is damaged."""
-    try:
-        record = json.loads((folder / "shards.json").read_text(encoding="utf-8"))
-        if not isinstance(record["tokens"], int) or not isinstance(record["encoding"], str):
-            raise TypeError
-        for entry in record["shards"]:
-            if not isinstance(entry["tokens"], int) or not isinstance(entry["file"] + entry["sha256"], str):
-                raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{folder / 'shards.json'}: damaged; write the shards again with fineweb.py"
-        ) from error
-    return record
-
-
-def load_shards(folder: Path, verify: bool = False) -> Shards:
-    """Find and check the shards in `folder`; `shards.json` is used if there is one. `verify` reads them all
-    and compares their sums.
-
-    Raises InputError when the folder, a split or a shard is missing or damaged.
-    """
-    if not folder.is_dir():
-        raise InputError(
-            f"the data folder {folder} does not exist; write it with `python fineweb.py`, name another "
-            "with --data_dir, or try `python train_gpt2.py --demo`"
-        )
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
-    record: dict[str, Any] = {}
-    if (folder / "shards.json").exists():
-        record = read_shards_json(folder)
-        expected = {entry["file"]: entry["tokens"] for entry in record["shards"]}
-        sums = {entry["file"]: entry["sha256"] for entry in record["shards"]}
-        if missing := expected.keys() - {file.name for file in files}:
-            raise InputError(
-                f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
-            )
-        files = [file for file in files if file.name in expected]
-    splits = {split: [file for file in files if split in file.name] for split in ("train", "val")}
-    tokens = {split: [open_shard(file) for file in splits[split]] for split in splits}
-    digest = hashlib.sha256()
-    for split in ("train", "val"):
-        if not splits[split]:
-            raise InputError(
-                f"{folder} has no shard of the {split} split (a .npy or .bin file with '{split}' in its "
-                "name); write the shards with fineweb.py"
-            )
-        for file, shard in zip(splits[split], tokens[split], strict=True):
-            if record and len(shard) != expected[file.name]:
-                raise InputError(
-                    f"{file}: holds {len(shard):,} tokens, shards.json says {expected[file.name]:,}; "
-                    "run fineweb.py again"
-                )
-            if record and verify and sha256(file) != sums[file.name]:
-                raise InputError(f"{file}: its SHA-256 is not the one in shards.json; run fineweb.py again")
-            digest.update(f"{file.name} {len(shard)}\n".encode())
-    digest.update(json.dumps([entry["sha256"] for entry in record.get("shards", [])]).encode())
-    return Shards(
-        folder,
-        splits,
-        tokens,
-        record.get("encoding", "gpt2"),
-        record.get("source", {}).get("dataset"),
-        digest.hexdigest(),
-    )
+    """Tokenize `stream` into the writer's shards; returns the contents of shards.json."""
+    encoding = get_encoding(writer.record["encoding"])
+    for piece, tokens, remarks in encode_stream(stream, encoding, workers):
+        n = writer.add(piece, tokens, remarks)
+        if progress:
+            progress.update(n, piece, len(writer.record["shards"]))
+        if not writer.left:
+            break
+    writer.finish()
+    return writer.record
 
 
 def write_demo_shards(output_dir: Path) -> None:
@@ -564,69 +667,162 @@ def write_demo_shards(output_dir: Path) -> None:
     temporary = output_dir.with_name(output_dir.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    write_shards(in_groups("standard library", standard_library_prose()), temporary, shard_size=200_000,
-                 encoding_name="bytes", source={"dataset": f"prose of {python}'s library"})  # fmt: skip
+    settings = {"shard_size": 200_000, "max_tokens": None}
+    record = new_record(get_encoding("bytes"), {"dataset": f"prose of {python}'s library"}, settings)
+    texts = enumerate(standard_library_prose())
+    write_shards((Piece("standard library", i, text) for i, text in texts), ShardWriter(temporary, record))
     temporary.rename(output_dir)
 
 
-def main(config: ShardConfig) -> None:
-    if config.shard_size < 2:
-        raise InputError(f"--shard_size {config.shard_size}: must be at least 2 tokens")
-    if config.workers < 1:
-        raise InputError(f"--workers {config.workers}: must be at least 1")
-    if config.max_tokens is not None and config.max_tokens < 1:
-        raise InputError(f"--max_tokens {config.max_tokens}: must be at least 1")
+# -----------------------------------------------------------------------------
+# the command
+
+
+def check_flags(config: ShardConfig) -> None:
+    for name, smallest in (("shard_size", 2), ("workers", 1), ("max_tokens", 1)):
+        value = getattr(config, name)
+        if value is not None and value < smallest:
+            raise InputError(f"--{name} {value}: must be at least {smallest}")
     if config.output_dir.exists() and not config.output_dir.is_dir():
         raise InputError(f"--output_dir {config.output_dir}: a file of that name exists")
+    if config.write_shards_json and not config.check:
+        raise InputError("--write_shards_json goes with --check FOLDER")
 
-    settings = {"shard_size": config.shard_size, "max_tokens": config.max_tokens}
-    source: dict[str, Any] = {"dataset": DATASET, "folder": DATASET_FOLDER}
-    if config.input:
-        source = {"files": [Path(name).name for name in config.input]}
-    if (config.output_dir / "shards.json").exists():
-        record = read_shards_json(config.output_dir)
-        wanted = {"encoding": config.encoding, "settings": settings, "source": source}
-        for key, value in wanted.items():
-            made_with = record.get(key)
-            if isinstance(made_with, dict):  # whatever else it records: the revision
-                made_with = {
-                    name: made_with.get(name) for name in {**made_with, **value} if name != "revision"
-                }
-            if made_with != value:
-                raise InputError(
-                    f"{config.output_dir} was made with {key} {made_with}, not {value}; "
-                    "choose another --output_dir"
-                )
-        print(
-            f"{config.output_dir} is finished: {record['tokens']:,} tokens in {len(record['shards'])} shards"
-        )
-        return
-    if list(config.output_dir.glob("*.npy")):
-        raise InputError(
-            f"{config.output_dir} holds shards but no shards.json: a run that did not finish, or shards made "
-            "elsewhere; remove them or choose another --output_dir"
-        )
 
-    get_encoding(config.encoding)  # fails now, not after the first download
-    if config.input:
-        stream = local_documents(config.input)
+def find_record(folder: Path) -> dict[str, Any] | None:
+    """What an earlier job in `folder` recorded, down to its last shard that is whole. Raises InputError when
+    there are shards but no record."""
+    for name in ("shards.json", PARTIAL):
+        if (folder / name).exists():
+            record = read_record(folder / name)
+            if not record["shards"]:  # it had only begun
+                return None
+            break
     else:
-        source["revision"], files = hub_files(config.revision)
-        stream = hub_documents(source["revision"], files, config.output_dir / "downloads")
-    config.output_dir.mkdir(parents=True, exist_ok=True)
-    record = write_shards(
-        stream,
-        config.output_dir,
-        shard_size=config.shard_size,
-        encoding_name=config.encoding,
-        workers=config.workers,
-        max_tokens=config.max_tokens,
-        source=source,
+        if list(folder.glob("*.npy")):
+            raise InputError(
+                f"{folder} holds shards made elsewhere, of which there is no record; see what they are with "
+                f"--check {folder}, or choose another --output_dir"
+            )
+        return None
+    for i, shard in enumerate(record["shards"]):
+        try:
+            whole = len(open_shard(folder / shard["file"])) == shard["tokens"]
+        except InputError:
+            whole = False
+        if not whole:
+            print(f"{folder / shard['file']} is missing or damaged: going on from there")
+            del record["shards"][i:]
+            (folder / "shards.json").unlink(missing_ok=True)
+            break
+    return record
+
+
+def compare_records(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError, with the difference, unless the shards in `folder` are made of the same input with the same
+    settings."""
+    differences = []
+    for name in now:
+        if isinstance(now[name], list):
+            changed = [item for item in then.get(name) or [] if item not in now[name]]
+            changed += [item for item in now[name] if item not in (then.get(name) or [])]
+            if changed:
+                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+                differences.append(f"{name} differ in {changed[0]}{more}")
+                continue
+        if then.get(name) != now[name]:
+            differences.append(f"{name} was {then.get(name)}, is {now[name]}")
+    if differences:
+        raise InputError(
+            f"{folder} was made with other settings: {'; '.join(differences)}; choose another "
+            "--output_dir, or remove that one"
+        )
+
+
+def check_disk(config: ShardConfig, files: list[File], n_tokens: int) -> str:
+    """Say what the job takes, of which `n_tokens` are there already. Raises InputError when the disk is too
+    small for the rest."""
+    # English has about 4.4 bytes in a token of GPT-2
+    estimate = sum(text_bytes(file, config.text_column) for file in files) / (
+        4.4 if config.encoding == "gpt2" else 1
     )
-    last = record["shards"][-1]
+    estimate = max(min(estimate, config.max_tokens or estimate), n_tokens)
+    sizes = sorted(file.size for file in files if file.path is None)
+    downloads = sum(sizes if config.keep_downloads else sizes[-2:])
+    needed, free = 2 * (estimate - n_tokens) + downloads, shutil.disk_usage(config.output_dir).free
+    at_once = ("all downloads" if config.keep_downloads else "two downloads") + " and " if sizes else ""
+    summary = (
+        f"about {estimate:,.0f} tokens in {math.ceil(estimate / config.shard_size)} shards; takes up to "
+        f"{needed / 1e9:.1f} GB of disk ({at_once}the shards), {free / 1e9:.1f} GB are free"
+    )
+    if needed > free:
+        raise InputError(
+            f"--output_dir {config.output_dir}: {summary}; choose another disk, or set --max_tokens"
+        )
+    return summary
+
+
+def main(config: ShardConfig) -> None:
+    check_flags(config)
+    if config.check:
+        check_folder(config.check, config.encoding, config.write_shards_json)
+        return
+    folder = config.output_dir
+    files = local_files(config.input)
+    from_hub = () if files else ("dataset", "config", "revision")
+    settings = {
+        name: getattr(config, name) for name in ("shard_size", "max_tokens", "text_column", *from_hub)
+    }
+    source: dict[str, Any] = {"files": [[file.name, file.size] for file in files]}
+    encoding = get_encoding(config.encoding)  # fails now, not after the first download
+
+    held = lock_folder(folder, "--output_dir")
+    record = find_record(folder)
+    if record:
+        then = {
+            "encoding": record["encoding"],
+            "files": record["source"].get("files", []),
+            **record["settings"],
+        }
+        compare_records(folder, then, {"encoding": config.encoding, **source, **settings})
+        if (folder / "shards.json").exists():
+            print(f"{folder} is finished: {record['tokens']:,} tokens in {len(record['shards'])} shards")
+            return
+    if from_hub:
+        commit = record["source"]["revision"] if record else config.revision
+        commit, files = hub_files(config.dataset, config.config, commit)
+        source = {"dataset": config.dataset, "config": config.config, "revision": commit}
+    record = record or new_record(encoding, source, settings)
+    n_tokens = sum(shard["tokens"] for shard in record["shards"])
+    ends_at = record["shards"][-1]["ends_at"] if record["shards"] else None
+
+    name = f"{config.dataset} {config.config or ''} at {commit[:8]}" if from_hub else "the input"
+    size = sum(file.size for file in files) / 1e9
+    print(f"{name}: {len(files)} files, {size:.2f} GB; {encoding.name} encoding, {config.workers} threads")
+    print(f"to {folder}: {check_disk(config, files, n_tokens)}")
+    if n_tokens:
+        print(f"going on after {len(record['shards'])} finished shards, {n_tokens:,} tokens")
+
+    hub = None
+    if from_hub:  # a trial may not need the next file
+        ahead = config.max_tokens is None
+        hub = Downloads(config.dataset, commit, files, folder / "downloads", config.keep_downloads, ahead)
+        hub.drop_before(ends_at["file"] if ends_at else files[0].name)
+    writer = ShardWriter(folder, record, hub.drop_before if hub else lambda file: None)
+    progress = Progress(files, n_tokens, config.max_tokens)
+    started = time.monotonic()
+    write_shards(read_files(files, config.text_column, ends_at, hub), writer, config.workers, progress)
+    progress.bar.close()
+    if hub and not config.keep_downloads:
+        shutil.rmtree(folder / "downloads", ignore_errors=True)
+    held.close()
+
+    seconds = time.monotonic() - started
+    remarks = "".join(f"; {count:,} {REMARKS[name]}" for name, count in record["remarks"].items())
     print(
         f"{record['documents']:,} documents, {record['tokens']:,} tokens in {len(record['shards'])} shards "
-        f"in {config.output_dir} (the last one holds what was left: {last['tokens']:,})"
+        f"in {folder} (the last one holds what was left, {record['shards'][-1]['tokens']:,}: that is normal)"
+        f"{remarks}; {tqdm.format_interval(seconds)}, {(record['tokens'] - n_tokens) / seconds:,.0f} tokens/s"
     )
 
 

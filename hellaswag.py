@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from fineweb import InputError, get_encoding, hub_errors, run_command
+from shards import InputError, get_encoding, hub_errors, run_command
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from fineweb import InputError, run_command
+from shards import InputError, run_command
 
 # Published values, drawn only beside runs that can be compared with them.
 GPT2_VAL_LOSS = 3.2924  # OpenAI's 124M on FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)

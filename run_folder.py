@@ -27,7 +27,7 @@ import safetensors
 import torch
 
 import plot
-from fineweb import InputError, RunFault, sha256, to_json, write_file
+from shards import InputError, RunFault, lock_folder, sha256, to_json, write_file
 
 SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: what a slow machine may lose
 LOG_LINE = re.compile(rb"(\d+) (train|val|hella) \S+\n")
@@ -53,7 +53,7 @@ class RunFolder:
             raise InputError(
                 f"{self.path} already holds a run; go on with --resume, or choose another --log_dir"
             )
-        self.lock()
+        self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
         damaged = self.find_checkpoint()
         if damaged and not self.checkpoint:
             raise InputError(
@@ -69,24 +69,6 @@ class RunFolder:
         for leftover in self.path.glob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return self.trainer.get("step", 0)
-
-    def lock(self) -> None:
-        """Lock the folder; the lock ends with the process, however it ends."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock_file = open(self.path / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - held until the end
-        except OSError as error:
-            raise InputError(f"--log_dir {self.path}: {error.strerror}") from error
-        try:
-            lock_or_raise(self.lock_file)
-        except OSError as error:
-            self.lock_file.seek(0)
-            raise InputError(
-                f"{self.path} is in use by {self.lock_file.read() or 'another process'}"
-            ) from error
-        self.lock_file.truncate(0)
-        self.lock_file.write(f"process {os.getpid()} on {platform.node()}")
-        self.lock_file.flush()
 
     def find_checkpoint(self) -> list[str]:
         """Set `checkpoint` and `trainer` to the newest sound checkpoint. Returns the names of damaged ones
@@ -233,19 +215,6 @@ def flush_to_disk(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def lock_or_raise(file: Any) -> None:
-    """Lock an open file for this process; OSError if another holds the lock."""
-    if os.name == "nt":
-        import msvcrt
-
-        file.seek(0x7FFFFFF0)  # beyond the text, which others may read
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from fineweb import InputError, get_encoding, run_command
+from shards import InputError, get_encoding, run_command
 from train_gpt2 import GPT, PROMPT, check_vocabulary, choose_device
 
 

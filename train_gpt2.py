@@ -45,7 +45,9 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import hellaswag
-from fineweb import (
+from fineweb import write_demo_shards
+from run_folder import RunFolder, list_checkpoints, versions
+from shards import (
     CommandError,
     InputError,
     RunFault,
@@ -55,9 +57,7 @@ from fineweb import (
     load_shards,
     run_command,
     to_json,
-    write_demo_shards,
 )
-from run_folder import RunFolder, list_checkpoints, versions
 
 # -----------------------------------------------------------------------------
 # configuration
@@ -878,7 +878,7 @@ def load_hellaswag(config: TrainConfig) -> list[hellaswag.Item]:
         return []
     try:
         return hellaswag.load_items(config.hellaswag_data)
-    except InputError as error:
+    except CommandError as error:
         if config.hellaswag_data is not None:
             raise
         print(f"training without HellaSwag: {error}")

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 
-from fineweb import Documents, write_shards
+from fineweb import Piece, ShardWriter, write_shards
+from shards import get_encoding, new_record
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # as in the processes that tests start: the same bits
@@ -34,8 +35,6 @@ def gpt2_encoding():
     """GPT-2's encoding, where tiktoken can have it without a network."""
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("TIKTOKEN_CACHE_DIR names no folder with tiktoken's cached vocabularies")
-    from fineweb import get_encoding
-
     return get_encoding("gpt2")
 
 
@@ -92,18 +91,20 @@ def make_shards(folder: Path, sizes: list[int], vocab_size: int = 257, seed: int
     return folder
 
 
+def write_texts(texts, folder: Path, shard_size: int, max_tokens=None, source=None, workers=1):
+    """Shard documents given as texts, in the bytes encoding; returns the contents of shards.json."""
+    settings = {"shard_size": shard_size, "max_tokens": max_tokens}
+    record = new_record(get_encoding("bytes"), source or {}, settings)
+    stream = (Piece("texts", i, text) for i, text in enumerate(texts))
+    return write_shards(stream, ShardWriter(folder, record), workers)
+
+
 @pytest.fixture(scope="session")
 def text_shards(tmp_path_factory) -> Path:
     """Shards in the bytes encoding of a text that a tiny model learns in seconds."""
     folder = tmp_path_factory.mktemp("text_shards")
     texts = [f"{i} green bottles hanging on the wall. " * 20 for i in range(100)]
-    write_shards(
-        [Documents("rhyme", 0, texts)],
-        folder,
-        shard_size=20_000,
-        encoding_name="bytes",
-        source={"dataset": "a rhyme"},
-    )
+    write_texts(texts, folder, 20_000, source={"dataset": "a rhyme"})
     return folder
 
 

@@ -22,7 +22,7 @@ import torch
 
 import run_folder
 import train_gpt2
-from fineweb import run_command
+from shards import run_command
 
 faults = dict(fault.split("=", 1) for fault in os.environ["FAULTS"].split())
 rank = os.environ.get("RANK", "0")

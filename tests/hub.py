@@ -1,10 +1,15 @@
-"""A Hugging Face Hub on the loopback interface: enough of its API to download the files of a repository."""
+"""
+A Hugging Face Hub on the loopback interface: enough of its API to download the files of a repository, and,
+where asked to, not in one piece.
+"""
 
 import hashlib
 import http.server
 import json
 import re
 import threading
+import time
+import urllib.parse
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,8 +31,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
-        self.server.requests.append((self.command, self.path))
-        path = self.path.split("?")[0]
+        self.server.requests.append((self.command, self.path, self.headers.get("Range")))
+        path = urllib.parse.unquote(self.path.split("?")[0])
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
             kind, name, _ = found.groups()
             folder = self.server.folder / kind / name
@@ -47,35 +52,66 @@ class Handler(http.server.BaseHTTPRequestHandler):
             kind, name, _, under = found.groups()
             folder = self.server.folder / kind / name / (under or "")
             if folder.is_dir():
-                entries = [
-                    {
-                        "type": "directory" if p.is_dir() else "file",
-                        "path": p.relative_to(self.server.folder / kind / name).as_posix(),
-                        "size": p.stat().st_size,
-                        "oid": "0" * 40,
-                    }
-                    for p in sorted(folder.rglob("*"))
-                ]
+                entries = []
+                for p in sorted(folder.rglob("*")):
+                    path, size = p.relative_to(self.server.folder / kind / name).as_posix(), p.stat().st_size
+                    entry = {"type": "directory", "path": path, "size": size, "oid": "0" * 40}
+                    if p.is_file():
+                        digest = hashlib.sha256(p.read_bytes()).hexdigest()
+                        entry |= {"type": "file", "lfs": {"oid": digest, "size": size, "pointerSize": 1}}
+                    entries.append(entry)
                 return self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
         if found := re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
             kind, name, _, file = found.groups()
             file = self.server.folder / ("datasets" if kind else "models") / name / file
             if file.is_file():
-                body = file.read_bytes()
-                etag = f'"{hashlib.sha256(body).hexdigest()}"'
-                return self.answer(200, body, ETag=etag, X_Repo_Commit=COMMIT, Accept_Ranges="bytes")
+                return self.send_file(file)
             return self.answer(404, b"", X_Error_Code="EntryNotFound")
         return self.answer(404, b'{"error":"Repository not found"}', X_Error_Code="RepoNotFound")
+
+    def send_file(self, file: Path):
+        body = file.read_bytes()
+        headers = {
+            "ETag": f'"{hashlib.sha256(body).hexdigest()}"',
+            "X-Repo-Commit": COMMIT,
+            "Accept-Ranges": "bytes",
+        }
+        faults = self.server.faults.get(file.name, [])
+        fault = faults.pop(0) if faults and self.command == "GET" else None
+        if fault in ("500", "404"):
+            return self.answer(int(fault), b"")
+        if fault == "wrong":
+            body = bytes([body[0] ^ 1]) + body[1:]
+        start = 0
+        if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            start = int(found[1])
+            headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
+        if fault not in ("cut", "stall"):
+            return self.answer(206 if start else 200, body[start:], **headers)
+        self.send_response(206 if start else 200)
+        for name, value in {"Content-Length": str(len(body) - start), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(body[start : (start + len(body)) // 2])
+        self.wfile.flush()
+        if fault == "stall":
+            time.sleep(self.server.stall)
+        self.close_connection = True
 
     do_HEAD = do_GET
 
 
 @contextmanager
-def serve(folder: Path):
+def serve(folder: Path, faults: dict[str, list[str]] | None = None, stall: float = 5):
     """Serve `folder` (models/OWNER/NAME/... and datasets/OWNER/NAME/...); yields environment variables that
-    make the libraries talk to it, and the list of requests it got."""
+    make the libraries talk to it, and the list of requests it got.
+
+    `faults` says, for the name of a file, what its first downloads meet: "cut" (half of it, then the
+    connection ends), "stall" (half of it, then nothing for `stall` seconds), "wrong" (another first byte),
+    "500", "404".
+    """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.folder, server.requests = folder, []
+    server.folder, server.requests, server.faults, server.stall = folder, [], faults or {}, stall
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         endpoint = f"http://127.0.0.1:{server.server_port}"

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 import train_gpt2
-from fineweb import run_command, sha256
+from shards import run_command, sha256
 
 
 def start(folder: Path, flags: list[str]) -> int:

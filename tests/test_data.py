@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import make_shards
 
-from fineweb import InputError, load_shards, open_shard
+from shards import InputError, load_shards, open_shard
 from train_gpt2 import TokenLoader
 
 T = 8

@@ -1,29 +1,31 @@
-"""Text to shards, to the byte."""
+"""Text to shards, to the byte, through kills and a bad line."""
 
+import gzip
 import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import ROOT, call, run
+from conftest import ROOT, call, make_shards, run, write_texts
 from hub import COMMIT, serve
 
-from fineweb import (
-    Documents,
-    InputError,
-    RunFault,
-    encode_documents,
-    get_encoding,
-    run_command,
-    sha256,
-    write_shards,
-)
+import fineweb
+from fineweb import TASK_CHARACTERS, Piece, chunks_of, cut_document, encode_piece
+from shards import END_OF_TEXT, InputError, RunFault, get_encoding, load_shards, run_command, sha256
 
 
-def stream_of(texts, encoding):
+def stream_of(texts, encoding=None):
     """The oracle: <|endoftext|> and the document's tokens, for each document."""
+    encoding = encoding or get_encoding("bytes")
     return [token for text in texts for token in (encoding.eot_token, *encoding.encode_ordinary(text))]
 
 
@@ -31,18 +33,17 @@ def shards_in(folder):
     return [np.load(file) for file in sorted(folder.glob("*.npy"), key=lambda file: file.stem[-6:])]
 
 
-def write(texts, folder, shard_size, **options):
-    """Shard `texts` in three groups of documents."""
-    third = max(1, -(-len(texts) // 3))
-    groups = [Documents("file", i, texts[i : i + third]) for i in range(0, len(texts), third)]
-    return write_shards(groups, folder, shard_size=shard_size, encoding_name="bytes", source={}, **options)
+def tokens_in(folder):
+    return np.concatenate(shards_in(folder)).tolist()
 
 
 def test_shards_are_the_tutorials_to_the_byte(gpt2_data, gpt2_encoding, tmp_path):
     expected = (gpt2_data / "fineweb_like/expected_shards_10M.sha256").read_text().splitlines()
     files = sorted((gpt2_data / "fineweb_like").glob("*.parquet"))
-    done = run("fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=10000000")
+    command = ("fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=10000000")
+    done = run(*command)
     assert "17,140 documents, 38,099,793 tokens in 4 shards" in done.stdout
+    assert re.search(r"the last one holds what was left, [\d,]+: that is normal", done.stdout)
     record = json.loads((tmp_path / "out/shards.json").read_text())
     written = {entry["file"]: entry["sha256"] for entry in record["shards"]}
     assert len(expected) == 4
@@ -50,13 +51,14 @@ def test_shards_are_the_tutorials_to_the_byte(gpt2_data, gpt2_encoding, tmp_path
         digest, name = line.split()
         assert sha256(tmp_path / "out" / name) == written[name] == digest
     assert record["shards"][-1]["ends_at"]["file"] == files[-1].name
-    again = call("fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=10000000")
-    assert "is finished: 38,099,793 tokens" in again.stdout
-    other = call(
-        "fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=999", check=False
-    )
+    assert "is finished: 38,099,793 tokens" in call(*command).stdout
+    other = call(*command[:-1], "--shard_size=999", check=False)
     assert other.returncode == 2
-    assert "was made with settings {'shard_size': 10000000" in other.stderr
+    assert "made with other settings: shard_size was 10000000, is 999" in other.stderr
+    # a shard that is lost is made again, and what follows it stays what it was
+    (tmp_path / "out/edufineweb_train_000002.npy").unlink()
+    assert "going on after 2 finished shards" in call(*command).stdout
+    assert json.loads((tmp_path / "out/shards.json").read_text()) == record
 
 
 TEXTS = ["first", "", "a document that is longer than a shard " * 3, "naïve 東京", "", "last one"]
@@ -64,71 +66,104 @@ TEXTS = ["first", "", "a document that is longer than a shard " * 3, "naïve 東
 
 @pytest.mark.parametrize("shard_size", [2, 7, 50, 148])
 def test_the_stream_is_cut_every_shard_size_tokens(shard_size, tmp_path):
-    expected = stream_of(TEXTS, get_encoding("bytes"))
-    record = write(TEXTS, tmp_path, shard_size)
+    expected = stream_of(TEXTS)
+    record = write_texts(TEXTS, tmp_path, shard_size)
     shards = shards_in(tmp_path)
     assert all(len(shard) == shard_size for shard in shards[:-1])
     assert all(shard.dtype == np.uint16 for shard in shards)
-    assert np.concatenate(shards).tolist() == expected
+    assert tokens_in(tmp_path) == expected
     assert record["tokens"] == len(expected)
     assert record["documents"] == len(TEXTS)
     assert [entry["tokens"] for entry in record["shards"]] == [len(shard) for shard in shards]
     # where each shard ends: the documents before it, and tokens of the one it cuts
-    ends = np.cumsum([len(stream_of([text], get_encoding("bytes"))) for text in TEXTS])
+    ends = np.cumsum([len(stream_of([text])) for text in TEXTS])
     for n, entry in enumerate(record["shards"], 1):
         position = min(n * shard_size, len(expected))
         document = int(np.searchsorted(ends, position, side="right"))
         before = int(ends[document - 1]) if document else 0
-        assert entry["ends_at"] == {"file": "file", "document": document, "token": position - before}
+        assert entry["ends_at"] == {"file": "texts", "document": document, "token": position - before}
 
 
 def test_a_shard_may_end_exactly_where_a_document_does(tmp_path):
-    write(["abc", "defg", "hijk", "x"], tmp_path, 9)  # 4 + 5 tokens, then 5 + 2
+    write_texts(["abc", "defg", "hijk", "x"], tmp_path, 9)  # 4 + 5 tokens, then 5 + 2
     shards = shards_in(tmp_path)
     assert [len(shard) for shard in shards] == [9, 7]
     assert shards[1][0] == 256
-    write(["abc", "defg", "hijk", "lmn"], tmp_path / "", 9)  # 9 + 9: nothing is left over, no empty shard
+    write_texts(["abc", "defg", "hijk", "lmn"], tmp_path, 9)  # 9 + 9: nothing is left over, no empty shard
     assert [len(shard) for shard in shards_in(tmp_path)] == [9, 9]
 
 
 def test_max_tokens_takes_the_beginning(tmp_path):
-    expected = stream_of(TEXTS, get_encoding("bytes"))
-    record = write(TEXTS, tmp_path, 20, max_tokens=50)
-    assert np.concatenate(shards_in(tmp_path)).tolist() == expected[:50]
+    record = write_texts(TEXTS, tmp_path, 20, max_tokens=50)
+    assert tokens_in(tmp_path) == stream_of(TEXTS)[:50]
     assert [entry["tokens"] for entry in record["shards"]] == [20, 20, 10]
+    assert record["documents"] == 2
 
 
 def test_too_little_text_to_train_on_is_refused(tmp_path):
     for shard_size in (10**6, 149):  # 149: the first shard is exactly full
         with pytest.raises(InputError, match=r"149 tokens all fit .* smaller --shard_size, for example 14"):
-            write(TEXTS, tmp_path, shard_size)
+            write_texts(TEXTS, tmp_path, shard_size)
     with pytest.raises(InputError, match="no document"):
-        write([], tmp_path, 10)
+        write_texts([], tmp_path, 10)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("workers", [1, 2, 7])
 def test_any_number_of_workers_writes_the_same(workers, tmp_path):
-    texts = [f"document {i} " * (i % 13) for i in range(1000)]
-    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    run(
-        "fineweb.py",
-        f"--input={tmp_path}/in.jsonl",
-        f"--output_dir={tmp_path}/out",
-        "--shard_size=10000",
-        "--encoding=bytes",
-        f"--workers={workers}",
-    )
-    assert np.concatenate(shards_in(tmp_path / "out")).tolist() == stream_of(texts, get_encoding("bytes"))
+    texts = [f"document {i} " * (i % 130) for i in range(1000)]
+    write_texts(texts, tmp_path, 100_000, workers=workers)
+    assert tokens_in(tmp_path) == stream_of(texts)
 
 
 def test_text_that_looks_special_is_text(gpt2_encoding):
-    texts = ["a<|endoftext|>b", "lone \ud800 surrogate", ""]
-    tokens, lengths = encode_documents(gpt2_encoding, texts)
-    assert tokens.tolist() == stream_of(texts, gpt2_encoding)
-    assert tokens.tolist().count(50256) == 3
-    assert lengths.sum() == len(tokens)
-    assert gpt2_encoding.decode(tokens.tolist()[1 : lengths[0]]) == texts[0]
+    for text, remarks in (("a<|endoftext|>b", {"end_of_text"}), ("lone \ud800 surrogate", {"replaced"}),
+                          ("", {"empty"}), ("plain", set())):  # fmt: skip
+        tokens, found = encode_piece(gpt2_encoding, Piece("", 0, text))
+        assert tokens.tolist() == stream_of([text], gpt2_encoding)
+        assert found == remarks
+
+
+@pytest.mark.parametrize("encoding", ["gpt2", "bytes"])
+def test_a_long_document_cut_to_pieces_has_the_same_tokens(encoding, request):
+    """The pieces of a long document, tokenized apart, against the document in one piece; on text made to
+    confuse: white space of every kind, contractions, digits, scripts, runs."""
+    encoding = request.getfixturevalue("gpt2_encoding") if encoding == "gpt2" else get_encoding("bytes")
+    random.seed(1)
+    white = [" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u2003", "\x1c", "\x85", " " * 50]
+    words = [
+        "'s",
+        "'",
+        "don't",
+        "1",
+        "23",
+        "...",
+        "東京",
+        "é",
+        "e\u0301",
+        "😀",
+        "word",
+        "_",
+        END_OF_TEXT,
+        "a" * 50,
+    ]
+    text = "".join(random.choices(white + words, k=350_000))
+    pieces = list(cut_document("file", 3, chunks_of(text)))
+    assert len(pieces) > 3
+    assert max(len(piece.text) for piece in pieces) < 2 * TASK_CHARACTERS
+    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    tokens = np.concatenate([encode_piece(encoding, piece)[0] for piece in pieces])
+    assert tokens.tolist() == stream_of([text], encoding)
+
+
+def test_a_word_without_end_is_cut_and_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(fineweb, "LONGEST_WORD", 600_000)
+    text = "x" * 1_100_000
+    pieces = list(cut_document("file", 0, chunks_of(text)))
+    assert "".join(piece.text for piece in pieces) == text
+    assert [piece.cut for piece in pieces] == [True, False]
+    assert encode_piece(get_encoding("bytes"), pieces[0])[1] == {"cut"}
 
 
 def test_the_bytes_encoding_is_bytes():
@@ -140,86 +175,409 @@ def test_the_bytes_encoding_is_bytes():
 
 
 def test_every_kind_of_input_is_read(tmp_path):
-    table = pyarrow.table({"text": ["one", None, "three"], "id": [1, 2, 3]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    (tmp_path / "b.jsonl").write_text('{"text": "four"}\n{"text": "five", "more": 1}\n')
-    (tmp_path / "c.txt").write_text("six\nsix")
-    run(
-        "fineweb.py",
-        "--input",
-        tmp_path / "a.parquet",
-        f"{tmp_path}/[bc].*",
-        "--output_dir",
-        tmp_path / "out",
-        "--shard_size=10",
-        "--encoding=bytes",
+    """Files, a folder and a glob, each file once; nulls are skipped, bytes that are not UTF-8 replaced, and
+    the closing line counts both."""
+    source = tmp_path / "in"
+    (source / "more/deeper").mkdir(parents=True)
+    table = pyarrow.table({"body": ["one", None, "three"], "id": [1, 2, 3]})
+    pyarrow.parquet.write_table(table, source / "a.parquet")
+    large = pyarrow.array([b"bad \xff byte", b"fine"], pyarrow.large_binary())
+    pyarrow.parquet.write_table(pyarrow.table({"body": large}), source / "b.parquet")
+    (source / "c.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"body": "four"}\n\n{"body": null}\n{"body": "fi\xfeve", "id": 1}\n'
     )
-    expected = stream_of(["one", "", "three", "four", "five", "six\nsix"], get_encoding("bytes"))
-    assert np.concatenate(shards_in(tmp_path / "out")).tolist() == expected
+    with gzip.open(source / "more/deeper/d.jsonl.gz", "wt") as file:
+        file.write('{"body": "lone \\ud800"}\n{"body": ""}\n{"body": "<|endoftext|>"}')
+    (source / "more/e.txt").write_bytes(b"\xef\xbb\xbfsix\r\nsix \x80")
+    (source / "more/notes.md").write_text("not read")
+    named = source / "a.parquet", f"{source}/?.parquet", f"{source}/**/*.jsonl*", source / "more"
+    flags = "--shard_size=10", "--encoding=bytes", "--text_column=body"
+    done = call("fineweb.py", "--input", *named, "--output_dir", tmp_path / "out", *flags)
+    expected = ["one", "three", "bad \ufffd byte", "fine", "four", "fi\ufffdve", "lone \ufffd", "",
+                "<|endoftext|>", "six\nsix \ufffd"]  # fmt: skip
+    assert tokens_in(tmp_path / "out") == stream_of(expected)
+    record = json.loads((tmp_path / "out/shards.json").read_text())
+    assert record["documents"] == len(expected)
+    assert record["remarks"] == {"null": 2, "replaced": 4, "empty": 1, "end_of_text": 1}
+    for remark in (
+        "10 documents",
+        "2 null rows skipped",
+        "4 documents with bytes that are not UTF-8 or with lone",
+        "1 empty documents",
+        "1 documents that contain the characters <|endoftext|>",
+    ):
+        assert remark in done.stdout.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", '{"text": "a"}\nnonsense\n', r"x.jsonl, line 2: not a JSON object"),
-        ("x.jsonl", '{"text": 7}\n', r'x.jsonl, line 1: "text" is int'),
-        ("x.parquet", "not parquet at all", "x.parquet: not a sound parquet file"),
-        ("x.csv", "a,b", r"x.csv: ends in .csv"),
-        ("", "", "no such file"),
+        ("x.jsonl", b'{"text": "a"}\nnonsense\n', r"x.jsonl, line 2: not JSON"),
+        ("x.jsonl", b'["text"]\n', r"x.jsonl, line 1: not a JSON object"),
+        ("x.jsonl", b'{"text": 7}\n', r"x.jsonl, line 1: 'text' is int"),
+        ("x.jsonl", b'{"body": "a"}\n', r"x.jsonl, line 1: no key 'text' but ['body']; name the one"),
+        ("x.jsonl", b"[" * 100_000, r"x.jsonl, line 1: not JSON"),
+        ("x.jsonl.gz", b"not gzip at all", "x.jsonl.gz: not a sound gzip file"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 99)[:-12], "x.jsonl.gz: not a sound gzip file"),
+        ("x.parquet", b"not parquet at all", "x.parquet: not a sound parquet file"),
+        ("x.csv", b"a,b", r"x.csv: ends in .csv"),
+        ("", b"", "no such file"),
     ],
 )
-def test_bad_input_gets_one_line_and_leaves_nothing(name, content, message, tmp_path):
+def test_bad_input_gets_one_line(name, content, message, tmp_path):
     if name:
-        (tmp_path / name).write_text(content)
+        (tmp_path / name).write_bytes(content)
     done = call(
         "fineweb.py",
         f"--input={tmp_path / (name or 'nothing.txt')}",
         f"--output_dir={tmp_path}/out",
         "--encoding=bytes",
-        "--workers=1",
-        "--shard_size=2",
+        "--shard_size=2000",
         check=False,
     )
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "out").glob("*"))
+    assert {path.name for path in (tmp_path / "out").glob("*")} <= {".lock", "shards.partial.json"}
 
 
-def test_a_run_that_did_not_finish_is_not_written_over(tmp_path):
-    (tmp_path / "edufineweb_val_000000.npy").write_bytes(b"something")
-    done = run(
-        "fineweb.py", f"--input={ROOT}/LICENSE", f"--output_dir={tmp_path}", "--encoding=bytes", check=False
-    )
+def test_bad_settings_get_one_line(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2]}), tmp_path / "x.parquet")
+    for flags, message in (
+        (["--shard_size=1"], "--shard_size 1: must be at least 2"),
+        (["--workers=0"], "--workers 0: must be at least 1"),
+        (["--max_tokens=0"], "--max_tokens 0: must be at least 1"),
+        ([f"--output_dir={tmp_path}/file"], "a file of that name exists"),
+        ([f"--input={tmp_path}/folder"], "a folder without .parquet"),
+        ([f"--input={tmp_path}/x.parquet"], "no column 'text' but ['id']"),
+        ([f"--input={tmp_path}/x.parquet", "--text_column=id"], "the column 'id' holds int64, not strings"),
+        ([f"--input={ROOT}/LICENSE"], "LICENSE: ends in nothing"),
+        (["--write_shards_json"], "goes with --check"),
+        (["--check", tmp_path / "nowhere"], "does not exist"),
+    ):
+        done = call("fineweb.py", f"--output_dir={tmp_path}/out", "--encoding=bytes", *flags, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert message in done.stderr
+
+
+def test_a_disk_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
+    (tmp_path / "x.txt").write_text("a word " * 1000)
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    flags = f"--input={tmp_path}/x.txt", f"--output_dir={tmp_path}/out", "--encoding=bytes"
+    done = call("fineweb.py", *flags, check=False)
     assert done.returncode == 2
-    assert "holds shards but no shards.json" in done.stderr
-    assert (tmp_path / "edufineweb_val_000000.npy").read_bytes() == b"something"
+    assert "choose another disk, or set --max_tokens" in done.stderr
+    monkeypatch.undo()
+    (tmp_path / "y.txt").write_text("a word")
+    huge = ["--shard_size=1000000000000000", f"--input={tmp_path}/y.txt", f"--output_dir={tmp_path}/o"]
+    done = call("fineweb.py", *huge, "--encoding=bytes", check=False)
+    assert done.returncode == 2
+    assert "--shard_size 1000000000000000: a shard is held in memory" in done.stderr
 
 
-def test_fineweb_edu_comes_from_the_hub(tmp_path):
-    """The default: the sample's parquet files in order, one at a time, at a recorded commit."""
+def test_shards_made_elsewhere_are_not_written_over(tmp_path):
+    make_shards(tmp_path, [50, 100])
+    before = {path: sha256(path) for path in tmp_path.glob("*.npy")}
+    (tmp_path / "x.txt").write_text("a word " * 1000)
+    flags = f"--input={tmp_path}/x.txt", f"--output_dir={tmp_path}", "--encoding=bytes"
+    done = call("fineweb.py", *flags, check=False)
+    assert done.returncode == 2
+    assert "made elsewhere, of which there is no record" in done.stderr
+    assert {path: sha256(path) for path in tmp_path.glob("*.npy")} == before
+
+
+# -----------------------------------------------------------------------------
+# killed and run again
+
+
+def kill_until_done(command, env, kills, wait, seed=0):
+    """Run `command` to its end, SIGKILLed `kills` times on the way, each time after `wait()` seconds."""
+    random.seed(seed)
+    killed = 0
+    while True:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, **env}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        try:
+            out, _ = process.communicate(timeout=wait() if killed < kills else 100)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+            continue
+        assert process.returncode == 0, out
+        return killed, out
+
+
+def test_killed_after_every_shard_it_ends_the_same(tmp_path):
+    """SIGKILL right after each flush to disk, in the process that writes; no piece of work is lost or done
+    twice."""
+    texts = [None if i % 7 == 3 else f"document {i} " * (i % 40) for i in range(300)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    command = f"--input={tmp_path}/x.jsonl", "--encoding=bytes", "--shard_size=9000", "--workers=1"
+    call("fineweb.py", *command, f"--output_dir={tmp_path}/undisturbed")
+    expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir() if path.suffix}
+    assert len(expected) == 8
+    killer = (
+        "import os, runpy, signal, sys\n"
+        "left, replace = [int(sys.argv.pop(1))], os.replace\n"
+        "def killing(*names):\n"
+        "    left[0] -= 1\n"
+        "    if left[0] == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    replace(*names)\n"
+        "    if left[0] == 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.replace = killing\n"
+        "sys.argv[0] = 'fineweb.py'\n"
+        "runpy.run_path('fineweb.py', run_name='__main__')\n"
+    )
+    kills = 0
+    while True:
+        arguments = "-c", killer, str(2 + kills % 3), *command, f"--output_dir={tmp_path}/out"
+        done = run(*arguments, check=False)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        kills += 1
+        if (tmp_path / "out/shards.partial.json").exists():
+            with pytest.raises(InputError, match="is not finished: run the same"):
+                load_shards(tmp_path / "out")
+    assert kills > 5
+    (tmp_path / "out/.lock").unlink()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+
+
+@pytest.mark.slow
+def test_thirty_random_kills(gpt2_data, gpt2_encoding, tmp_path):
+    """The real files from a Hub, 1 million tokens a shard, SIGKILL at thirty random moments: the bytes of a
+    job that was not killed, and nothing that was complete is downloaded again."""
+    real = f"--input={gpt2_data}/fineweb_like"
+    call("fineweb.py", real, f"--output_dir={tmp_path}/undisturbed", "--shard_size=1000000")
     folder = tmp_path / "hub/datasets/HuggingFaceFW/fineweb-edu/sample/10BT"
     folder.mkdir(parents=True)
-    texts = [f"document {i}, taught with care" for i in range(30)]
+    for file in (gpt2_data / "fineweb_like").glob("*.parquet"):
+        (folder / file.name).symlink_to(file)
+    (folder.parent.parent / "README.md").write_text(CARD)
+    (folder.parent.parent / "data").mkdir()
+    (folder.parent.parent / "data/train.txt").write_text("not asked for")
+    with serve(tmp_path / "hub") as (env, requests):
+        command = "fineweb.py", f"--output_dir={tmp_path}/out", "--shard_size=1000000"
+        killed, out = kill_until_done(command, env, 30, lambda: random.uniform(1.5, 3.5))
+    downloads = [request for request in requests if request[0] == "GET" and request[1].endswith(".parquet")]
+    expected = {path.name: sha256(path) for path in (tmp_path / "undisturbed").glob("*.npy")}
+    assert len(expected) == 39
+    assert {path.name: sha256(path) for path in (tmp_path / "out").glob("*.npy")} == expected
+    records = [(tmp_path / name / "shards.json").read_text() for name in ("undisturbed", "out")]
+    assert json.loads(records[0])["shards"] == json.loads(records[1].replace("sample/10BT/", ""))["shards"]
+    print(f"{killed} kills, {len(downloads)} downloads: {out.splitlines()[-1]}")
+    assert killed == 30
+    assert len([range_ for _, _, range_ in downloads if range_ is None]) <= 2 + killed // 10
+
+
+# -----------------------------------------------------------------------------
+# the Hub
+
+CARD = """---
+configs:
+- config_name: default
+  data_files:
+  - split: train
+    path: data/*
+- config_name: sample-10BT
+  data_files:
+  - split: train
+    path: sample/10BT/*
+- config_name: held-out
+  data_files:
+  - split: test
+    path: data/*
+---
+"""
+
+
+# fineweb.py that hands out small tasks, and does not wait before it asks the Hub again
+IMPATIENT = """
+import fineweb
+fineweb.TASK_CHARACTERS, fineweb.RETRY_AFTER = 1000, (0, 0)
+fineweb.run_command(fineweb.main, fineweb.ShardConfig)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder to serve, with a FineWeb-Edu of three small parquet files, and their texts."""
+    folder = tmp_path / "hub/datasets/HuggingFaceFW/fineweb-edu"
+    (folder / "sample/10BT").mkdir(parents=True)
+    (folder / "data").mkdir()
+    texts = [f"document {i}, taught with care " * 9 for i in range(300)]
     for part in (2, 0, 1):
-        table = pyarrow.table({"text": texts[10 * part : 10 * part + 10]})
-        pyarrow.parquet.write_table(table, folder / f"00{part}_00000.parquet")
-    (folder.parent / "10BT_notes.txt").write_text("not data")
-    with serve(tmp_path / "hub") as (env, _):
-        run("fineweb.py", f"--output_dir={tmp_path}/out", "--shard_size=300", "--encoding=bytes", env=env)
-        gone = run(
-            "fineweb.py",
-            f"--output_dir={tmp_path}/no",
-            "--encoding=bytes",
-            check=False,
-            env={**env, "HF_ENDPOINT": env["HF_ENDPOINT"] + "/elsewhere"},
-        )
-    assert np.concatenate(shards_in(tmp_path / "out")).tolist() == stream_of(texts, get_encoding("bytes"))
+        table = pyarrow.table({"text": texts[100 * part : 100 * part + 100]})
+        pyarrow.parquet.write_table(table, folder / f"sample/10BT/00{part}_00000.parquet", compression="none")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[:50]}), folder / "data/train.parquet")
+    (folder / "README.md").write_text(CARD)
+    return tmp_path / "hub", texts
+
+
+def downloads_of(requests, name):
+    return [request for request in requests if request[0] == "GET" and request[1].endswith(name)]
+
+
+def test_fineweb_edu_comes_from_the_hub(hub, tmp_path):
+    """The default: the sample's parquet files in the order that `datasets` gives, at one recorded commit,
+    each deleted when its shards are safe."""
+    folder, texts = hub
+    command = "fineweb.py", "--shard_size=5000", "--encoding=bytes"
+    with serve(folder) as (env, requests):
+        done = run(*command, f"--output_dir={tmp_path}/out", env=env)
+        asked = len(requests)
+        again = run(*command, f"--output_dir={tmp_path}/out", env=env)
+        assert len(requests) == asked
+        other = run(*command, f"--output_dir={tmp_path}/out", "--config=sample-100BT", env=env, check=False)
+        kept = run(*command, f"--output_dir={tmp_path}/kept", "--config=default", "--keep_downloads", env=env)
+    assert f"HuggingFaceFW/fineweb-edu sample-10BT at {COMMIT[:8]}: 3 files" in done.stdout
+    assert "(two downloads and the shards)" in done.stdout
+    assert tokens_in(tmp_path / "out") == stream_of(texts)
     source = json.loads((tmp_path / "out/shards.json").read_text())["source"]
-    assert source == {"dataset": "HuggingFaceFW/fineweb-edu", "folder": "sample/10BT", "revision": COMMIT}
-    assert not list((tmp_path / "out").rglob("*.parquet"))
-    assert gone.returncode == 2
-    assert "could not fetch HuggingFaceFW/fineweb-edu" in gone.stderr
+    assert source == {"dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT", "revision": COMMIT}
+    assert not (tmp_path / "out/downloads").exists()
+    assert "is finished" in again.stdout
+    assert other.returncode == 2
+    assert "config was sample-10BT, is sample-100BT" in other.stderr
+    assert "1 files" in kept.stdout
+    assert tokens_in(tmp_path / "kept") == stream_of(texts[:50])
+    assert (tmp_path / "kept/downloads/data/train.parquet").exists()
+
+
+def test_what_the_hub_does_not_have(hub, tmp_path):
+    folder, _ = hub
+    with serve(folder) as (env, _):
+        for flags, message in (
+            (["--config=nothing"], "BuilderConfig 'nothing' not found. Available: ['default', 'sample-10BT'"),
+            (["--config=held-out"], "no train split, only test"),
+            (["--dataset=no/thing", "--config=None"], "could not fetch the file list of no/thing"),
+        ):
+            done = run("fineweb.py", f"--output_dir={tmp_path}/out", *flags, env=env, check=False)
+            assert done.returncode == 2
+            assert message in done.stderr.splitlines()[-1]
+            assert "Traceback" not in done.stderr
+
+
+def test_a_bad_line_costs_time_and_nothing_else(hub, tmp_path):
+    """A connection cut in the middle, a server in trouble, a stall and a wrong byte, all met by one job: it
+    ends with the right shards, and what was cut is gone on with where huggingface_hub can."""
+    folder, texts = hub
+    names = [f"00{part}_00000.parquet" for part in range(3)]
+    faults = dict(zip(names, (["cut", "500"], ["stall"], ["wrong"]), strict=True))
+    for name in names[:2]:  # more than huggingface_hub keeps in memory: 10 MB
+        (file,) = folder.rglob(name)
+        padding = pyarrow.array([random.randbytes(250_000) for _ in range(100)])
+        table = pyarrow.parquet.read_table(file).append_column("padding", padding)
+        pyarrow.parquet.write_table(table, file, compression="none")
+    with serve(folder, faults) as (env, requests):
+        done = run(
+            "fineweb.py", f"--output_dir={tmp_path}/out", "--shard_size=5000", "--encoding=bytes",
+            env={**env, "HF_HUB_DOWNLOAD_TIMEOUT": "1"},
+        )  # fmt: skip
+    assert tokens_in(tmp_path / "out") == stream_of(texts)
+    ranges = {name: [range_ for _, _, range_ in downloads_of(requests, name)] for name in faults}
+    go_on = "bytes=10485760-"
+    assert list(ranges.values()) == [[None, go_on, None], [None, go_on], [None, None]]
+    assert "not what the Hub says it has (size or SHA-256); trying again in 1 s" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "message"),
+    [("404", 2, "404"), ("500", 1, "the same command goes on"), ("wrong", 1, "SHA-256")],
+)
+def test_a_line_that_stays_bad_ends_with_one(fault, status, message, hub, tmp_path):
+    """...and the same command goes on when it is mended, with what was finished before."""
+    folder, texts = hub
+    arguments = f"--output_dir={tmp_path}/out", "--shard_size=5000", "--encoding=bytes", "--workers=1"
+    with serve(folder, {"002_00000.parquet": [fault] * (1 if fault == "404" else 3)}) as (env, requests):
+        done = run("-c", IMPATIENT, *arguments, env=env, check=False)
+        assert done.returncode == status
+        assert message in done.stderr.splitlines()[-1]
+        assert "Traceback" not in done.stderr
+        assert not list((tmp_path / "out").glob("*.tmp"))
+        finished = {path: sha256(path) for path in (tmp_path / "out").glob("*.npy")}
+        assert finished
+        done = run("fineweb.py", *arguments, env=env)
+    assert f"going on after {len(finished)} finished shards" in done.stdout
+    assert {path: sha256(path) for path in finished} == finished
+    assert tokens_in(tmp_path / "out") == stream_of(texts)
+    assert len(downloads_of(requests, "000_00000.parquet")) == 1
+
+
+def test_a_trial_downloads_only_what_it_needs(hub, tmp_path):
+    folder, texts = hub
+    with serve(folder) as (env, requests):
+        flags = f"--output_dir={tmp_path}/out", "--shard_size=5000", "--encoding=bytes", "--workers=1"
+        run("-c", IMPATIENT, *flags, "--max_tokens=12000", env=env)
+    assert tokens_in(tmp_path / "out") == stream_of(texts)[:12000]
+    assert downloads_of(requests, "000_00000.parquet")
+    assert not downloads_of(requests, "001_00000.parquet")
+
+
+def test_the_next_file_comes_while_this_one_is_read(tmp_path):
+    """At most two files are on the disk, and the second one is started before the first is read."""
+    files = [fineweb.File(f"{i}.txt", 6) for i in range(4)]
+    downloads = fineweb.Downloads("", "", files, tmp_path, keep=False, ahead=True)
+    fetched = []
+
+    def fetch(file):
+        (tmp_path / file.name).write_text("a text")
+        fetched.append(file.name)
+        return tmp_path / file.name
+
+    downloads.fetch = fetch
+    for piece in fineweb.read_files(files, "text", None, downloads):
+        time.sleep(0.1)
+        i = int(piece.file[0])
+        present = sorted(path.name for path in tmp_path.iterdir())
+        assert present == [f"{j}.txt" for j in (i - 1, i) if j >= 0] if i else ["0.txt", "1.txt"]
+        downloads.drop_before(piece.file)
+        downloads.look_ahead(i)
+        time.sleep(0.1)
+        assert sorted(path.name for path in tmp_path.iterdir()) == [f"{j}.txt" for j in (i, i + 1) if j < 4]
+    assert fetched == [file.name for file in files]
+
+
+# -----------------------------------------------------------------------------
+# shards from elsewhere, and the way every script ends
+
+
+def bin_shard(path, tokens):
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
+
+
+def test_check_tells_what_a_folder_holds(text_shards, tmp_path, capsys):
+    known = call("fineweb.py", "--check", text_shards)
+    assert "bytes encoding (as shards.json says)" in known.stdout
+    assert re.search(r"val +20,000 tokens in +1 shards, beginning '<.endoftext.>0 green", known.stdout)
+    assert "the SHA-256 of every shard" in known.stdout
+
+    tokens = stream_of(["a text from elsewhere"] * 10)
+    bin_shard(tmp_path / "my_val_000000.bin", tokens[:50])
+    bin_shard(tmp_path / "my_train_000001.bin", tokens[50:])
+    unknown = call("fineweb.py", "--check", tmp_path, "--encoding=bytes")
+    assert "--write_shards_json records their sums" in unknown.stdout
+    assert not (tmp_path / "shards.json").exists()
+    call("fineweb.py", "--check", tmp_path, "--encoding=bytes", "--write_shards_json")
+    assert load_shards(tmp_path, verify=True).encoding == "bytes"
+    assert load_shards(tmp_path).count("train") == len(tokens) - 50
+
+    bin_shard(tmp_path / "my_train_000001.bin", [7, *tokens[51:]])
+    damaged = call("fineweb.py", "--check", tmp_path, check=False)
+    assert damaged.returncode == 2
+    assert "my_train_000001.bin: its SHA-256 is not the one in shards.json" in damaged.stderr
+    (tmp_path / "shards.json").unlink()
+    bin_shard(tmp_path / "my_train_000001.bin", [*tokens[50:], 300])
+    beyond = call("fineweb.py", "--check", tmp_path, "--encoding=bytes", check=False)
+    assert beyond.returncode == 2
+    assert f"my_train_000001.bin: token {len(tokens) - 50} is 300, beyond the 257" in beyond.stderr
 
 
 @pytest.mark.parametrize(
@@ -249,7 +607,7 @@ def test_every_end_has_its_status_and_one_line(error, status, monkeypatch, capsy
 def test_without_a_network_the_vocabulary_is_explained(tmp_path):
     done = run(
         "fineweb.py",
-        f"--input={ROOT}/LICENSE",
+        f"--input={ROOT}/requirements.txt",
         f"--output_dir={tmp_path}/out",
         check=False,
         env={"TIKTOKEN_CACHE_DIR": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9"},

@@ -9,8 +9,8 @@ from conftest import call, run, torchrun
 from hub import serve
 
 import hellaswag
-from fineweb import InputError, get_encoding
 from hellaswag import Item, evaluate, load_items, render, score_rows
+from shards import InputError, get_encoding
 from train_gpt2 import GPT, GPTConfig
 
 BYTES = get_encoding("bytes")

@@ -7,7 +7,7 @@ import pytest
 from conftest import call, run
 
 import plot
-from fineweb import InputError
+from shards import InputError
 from train_gpt2 import GPT, GPTConfig
 
 

@@ -17,9 +17,9 @@ import torch
 from conftest import ROOT, TINY, call, make_shards, run, torchrun
 
 import run_folder
-from fineweb import sha256
 from plot import read_log
 from run_folder import list_checkpoints
+from shards import sha256
 
 FLAGS = (
     *TINY,

@@ -69,7 +69,7 @@ def test_openais_weights_come_from_the_hub_by_name(tmp_path, gpt2_encoding):
         by_name = run("sample.py", "--model=gpt2", *flags, env=env).stdout
         missing = run("sample.py", "--model=gpt2-medium", *flags, env=env, check=False)
     assert by_name == call("sample.py", f"--model={folder}", *flags).stdout
-    assert not any("pytorch_model.bin" in path for _, path in requests)
+    assert not any("pytorch_model.bin" in path for _, path, _ in requests)
     assert missing.returncode == 2
     assert "could not fetch the model 'gpt2-medium'" in missing.stderr
     assert "Traceback" not in missing.stderr

@@ -10,9 +10,9 @@ import torch
 from conftest import ROOT, TINY, call, run
 from transformers import AutoModelForCausalLM
 
-from fineweb import InputError, sha256
 from plot import read_log
 from run_folder import list_checkpoints
+from shards import InputError, sha256
 from train_gpt2 import (
     DEMO,
     GPT,
