@@ -17,6 +17,7 @@ This file also makes the shards of the demo, from the prose that every Python br
 """
 
 import ast
+import codecs
 import contextlib
 import glob
 import gzip
@@ -37,7 +38,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, AnyStr, Literal
 
@@ -65,6 +66,7 @@ from shards import (
 
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")  # one JSON object a line
 KINDS = (".parquet", *LINES, ".txt")
+FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 TASK_CHARACTERS = 250_000  # what a thread takes at a time, and the size of the pieces of a long document
 LONGEST_WORD = 4_000_000  # characters; tiktoken needs some 50 bytes of memory for each character of a word
 RETRY_AFTER = (1, 5, 30, 120)  # seconds to wait before each new attempt to reach the Hub
@@ -84,10 +86,11 @@ class ShardConfig:
     input: tuple[str, ...] = ()
     """Local files, folders or globs of .parquet, .jsonl, .jsonl.gz and .txt, each file read once; a .txt
     file is one document. None: --dataset."""
-    dataset: str = "HuggingFaceFW/fineweb-edu"
+    dataset: str = FINEWEB_EDU
     """A dataset on the Hugging Face Hub."""
-    config: str | None = "sample-10BT"
-    """Its configuration, for FineWeb-Edu also sample-100BT and sample-350BT; None: the default one."""
+    config: str | None = None
+    """Its configuration. None: for FineWeb-Edu sample-10BT (there are sample-100BT and sample-350BT), for
+    another dataset its default one."""
     revision: str = "main"
     """Its branch, tag or commit; what it stands for at the start is used to the end, and recorded."""
     text_column: str = "text"
@@ -222,11 +225,9 @@ def read_parquet(file: File, path: Path, column: str, first: int) -> Iterator[Pi
                 if row >= first and raw is None:
                     yield Piece(file.name, row, None)
                 elif row >= first:
-                    text, share = (
-                        raw.decode("utf-8", "surrogateescape"),
-                        (row + 1) / parquet.metadata.num_rows,
-                    )
-                    yield from cut_document(file.name, row, chunks_of(text), lambda share=share: share)
+                    chunks = codecs.iterdecode(chunks_of(raw), "utf-8", "surrogateescape")
+                    share = (row + 1) / parquet.metadata.num_rows
+                    yield from cut_document(file.name, row, chunks, lambda share=share: share)
                 row += 1
 
 

@@ -162,6 +162,31 @@ PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
 # model; the names are those of OpenAI's checkpoint
 
 
+class KVCache:
+    """The keys and values of what one layer's attention has read, so that they are computed once: for text
+    that is written token by token, or goes on in several ways. Space for `length` tokens."""
+
+    def __init__(self, length: int):
+        self.length, self.n_read = length, 0
+
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add those of T more tokens, (B, nh, T, hs); returns those of all that were read."""
+        if self.n_read == 0:
+            shape = (*k.shape[:2], self.length, k.size(3))
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        start, self.n_read = self.n_read, self.n_read + k.size(2)
+        self.keys[:, :, start : self.n_read] = k
+        self.values[:, :, start : self.n_read] = v
+        return self.keys[:, :, : self.n_read], self.values[:, :, : self.n_read]
+
+    def repeat(self, n: int) -> "KVCache":
+        """Each row n times over: what was read goes on in n ways."""
+        copy = KVCache(self.length)
+        copy.n_read = self.n_read
+        copy.keys, copy.values = (t.repeat_interleave(n, dim=0) for t in (self.keys, self.values))
+        return copy
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention in which a position sees itself and what came before it."""
 
@@ -171,13 +196,19 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # queries, keys and values of all heads
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (
             t.view(B, T, self.n_head, C // self.n_head).transpose(1, 2) for t in (q, k, v)
         )  # (B, nh, T, hs)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if k.size(2) == T:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # the queries are the last T of all positions; a single one sees everything
+            seen = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if T == 1 else seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side
         return self.c_proj(y)
 
@@ -204,8 +235,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
 
@@ -241,12 +272,15 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor | None = None):
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None, caches: list[KVCache] | None = None
+    ):
         """The logits of the next token at every position and, given targets, their mean cross-entropy.
 
         Args:
             idx: (B, T) int64 token ids, T at most block_size.
             targets: (B, T) int64, the token after each position; -100 where none counts.
+            caches: of `new_caches`, to go on after what they have read; then idx holds only what is new.
 
         Returns:
             logits (B, T, vocab_size) and the loss in nats, a scalar, or None without targets.
@@ -254,24 +288,29 @@ class GPT(nn.Module):
         Raises:
             ValueError: the sequence is longer than block_size.
         """
-        logits = self.head(self.hidden_states(idx))
+        logits = self.head(self.hidden_states(idx, caches))
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
         return logits, loss
 
-    def hidden_states(self, idx: torch.Tensor) -> torch.Tensor:
+    def hidden_states(self, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """The residual stream after the last block and its norm: (B, T) token ids to (B, T, n_embd)."""
-        T = idx.size(1)
-        if self.config.block_size < T:
+        start = caches[0].n_read if caches else 0
+        end = start + idx.size(1)
+        if self.config.block_size < end:
             raise ValueError(
-                f"a sequence of {T} tokens is longer than the model's block size, {self.config.block_size}"
+                f"a sequence of {end} tokens is longer than the model's block size, {self.config.block_size}"
             )
-        pos = torch.arange(T, device=idx.device)
+        pos = torch.arange(start, end, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
-        for block in self.transformer.h:
-            x = block(x)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, caches[i] if caches else None)
         return self.transformer.ln_f(x)
+
+    def new_caches(self, length: int) -> list[KVCache]:
+        """A cache for each layer, with space for `length` tokens."""
+        return [KVCache(length) for _ in self.transformer.h]
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., n_embd) to logits (..., vocab_size). Rows that only pad the vocabulary are cut
@@ -295,41 +334,44 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     @torch.no_grad()
-    def generate(
+    def stream(
         self,
         idx: torch.Tensor,
         max_new_tokens: int,
         *,
         temperature: float = 1.0,
         top_k: int | None = 50,
+        top_p: float = 1.0,
         seed: int | None = None,
-    ) -> torch.Tensor:
-        """Continue each row of `idx` by `max_new_tokens` tokens.
+    ) -> Iterator[torch.Tensor]:
+        """Continue each row of `idx`, one token after another.
 
         Args:
-            idx: (B, T) int64, T at least 1. Once the text is longer than block_size, only its last block_size
-                tokens are seen.
-            temperature: divides the logits; 0 takes the most likely token.
-            top_k: sample among the k most likely tokens; None: among all.
+            idx: (B, T) int64, T at least 1.
+            temperature, top_k, top_p: see `choose_token`.
             seed: same seed, same text; None draws from PyTorch's global generator.
 
-        Returns:
-            (B, T + max_new_tokens) int64, the prompt included.
+        Yields:
+            (B, 1) int64: the next token of each row, max_new_tokens times. A text longer than block_size is
+            continued from its last block_size tokens; since all their positions change with every token,
+            nothing can be kept then, and each costs as much as reading the whole window.
         """
         generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
+        block_size = self.config.block_size
+        text = unread = idx[:, -block_size:]
+        caches = self.new_caches(min(text.size(1) + max_new_tokens, block_size))
         for _ in range(max_new_tokens):
-            last = self.hidden_states(idx[:, -self.config.block_size :])[:, -1]  # (B, C)
-            logits = self.head(last).float()  # (B, vocab_size)
-            if temperature == 0:
-                next_token = logits.argmax(dim=-1, keepdim=True)
+            if caches[0].n_read + unread.size(1) <= block_size:
+                last = self.hidden_states(unread, caches)[:, -1]  # (B, C)
             else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                probabilities = F.softmax(logits / temperature, dim=-1)
-                next_token = torch.multinomial(probabilities, 1, generator=generator)
-            idx = torch.cat((idx, next_token), dim=1)
-        return idx
+                last = self.hidden_states(text[:, -block_size:])[:, -1]
+            unread = choose_token(self.head(last).float(), temperature, top_k, top_p, generator)
+            text = torch.cat((text, unread), dim=1)
+            yield unread
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
+        """`idx` and what `stream` continues it by: (B, T + max_new_tokens) int64."""
+        return torch.cat((idx, *self.stream(idx, max_new_tokens, **options)), dim=1)
 
     # The folder that Hugging Face's GPT2LMHeadModel reads and writes. Its linear layers are OpenAI's
     # "Conv1D", whose weight is the transpose of nn.Linear's.
@@ -401,6 +443,34 @@ class GPT(nn.Module):
             texts |= tokenizer_files(config.block_size)
         for name, text in texts.items():
             (folder / name).write_text(text, encoding="utf-8")
+
+
+def choose_token(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draw the next token of each row: (B, vocab_size) float32 to (B, 1) int64.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: draw among the k most likely tokens; None: among all.
+        top_p: draw among the fewest tokens that have this probability together (nucleus sampling: Holtzman et
+            al., "The Curious Case of Neural Text Degeneration", section 3.1); 1: among all.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits, tokens = logits / temperature, None
+    if top_k is not None or top_p < 1:
+        logits, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # most likely first
+    probabilities = F.softmax(logits, dim=-1)
+    if top_p < 1:
+        likelier = probabilities.cumsum(dim=-1) - probabilities  # what the tokens before have together
+        probabilities = probabilities.masked_fill(likelier >= top_p, 0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return choice if tokens is None else tokens.gather(-1, choice)
 
 
 def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:

@@ -55,10 +55,6 @@ def test_shards_are_the_tutorials_to_the_byte(gpt2_data, gpt2_encoding, tmp_path
     other = call(*command[:-1], "--shard_size=999", check=False)
     assert other.returncode == 2
     assert "made with other settings: shard_size was 10000000, is 999" in other.stderr
-    # a shard that is lost is made again, and what follows it stays what it was
-    (tmp_path / "out/edufineweb_train_000002.npy").unlink()
-    assert "going on after 2 finished shards" in call(*command).stdout
-    assert json.loads((tmp_path / "out/shards.json").read_text()) == record
 
 
 TEXTS = ["first", "", "a document that is longer than a shard " * 3, "naïve 東京", "", "last one"]
@@ -346,6 +342,12 @@ def test_killed_after_every_shard_it_ends_the_same(tmp_path):
     assert kills > 5
     (tmp_path / "out/.lock").unlink()
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
+    # a finished job that lost a shard goes on there, too
+    (tmp_path / "out/edufineweb_train_000002.npy").unlink()
+    mended = call("fineweb.py", *command, f"--output_dir={tmp_path}/out").stdout
+    assert "going on after 2 finished shards" in mended
+    (tmp_path / "out/.lock").unlink()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
 
 
 @pytest.mark.slow
@@ -363,7 +365,7 @@ def test_thirty_random_kills(gpt2_data, gpt2_encoding, tmp_path):
     (folder.parent.parent / "data/train.txt").write_text("not asked for")
     with serve(tmp_path / "hub") as (env, requests):
         command = "fineweb.py", f"--output_dir={tmp_path}/out", "--shard_size=1000000"
-        killed, out = kill_until_done(command, env, 30, lambda: random.uniform(1.5, 3.5))
+        killed, out = kill_until_done(command, env, 30, lambda: random.uniform(0.5, 2.2))
     downloads = [request for request in requests if request[0] == "GET" and request[1].endswith(".parquet")]
     expected = {path.name: sha256(path) for path in (tmp_path / "undisturbed").glob("*.npy")}
     assert len(expected) == 39
@@ -455,7 +457,7 @@ def test_what_the_hub_does_not_have(hub, tmp_path):
         for flags, message in (
             (["--config=nothing"], "BuilderConfig 'nothing' not found. Available: ['default', 'sample-10BT'"),
             (["--config=held-out"], "no train split, only test"),
-            (["--dataset=no/thing", "--config=None"], "could not fetch the file list of no/thing"),
+            (["--dataset=no/thing"], "could not fetch the file list of no/thing"),
         ):
             done = run("fineweb.py", f"--output_dir={tmp_path}/out", *flags, env=env, check=False)
             assert done.returncode == 2
