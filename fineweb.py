@@ -771,6 +771,8 @@ def main(config: ShardConfig) -> None:
     folder = config.output_dir
     files = local_files(config.input)
     from_hub = () if files else ("dataset", "config", "revision")
+    if config.config is None and config.dataset == FINEWEB_EDU:
+        config = replace(config, config="sample-10BT")
     settings = {
         name: getattr(config, name) for name in ("shard_size", "max_tokens", "text_column", *from_hub)
     }
