@@ -146,16 +146,21 @@ def cut_document(
     """A document, given in any chunks, as pieces that can be tokenized apart.
 
     It is cut before a space or newline that follows something else. No token of GPT-2 crosses that: in its
-    pattern white space begins a token or stands alone, and what precedes never depends on it.
+    pattern white space begins a token or stands alone, and what precedes never depends on it. Long white
+    space (a million spaces exceed what tiktoken can do) is cut before its last character, which belongs to
+    the word.
     """
+    boundary = re.compile(r"(?<=\S)(?=[ \n])|(?<=[ \t\r\n])(?=[ \t\r\n]\S)")
     rest, begins = "", True
     for chunk in chunks:
         rest += chunk
         if len(rest) >= TASK_CHARACTERS:
-            boundary = re.match(r"(?s).*\S(?=[ \n])", rest)
-            if boundary or len(rest) > LONGEST_WORD:
-                end = boundary.end() if boundary else len(rest)
-                yield Piece(file, document, rest[:end], begins, False, not boundary, share())
+            # near the end, or at the first chance after much of one kind
+            near_end = len(rest) - 1000 if len(rest) < 2 * TASK_CHARACTERS else 1
+            found = boundary.search(rest, near_end) or boundary.search(rest, 1)
+            if found or len(rest) > LONGEST_WORD:
+                end = found.start() if found else len(rest)
+                yield Piece(file, document, rest[:end], begins, False, not found, share())
                 rest, begins = rest[end:], False
     yield Piece(file, document, rest, begins, True, False, share())
 
@@ -183,7 +188,8 @@ def read_documents(file: File, path: Path, column: str, first: int = 0) -> Itera
 
         try:
             if file.name.endswith(".txt"):
-                yield from cut_document(file.name, 0, iter(lambda: text.read(TASK_CHARACTERS), ""), share)
+                if first == 0:
+                    yield from cut_document(file.name, 0, iter(lambda: text.read(TASK_CHARACTERS), ""), share)
                 return
             for number, line in enumerate(text):
                 if number >= first and not line.isspace():
@@ -242,10 +248,10 @@ def open_parquet(path: Path, column: str) -> Iterator[Any]:
         # not pre_buffer: it holds whole row groups, which may be large
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as parquet:
             schema = parquet.schema_arrow
-            if column not in schema.names:
+            if schema.names.count(column) != 1:
                 raise InputError(
-                    f"{path}: no column {column!r} but {schema.names}; name the one that holds the text with "
-                    "--text_column"
+                    f"{path}: no single column {column!r} but {schema.names}; name the one that holds "
+                    "the text with --text_column"
                 )
             kind = str(schema.field(column).type)
             if kind not in ("string", "large_string", "string_view", "binary", "large_binary"):
@@ -255,9 +261,10 @@ def open_parquet(path: Path, column: str) -> Iterator[Any]:
         raise InputError(f"{path}: not a sound parquet file ({str(error).splitlines()[0]})") from error
 
 
-def local_files(patterns: Iterable[str]) -> list[File]:
-    """The files that `patterns` name, in their order; those of a folder or a glob are sorted. Each once."""
-    paths: dict[Path, None] = {}
+def local_files(patterns: Iterable[str], output_dir: Path | None = None) -> list[File]:
+    """The files that `patterns` name, in their order; those of a folder or a glob are sorted. Each once; none
+    that a folder or glob finds in `output_dir`; links to folders inside a folder are not followed."""
+    paths: dict[Path, Path] = {}  # by what they are after all links
     for pattern in patterns:
         found = [Path(pattern)]
         if not found[0].exists():
@@ -268,19 +275,21 @@ def local_files(patterns: Iterable[str]) -> list[File]:
             inside = [path]
             if path.is_dir():
                 inside = sorted(p for p in path.rglob("*") if p.name.endswith(KINDS) and p.is_file())
-            if not inside:
+            if not inside and len(found) == 1:
                 raise InputError(f"--input {path}: a folder without {', '.join(KINDS)} files")
-            paths.update(dict.fromkeys(inside))
-    for path in paths:
+            for file in inside:
+                if not (output_dir and output_dir.resolve() in file.resolve().parents):
+                    paths.setdefault(file.resolve(), file)
+    for path in paths.values():
         if not path.name.endswith(KINDS):
             raise InputError(
                 f"--input {path}: ends in {path.suffix or 'nothing'}; what can be read ends in "
                 f"{', '.join(KINDS)}"
             )
-    names = [path.name for path in paths]
+    names = [path.name for path in paths.values()]
     if len(set(names)) < len(names):
-        names = [path.as_posix() for path in paths]
-    return [File(name, path.stat().st_size, path) for name, path in zip(names, paths, strict=True)]
+        names = [path.as_posix() for path in paths.values()]
+    return [File(name, path.stat().st_size, path) for name, path in zip(names, paths.values(), strict=True)]
 
 
 def text_bytes(file: File, column: str) -> float:
@@ -464,6 +473,10 @@ def encode_piece(encoding: tiktoken.Encoding, piece: Piece) -> tuple[np.ndarray,
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
         remarks.add("replaced")
+    except ValueError as error:
+        raise InputError(
+            f"{piece.file}, document {piece.document + 1}: tiktoken can't tokenize it ({error})"
+        ) from error
     if END_OF_TEXT in text:
         remarks.add("end_of_text")
     if piece.begins:
@@ -539,7 +552,7 @@ class ShardWriter:
         self.left = (settings["max_tokens"] or sys.maxsize) - sum(shard["tokens"] for shard in shards)
         try:
             self.buffer = np.empty(min(settings["shard_size"], self.left), np.uint16)  # the shard in progress
-        except MemoryError as error:
+        except (MemoryError, ValueError) as error:
             raise InputError(
                 f"--shard_size {settings['shard_size']}: a shard is held in memory while it is filled, and "
                 f"{settings['shard_size'] / 5e8:,.0f} GB are not to be had"
@@ -548,6 +561,7 @@ class ShardWriter:
         self.ends_at: dict[str, Any] = {}  # where the next token of the stream comes from
         self.documents, self.remarks, self.of_document = 0, Counter(), set()
         self.write_record()  # before the first shard, which would else belong to nobody
+        (folder / "shards.json").unlink(missing_ok=True)  # of a finished job that lost a shard
 
     def add(self, piece: Piece, tokens: np.ndarray, remarks: set[str]) -> int:
         """Take what `encode_stream` yields; returns how many of the tokens were new, up to max_tokens."""
@@ -575,7 +589,12 @@ class ShardWriter:
     def finish_shard(self) -> None:
         shards = self.record["shards"]
         path = self.folder / f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
-        write_file(path, lambda file: np.save(file, self.buffer[: self.filled]))
+        try:
+            write_file(path, lambda file: np.save(file, self.buffer[: self.filled]))
+        except OSError as error:
+            raise RunFault(
+                f"{path} could not be written ({error}); make room, then the same command goes on"
+            ) from error
         shards.append({"file": path.name, "tokens": self.filled, "sha256": sha256(path),
                        "ends_at": self.ends_at.copy(), "documents": self.documents,
                        "remarks": dict(sorted(self.remarks.items()))})  # fmt: skip
@@ -596,10 +615,11 @@ class ShardWriter:
         if self.filled:
             self.finish_shard()
         if len(self.record["shards"]) < 2:
-            (self.folder / PARTIAL).unlink(missing_ok=True)
+            for shard in self.record["shards"]:
+                (self.folder / shard["file"]).unlink()
+            (self.folder / PARTIAL).unlink()
             if not self.record["shards"]:
                 raise InputError("the input has no document")
-            (self.folder / self.record["shards"][0]["file"]).unlink()
             n_tokens = self.record["tokens"]
             raise InputError(
                 f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation "
@@ -684,6 +704,14 @@ def check_flags(config: ShardConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise InputError(f"--{name} {value}: must be at least {smallest}")
+    if config.max_tokens is not None and config.max_tokens <= config.shard_size:
+        raise InputError(
+            f"--max_tokens {config.max_tokens} with --shard_size {config.shard_size}: the first shard is the "
+            "validation split, so none would be left to train on; choose a smaller --shard_size"
+        )
+    given = [argument.split("=")[0] for argument in sys.argv]
+    if given.count("--input") > 1 or ("--input" in given and not all(config.input or [""])):
+        raise InputError("--input: name one or more files behind one --input")
     if config.output_dir.exists() and not config.output_dir.is_dir():
         raise InputError(f"--output_dir {config.output_dir}: a file of that name exists")
     if config.write_shards_json and not config.check:
@@ -691,32 +719,33 @@ def check_flags(config: ShardConfig) -> None:
 
 
 def find_record(folder: Path) -> dict[str, Any] | None:
-    """What an earlier job in `folder` recorded, down to its last shard that is whole. Raises InputError when
-    there are shards but no record."""
+    """What an earlier job in `folder` recorded, finished or not. Raises InputError when there are shards but
+    no record."""
     for name in ("shards.json", PARTIAL):
         if (folder / name).exists():
             record = read_record(folder / name)
-            if not record["shards"]:  # it had only begun
-                return None
-            break
-    else:
-        if list(folder.glob("*.npy")):
-            raise InputError(
-                f"{folder} holds shards made elsewhere, of which there is no record; see what they are with "
-                f"--check {folder}, or choose another --output_dir"
-            )
-        return None
+            return record if record["shards"] else None  # none: it had only begun
+    if list(folder.glob("*.npy")):
+        raise InputError(
+            f"{folder} holds shards made elsewhere, of which there is no record; see what they are with "
+            f"--check {folder}, or choose another --output_dir"
+        )
+    return None
+
+
+def drop_damaged(folder: Path, record: dict[str, Any]) -> bool:
+    """Take the first shard that is not whole, and all that follow it, off the record; says whether there was
+    one."""
     for i, shard in enumerate(record["shards"]):
         try:
-            whole = len(open_shard(folder / shard["file"])) == shard["tokens"]
+            if len(open_shard(folder / shard["file"])) == shard["tokens"]:
+                continue
         except InputError:
-            whole = False
-        if not whole:
-            print(f"{folder / shard['file']} is missing or damaged: going on from there")
-            del record["shards"][i:]
-            (folder / "shards.json").unlink(missing_ok=True)
-            break
-    return record
+            pass
+        print(f"{folder / shard['file']} is missing or damaged: going on from there")
+        del record["shards"][i:]
+        return True
+    return False
 
 
 def compare_records(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
@@ -769,7 +798,7 @@ def main(config: ShardConfig) -> None:
         check_folder(config.check, config.encoding, config.write_shards_json)
         return
     folder = config.output_dir
-    files = local_files(config.input)
+    files = local_files(config.input, folder)
     from_hub = () if files else ("dataset", "config", "revision")
     if config.config is None and config.dataset == FINEWEB_EDU:
         config = replace(config, config="sample-10BT")
@@ -788,8 +817,10 @@ def main(config: ShardConfig) -> None:
             **record["settings"],
         }
         compare_records(folder, then, {"encoding": config.encoding, **source, **settings})
-        if (folder / "shards.json").exists():
+        if not drop_damaged(folder, record) and (folder / "shards.json").exists():
             print(f"{folder} is finished: {record['tokens']:,} tokens in {len(record['shards'])} shards")
+            if not config.keep_downloads:
+                shutil.rmtree(folder / "downloads", ignore_errors=True)
             return
     if from_hub:
         commit = record["source"]["revision"] if record else config.revision

@@ -3,17 +3,25 @@ Score any GPT-2 on HellaSwag: which of four endings does the model find most lik
 
     python hellaswag.py --model gpt2                             # OpenAI's 124M, items from the Hub
     python hellaswag.py --model log --data hellaswag_val.jsonl   # a run's newest checkpoint, a local file
+    python hellaswag.py --model gpt2 gpt2-medium log             # a table of several
 
-The protocol is the tutorial's: the context's tokens, then " " + ending; the loss of the ending's tokens is
-summed (acc) or averaged (acc_norm), and the ending with the lowest loss is the answer. OpenAI's 124M reaches
-.2859 / .2955 on the 10,042 items of the validation split. The number that lm-evaluation-harness prints for
-it, .3114, is another protocol: compare like with like.
+Two protocols give different numbers; compare like with like. On the 10,042 items of the validation split
+OpenAI's 124M reaches
+
+    tutorial   .2859 / .2955   The context's tokens, then " " + ending. An ending's loss is summed (acc) or
+                               averaged over its tokens (acc_norm); the lowest wins.
+    harness    .2892 / .3114   lm-evaluation-harness: the activity first, ctx_b capitalised, brackets removed.
+                               The loss is summed (acc) or divided by the ending's characters (acc_norm).
+
+A context is read once and goes into a key/value cache; its four endings go on from there.
 """
 
 import json
 import math
+import re
+import time
 from collections.abc import Iterator, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,15 +36,21 @@ from shards import InputError, get_encoding, hub_errors, run_command
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)
-ROWS_PER_BATCH = 32  # eight items
-PROTOCOL = "tutorial protocol"
+# What a batch may hold: 124M keeps 74 kB of keys and values a token in float32, so 0.5 GB; and 1,024 rows of
+# float32 logits are 0.2 GB.
+TOKENS_PER_BATCH = 4_096
+LOGITS_AT_ONCE = 1_024
+Protocol = Literal["tutorial", "harness"]
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Score a GPT-2 on HellaSwag's validation items."""
+    """Score GPT-2s on HellaSwag's validation items."""
 
-    model: str = "gpt2"  # a Hub name (gpt2, gpt2-medium, ...), a checkpoint folder, or a run's folder
+    model: tuple[str, ...] = (
+        "gpt2",
+    )  # Hub names (gpt2, gpt2-medium, ...), checkpoint folders, or runs' folders
+    protocol: Protocol = "tutorial"  # how an item is put and an ending scored; see the top of hellaswag.py
     data: Path | None = None  # items as JSON lines; default: the validation split from the Hub
     limit: int | None = None  # score only the first items; default: all
     save_predictions: Path | None = None  # write a JSON line per item here
@@ -50,6 +64,18 @@ class Item:
     ctx: str
     endings: tuple[str, str, str, str]
     label: int  # index of the true ending
+    harness_ctx: str | None = None  # the context as the harness puts it, where the fields for it are there
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """An item in tokens."""
+
+    item: Item
+    context: list[int]
+    endings: list[list[int]]  # four
+    lengths: list[int]  # what the loss of each ending is divided by for acc_norm: its tokens or characters
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,9 +84,10 @@ class Score:
 
     n: int
     acc: float  # by summed loss
-    acc_norm: float  # by mean loss per token
+    acc_norm: float  # by loss over length
     truncated: int  # items that were longer than the block size and lost the beginning of their context
     predictions: list[dict[str, Any]]
+    protocol: Protocol = "tutorial"
 
     def standard_error(self, accuracy: float) -> float:
         """Of an accuracy over n items (the binomial's, with n - 1 as the harness has it)."""
@@ -71,7 +98,7 @@ class Score:
         return (
             f"acc {self.acc:.4f} +- {self.standard_error(self.acc):.4f}, "
             f"acc_norm {self.acc_norm:.4f} +- {self.standard_error(self.acc_norm):.4f} "
-            f"({self.n:,} items, {PROTOCOL}{cut})"
+            f"({self.n:,} items, {self.protocol} protocol{cut})"
         )
 
 
@@ -82,13 +109,27 @@ class Score:
 def to_item(fields: Any, where: str) -> Item:
     """Check one item and make an Item of it; the Hub's labels are strings."""
     try:
-        item = Item(int(fields["ind"]), fields["ctx"], tuple(fields["endings"]), int(fields["label"]))
-    except (KeyError, TypeError, ValueError) as error:
+        item = Item(int(fields["ind"]), fields["ctx"], tuple(fields["endings"]), int(fields["label"]),
+                    harness_context(fields))  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{where}: not a HellaSwag item with ind, ctx, endings and label") from error
     strings = (item.ctx, *item.endings)
     if len(item.endings) != 4 or not 0 <= item.label < 4 or not all(isinstance(s, str) for s in strings):
         raise InputError(f"{where}: an item has a context, four endings and a label from 0 to 3")
     return item
+
+
+def harness_context(fields: dict[str, str]) -> str | None:
+    if not {"activity_label", "ctx_a", "ctx_b"} <= fields.keys():
+        return None
+    return clean(f"{fields['activity_label']}: {fields['ctx_a']} {fields['ctx_b'].capitalize()}")
+
+
+def clean(text: str) -> str:
+    """What lm-evaluation-harness makes of a text (its task hellaswag, `preprocess`): WikiHow's [title] ends a
+    sentence, other brackets go."""
+    text = text.strip().replace(" [title]", ". ")
+    return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]:
@@ -128,41 +169,82 @@ def check_complete(rows: Sized) -> None:
         raise InputError(f"{DATASET} has {len(rows):,} validation items, expected {N_VALIDATION:,}")
 
 
-def render(item: Item, encoding: tiktoken.Encoding) -> tuple[list[list[int]], list[list[int]]]:
-    """The item as four rows of tokens, context and ending, and four masks with 1 where the ending is."""
-    context = encoding.encode_ordinary(item.ctx)
-    endings = [encoding.encode_ordinary(" " + ending) for ending in item.endings]
-    rows = [context + ending for ending in endings]
-    masks = [[0] * len(context) + [1] * len(ending) for ending in endings]
-    return rows, masks
+def render(item: Item, encoding: tiktoken.Encoding, protocol: Protocol = "tutorial") -> Rendered:
+    """The item in tokens. Raises InputError when it lacks the fields that the harness's protocol needs."""
+    if protocol == "tutorial":
+        context = encoding.encode_ordinary(item.ctx)
+        endings = [encoding.encode_ordinary(" " + ending) for ending in item.endings]
+        return Rendered(item, context or [encoding.eot_token], endings, [len(ending) for ending in endings])
+    if item.harness_ctx is None:
+        raise InputError(
+            f"item {item.ind} has no activity_label, ctx_a and ctx_b, which the harness protocol needs; use "
+            "--protocol tutorial, or the official items"
+        )
+    texts = [clean(ending) for ending in item.endings]
+    # white space at the end of the context belongs to the ending, as in the harness
+    query = item.harness_ctx.rstrip()
+    context = encoding.encode_ordinary(query)
+    endings = [encoding.encode_ordinary(f"{item.harness_ctx} {text}")[len(context) :] for text in texts]
+    return Rendered(item, context or [encoding.eot_token], endings, [max(1, len(text)) for text in texts])
+
+
+def fit(rendered: Rendered, block_size: int) -> Rendered:
+    """Cut the beginning of the context until the longest ending fits after it; the last token of an ending is
+    only predicted, never read. An ending that leaves no room for a context loses its own end."""
+    endings = [ending[:block_size] for ending in rendered.endings]
+    room = block_size + 1 - max(map(len, endings))
+    truncated = len(rendered.context) > room or endings != rendered.endings
+    return replace(rendered, context=rendered.context[-room:], endings=endings, truncated=truncated)
 
 
 # -----------------------------------------------------------------------------
 # scoring
 
 
-@torch.no_grad()
-def score_rows(
-    model: Any, rows: list[list[int]], masks: list[list[int]]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss of the masked tokens of each row, in nats: summed and averaged, (n_rows,) float32 each.
+def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
+    """Items whose contexts have one length, so that they fill a rectangle, with endings of like length."""
+    rendered = sorted(rendered, key=lambda r: (len(r.context), max(map(len, r.endings))))
+    batch: list[Rendered] = []
+    for one in rendered:
+        # sorted: the last has the longest endings
+        tokens = (len(batch) + 1) * (len(one.context) + 4 * max(map(len, one.endings)))
+        if batch and (len(one.context) != len(batch[0].context) or tokens > TOKENS_PER_BATCH):
+            yield batch
+            batch = []
+        batch.append(one)
+    if batch:
+        yield batch
 
-    Rows are filled up at the right, where causal attention never looks, so padding changes no score.
+
+@torch.no_grad()
+def score_batch(model: Any, batch: list[Rendered]) -> torch.Tensor:
+    """The summed loss of every ending, in nats: (n_items, 4) float32. The items' contexts have one length.
+
+    Endings are filled up at the right, where causal attention never looks, so padding changes no score.
+    Logits are computed only where a token is scored. The device is never waited for.
     """
     device = next(model.parameters()).device
-    n_rows, width = len(rows), max(map(len, rows))
-    tokens = np.zeros((n_rows, width), dtype=np.int64)
-    mask = np.zeros((n_rows, width), dtype=bool)
-    for i, (row, row_mask) in enumerate(zip(rows, masks, strict=True)):
-        tokens[i, : len(row)], mask[i, : len(row)] = row, row_mask
-    tokens, mask = torch.from_numpy(tokens).to(device), torch.from_numpy(mask).to(device)
-    hidden = model.hidden_states(tokens[:, :-1])  # position t predicts token t + 1
-    scored = mask[:, 1:]
-    logits = model.head(hidden[scored])  # (n_scored, vocab_size): only where a score needs them
-    losses = F.cross_entropy(logits.float(), tokens[:, 1:][scored], reduction="none")
-    row_of = torch.arange(n_rows, device=device).unsqueeze(1).expand_as(scored)[scored]
-    sums = torch.zeros(n_rows, device=device).index_add_(0, row_of, losses)
-    return sums, sums / scored.sum(dim=1)
+    n, width = len(batch), max(len(ending) for one in batch for ending in one.endings)
+    endings = np.zeros((4 * n, width), dtype=np.int64)
+    scored = np.zeros((4 * n, width), dtype=bool)
+    for i, ending in enumerate(ending for one in batch for ending in one.endings):
+        endings[i, : len(ending)], scored[i, : len(ending)] = ending, True
+    row, position = np.nonzero(scored[:, 1:])  # beyond the first token, which the context predicts
+    context, tokens, row, position = (
+        torch.from_numpy(array).to(device, non_blocking=True)
+        for array in (np.array([one.context for one in batch]), endings, row, position)
+    )
+    caches = model.new_caches(context.size(1) + width - 1)
+    last = model.head(model.hidden_states(context, caches)[:, -1]).float()  # (n, vocab_size)
+    sums = last.logsumexp(dim=1, keepdim=True) - last.gather(1, tokens[:, 0].view(n, 4))
+    if width > 1:
+        hidden = model.hidden_states(tokens[:, :-1], [cache.repeat(4) for cache in caches])
+        hidden, targets = hidden[row, position], tokens[row, position + 1]  # (n_scored, C), (n_scored,)
+        for part in range(0, len(targets), LOGITS_AT_ONCE):
+            part = slice(part, part + LOGITS_AT_ONCE)
+            losses = F.cross_entropy(model.head(hidden[part]).float(), targets[part], reduction="none")
+            sums.view(-1).index_add_(0, row[part], losses)
+    return sums
 
 
 def evaluate(
@@ -172,45 +254,49 @@ def evaluate(
     rank: int = 0,
     world_size: int = 1,
     progress: bool = False,
+    protocol: Protocol = "tutorial",
 ) -> Score:
     """Score `model` (a GPT) on `items`, divided among the ranks; every rank gets the whole score.
 
     An item longer than the model's block size loses the beginning of its context, and is counted.
     """
-    block_size = model.config.block_size
-    own = [(item, *render(item, encoding)) for item in items[rank::world_size]]
-    own.sort(key=lambda rendered: max(map(len, rendered[1])))  # like lengths together: little padding
-    predictions, counts = [], np.zeros(4, dtype=np.int64)  # of: correct, correct by mean, cut, all
-    for batch in tqdm(list(batches(own)), desc="HellaSwag", disable=not progress, dynamic_ncols=True):
-        # keep block_size + 1 tokens: the last one is only predicted, never read
-        rows = [row[-block_size - 1 :] for _, rows, _ in batch for row in rows]
-        masks = [mask[-block_size - 1 :] for _, _, masks in batch for mask in masks]
-        sums, means = (losses.view(-1, 4).tolist() for losses in score_rows(model, rows, masks))
-        for (item, all_rows, _), loss_sum, loss_mean in zip(batch, sums, means, strict=True):
-            pred, pred_norm = (min(range(4), key=losses.__getitem__) for losses in (loss_sum, loss_mean))
-            counts += (
-                pred == item.label,
-                pred_norm == item.label,
-                max(map(len, all_rows)) > block_size + 1,
-                1,
-            )
-            predictions.append({"ind": item.ind, "label": item.label, "pred": pred, "pred_norm": pred_norm,
-                                "loss_sum": loss_sum, "loss_mean": loss_mean})  # fmt: skip
+    device = next(model.parameters()).device
+    own = [fit(render(item, encoding, protocol), model.config.block_size) for item in items[rank::world_size]]
+    order, sums = [], []
+    right, shown_at = torch.zeros((), device=device), time.monotonic()
+    with tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True) as bar:
+        for batch in batches(own):
+            order += batch
+            sums.append(score_batch(model, batch))
+            bar.update(len(batch))
+            if progress:  # a running accuracy costs a wait for the device, so once a second
+                lengths = torch.tensor([one.lengths for one in batch], device=device)
+                labels = torch.tensor([one.item.label for one in batch], device=device)
+                right += ((sums[-1] / lengths).argmin(dim=1) == labels).sum()
+                if time.monotonic() - shown_at > 1:
+                    bar.set_postfix_str(f"acc_norm {right.item() / len(order):.4f}")
+                    shown_at = time.monotonic()
+    loss_sums = torch.cat(sums).tolist() if sums else []  # the one wait for the device
+    predictions = []
+    for one, loss_sum in zip(order, loss_sums, strict=True):
+        loss_mean = [loss / length for loss, length in zip(loss_sum, one.lengths, strict=True)]
+        pred, pred_norm = (min(range(4), key=losses.__getitem__) for losses in (loss_sum, loss_mean))
+        predictions.append({"ind": one.item.ind, "label": one.item.label, "pred": pred,
+                            "pred_norm": pred_norm, "loss_sum": loss_sum,
+                            "loss_mean": loss_mean})  # fmt: skip
+    counts = torch.tensor([
+        sum(p["pred"] == p["label"] for p in predictions),
+        sum(p["pred_norm"] == p["label"] for p in predictions),
+        sum(one.truncated for one in own),
+        len(own),
+    ])  # fmt: skip
     if world_size > 1:
-        device = next(model.parameters()).device
-        total = torch.from_numpy(counts).to(device if device.type == "cuda" else "cpu")
-        dist.all_reduce(total)
-        counts = total.cpu().numpy()
-    correct, correct_norm, truncated, n = (int(count) for count in counts)
-    order = {item.ind: i for i, item in enumerate(items)}
-    predictions.sort(key=lambda prediction: order[prediction["ind"]])
-    return Score(n, correct / n, correct_norm / n, truncated, predictions)
-
-
-def batches(rendered: list[Any]) -> Iterator[list[Any]]:
-    per_batch = ROWS_PER_BATCH // 4
-    for i in range(0, len(rendered), per_batch):
-        yield rendered[i : i + per_batch]
+        counts = counts.to(device if device.type == "cuda" else "cpu")
+        dist.all_reduce(counts)
+    correct, correct_norm, truncated, n = counts.tolist()
+    place = {item.ind: i for i, item in enumerate(items)}
+    predictions.sort(key=lambda prediction: place[prediction["ind"]])
+    return Score(n, correct / n, correct_norm / n, truncated, predictions, protocol)
 
 
 # -----------------------------------------------------------------------------
@@ -221,17 +307,21 @@ def main(config: ScoreConfig) -> None:
 
     if config.limit is not None and config.limit < 1:
         raise InputError(f"--limit {config.limit}: must be at least 1")
+    if config.save_predictions and len(config.model) > 1:
+        raise InputError("--save_predictions: for one --model at a time")
     device = choose_device(config.device)
     items = load_items(config.data, config.limit)
-    model = GPT.from_pretrained(config.model).to(device)
-    encoding = get_encoding(model.config.encoding)
-    check_vocabulary(model.config, encoding)
     if config.save_predictions:
         config.save_predictions.touch()  # fails now, not after the last item
     dtype = getattr(torch, config.dtype)
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        score = evaluate(model, items, encoding, progress=True)
-    print(f"{config.model}: HellaSwag {score}")
+    width = max(map(len, config.model))
+    for name in config.model:
+        model = GPT.from_pretrained(name).to(device)
+        encoding = get_encoding(model.config.encoding)
+        check_vocabulary(model.config, encoding)
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            score = evaluate(model, items, encoding, progress=True, protocol=config.protocol)
+        print(f"{name:{width}}  HellaSwag {score}", flush=True)
     if config.save_predictions:
         with open(config.save_predictions, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(prediction) + "\n" for prediction in score.predictions)

@@ -2,13 +2,18 @@
 Let a GPT-2 write.
 
     python sample.py --model gpt2 --prompt "Hello, I'm a language model,"
-    python sample.py --model log --num_samples 3 --max_new_tokens 100      # the newest checkpoint of a run
+    python sample.py --model log --num_samples 1 --max_new_tokens 200 --stream  # a run's newest checkpoint
+    python sample.py --model log --prompt - < beginning.txt                     # from standard input
 """
 
+import codecs
+import sys
+import time
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from torch import nn
 
 from shards import InputError, get_encoding, run_command
 from train_gpt2 import GPT, PROMPT, check_vocabulary, choose_device
@@ -16,38 +21,99 @@ from train_gpt2 import GPT, PROMPT, check_vocabulary, choose_device
 
 @dataclass(frozen=True)
 class SampleConfig:
-    """Print text that a GPT-2 writes after a prompt."""
+    """Print text that a GPT-2 writes after a prompt. A text ends at <|endoftext|>, or after
+    max_new_tokens."""
 
     model: str = "gpt2"  # a Hub name (gpt2, gpt2-medium, ...), a checkpoint folder, or a run's folder
-    prompt: str = PROMPT  # what the text begins with; empty: a new document
-    num_samples: int = 5
+    prompt: str = PROMPT  # what the text begins with; -: read it from standard input; empty: a new document
+    num_samples: int = 5  # texts, written at once
     max_new_tokens: int = 30  # tokens after the prompt
     top_k: int = 50  # sample among the k most likely tokens; 0: among all
+    top_p: float = 1.0  # sample among the fewest tokens that have this probability together; 1: among all
     temperature: float = 1.0  # below 1 safer, above 1 wilder; 0 always takes the most likely token
     seed: int = 42  # same seed, same text
+    stream: bool = False  # print the words of one sample as they come
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies as oneDNN, PyTorch's matrix library on CPUs, likes it best. For the
+    one row or eight of a decoding step that is 1.1 to 5 times as fast; for training's thousands it is not."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.bias = linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_for_cpu(model: nn.Module) -> None:
+    """Make the linear layers of a float32 model PackedLinear, where this PyTorch has oneDNN."""
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, PackedLinear(child))
 
 
 def main(config: SampleConfig) -> None:
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("top_k", 0), ("temperature", 0)):
         if getattr(config, name) < least:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {least}")
+    if not 0 < config.top_p <= 1:
+        raise InputError(f"--top_p {config.top_p}: must be above 0 and at most 1")
+    if config.stream and config.num_samples > 1:
+        raise InputError(
+            f"--stream shows one sample as it comes; add --num_samples 1 (not {config.num_samples})"
+        )
     device = choose_device(config.device)
     model = GPT.from_pretrained(config.model).to(device)
     encoding = get_encoding(model.config.encoding)
     check_vocabulary(model.config, encoding)
-    prompt = encoding.encode_ordinary(config.prompt) or [encoding.eot_token]
-    idx = torch.tensor([prompt] * config.num_samples, device=device)
+    if device.type == "cpu" and config.dtype == "float32":
+        pack_for_cpu(model)
+
+    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
+    if len(tokens) > model.config.block_size:
+        print(
+            f"the prompt has {len(tokens):,} tokens; the model sees the last {model.config.block_size:,}",
+            file=sys.stderr,
+        )
+    rows: list[list[int]] = [[] for _ in range(config.num_samples)]
+    words = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
+    if config.stream:
+        print("> " + prompt, end="", flush=True)
     dtype = getattr(torch, config.dtype)
+    started, n_steps = time.perf_counter(), 0
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        rows = model.generate(idx, config.max_new_tokens, temperature=config.temperature,
-                              top_k=config.top_k or None, seed=config.seed).tolist()  # fmt: skip
-    for row in rows:
-        written = row[len(prompt) :]
-        if encoding.eot_token in written:  # the document ends here
-            written = written[: written.index(encoding.eot_token)]
-        print("> " + config.prompt + encoding.decode(written))
+        for step in model.stream(
+            torch.tensor([tokens] * config.num_samples, device=device),
+            config.max_new_tokens,
+            temperature=config.temperature,
+            top_k=config.top_k or None,
+            top_p=config.top_p,
+            seed=config.seed,
+        ):
+            n_steps += 1
+            for row, token in zip(rows, step.flatten().tolist(), strict=True):
+                if encoding.eot_token not in row[-1:]:  # a text that has ended stays as it is
+                    row.append(token)
+            if all(row[-1] == encoding.eot_token for row in rows):
+                break
+            if config.stream:
+                print(words.decode(encoding.decode_single_token_bytes(rows[0][-1])), end="", flush=True)
+    seconds = time.perf_counter() - started
+    if config.stream:
+        print(words.decode(b"", final=True))
+    else:
+        for row in rows:
+            print("> " + prompt + encoding.decode([token for token in row if token != encoding.eot_token]))
+    rate = f"{n_steps * config.num_samples / seconds:,.0f} tokens/s" if n_steps else "nothing to write"
+    print(f"{n_steps} steps of {config.num_samples} tokens in {seconds:.2f} s: {rate}", file=sys.stderr)
 
 
 if __name__ == "__main__":

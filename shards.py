@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,9 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
     Bad input ends with one line on standard error and exit status 2, a fault while running (a full disk, no
     permission) with one line and status 1, Ctrl-C with 130; never with a traceback.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a text may hold what a terminal can't show
+            stream.reconfigure(errors="backslashreplace")
     options = {} if default is None else {"default": default}
     arguments = tyro.cli(config, use_underscores=True, **options)
     try:
@@ -227,10 +231,10 @@ def open_shard(file: Path) -> np.ndarray:
                     f"{file}: holds {len(tokens):,} tokens, its header says {header[2]:,}; {remedy}"
                 )
         else:
-            tokens = np.load(file, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        if isinstance(error, InputError):
-            raise
+            tokens = np.lib.format.open_memmap(file, mode="r")
+    except InputError:
+        raise
+    except Exception as error:  # a damaged header is parsed as Python, and can fail in as many ways
         raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise InputError(f"{file}: {tokens.ndim}-D {tokens.dtype}, a token shard is 1-D uint16; {remedy}")
@@ -243,12 +247,24 @@ def read_record(file: Path) -> dict[str, Any]:
         record = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(record["tokens"], int) or not isinstance(record["encoding"], str):
             raise TypeError
+        if not isinstance(record["source"], dict) or not isinstance(record["settings"], dict):
+            raise TypeError
         for entry in record["shards"]:
             if not isinstance(entry["tokens"], int) or not isinstance(entry["file"] + entry["sha256"], str):
                 raise TypeError
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{file}: damaged; remove it and write the shards again with fineweb.py") from error
+            if file.name == PARTIAL and not {"file", "document", "token"} <= entry["ends_at"].keys():
+                raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{file}: damaged; remove it and the shards beside it, and write them again with fineweb.py"
+        ) from error
     return record
+
+
+def split_of(file: Path) -> str | None:
+    """The split that a shard's name names as a word of its own; "train" in edufineweb_train_000001.npy."""
+    found = re.search(r"(?<![a-z])(train|val)(ing|idation)?(?![a-z])", file.name.lower())
+    return found[1] if found else None
 
 
 def load_shards(folder: Path, verify: bool = False) -> Shards:
@@ -278,7 +294,7 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
                 f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
             )
         files = [file for file in files if file.name in expected]
-    splits = {split: [file for file in files if split in file.name] for split in ("train", "val")}
+    splits = {split: [file for file in files if split_of(file) == split] for split in ("train", "val")}
     tokens = {split: [open_shard(file) for file in splits[split]] for split in splits}
     digest = hashlib.sha256()
     for split in ("train", "val"):
@@ -312,6 +328,8 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
 def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
     """Verify the shards in `folder`, whoever made them, and say what they hold. Raises InputError, naming the
     shard, when one is damaged or holds ids beyond the encoding's."""
+    if not folder.is_dir():
+        raise InputError(f"--check {folder}: no such folder")
     shards = load_shards(folder, verify=True)
     has_record = (folder / "shards.json").exists()
     encoding = get_encoding(shards.encoding if has_record else encoding_name)

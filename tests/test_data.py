@@ -118,6 +118,17 @@ def test_llm_c_shards_load(tmp_path):
         load_shards(tmp_path)
 
 
+def test_a_shard_belongs_to_the_split_its_name_names_as_a_word(tmp_path):
+    folder = make_shards(tmp_path, [50, 100])
+    for old, new in (
+        ("edufineweb_train_000001", "retrieval_train_1"),
+        ("edufineweb_val_000000", "Trainer-Val0"),
+    ):
+        (folder / f"{old}.npy").rename(folder / f"{new}.npy")
+    shards = load_shards(folder)
+    assert (shards.count("train"), shards.count("val")) == (100, 50)
+
+
 BAD_SHARDS = {
     "empty": (lambda file: file.write_bytes(b""), "empty, cut short or not a token shard"),
     "truncated": (
@@ -131,6 +142,8 @@ BAD_SHARDS = {
     "2-D": (lambda file: np.save(file, np.zeros((9, 9), dtype=np.uint16)), "2-D uint16"),
     "pickled": (lambda file: np.save(file, np.array([{}]), allow_pickle=True), "not a token shard"),
     "text": (lambda file: file.write_text("<html>404</html>" * 20), "not a token shard"),
+    "zip": (lambda file: file.write_bytes(b"PK\3\4" * 99), "not a token shard"),
+    "header": (lambda file: file.write_bytes(file.read_bytes().replace(b"{'", b"{(")), "not a token shard"),
 }
 
 

@@ -153,6 +153,20 @@ def test_a_long_document_cut_to_pieces_has_the_same_tokens(encoding, request):
     assert tokens.tolist() == stream_of([text], encoding)
 
 
+@pytest.mark.parametrize("white", [" ", "\n", " \t"])
+def test_a_million_spaces(white, gpt2_encoding):
+    """More white space than tiktoken's pattern can take at once, against what it is by hand: all but the last
+    character together, and that one with the word."""
+    run = white * (1_200_000 // len(white))
+    pieces = list(cut_document("file", 0, chunks_of("begin" + run + "end of it")))
+    assert "".join(piece.text for piece in pieces) == "begin" + run + "end of it"
+    tokens = np.concatenate([encode_piece(gpt2_encoding, piece)[0] for piece in pieces]).tolist()
+    by_hand = ["begin", run[:-1], run[-1] + "end of it"]
+    assert tokens == [50256] + [token for text in by_hand for token in gpt2_encoding.encode_ordinary(text)]
+    with pytest.raises(InputError, match="file, document 8: tiktoken can't tokenize it"):
+        encode_piece(gpt2_encoding, Piece("file", 7, "\u3000" * 1_200_000 + "x"))
+
+
 def test_a_word_without_end_is_cut_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(fineweb, "LONGEST_WORD", 600_000)
     text = "x" * 1_100_000
@@ -237,6 +251,46 @@ def test_bad_input_gets_one_line(name, content, message, tmp_path):
     assert {path.name for path in (tmp_path / "out").glob("*")} <= {".lock", "shards.partial.json"}
 
 
+def test_a_folder_is_read_but_not_the_shards_in_it(tmp_path):
+    """Twice, the second time finished; a file that is named twice is read once; and a job killed right before
+    its end does not begin again."""
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"the text {name} " * 50)
+    flags = f"--output_dir={tmp_path}/out", "--encoding=bytes", "--shard_size=500"
+    call("fineweb.py", "--input", tmp_path, f"{tmp_path}/../{tmp_path.name}/a.txt", *flags)
+    expected = stream_of([f"the text {name} " * 50 for name in "abc"])
+    assert tokens_in(tmp_path / "out") == expected
+    assert "is finished" in call("fineweb.py", "--input", tmp_path, *flags).stdout
+    before = (tmp_path / "out/shards.json").read_text()
+    (tmp_path / "out/shards.json").rename(tmp_path / "out/shards.partial.json")
+    call("fineweb.py", "--input", tmp_path, *flags)
+    assert tokens_in(tmp_path / "out") == expected
+    assert (tmp_path / "out/shards.json").read_text() == before
+    for damaged in ("[" * 100_000, before.replace('"source"', '"sauce"'), "", before[:-9]):
+        (tmp_path / "out/shards.json").write_text(damaged)
+        done = call("fineweb.py", "--input", tmp_path, *flags, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert "shards.json: damaged; remove it and the shards beside it" in done.stderr
+
+
+def test_a_full_disk_is_named_and_gone_on_from(tmp_path):
+    (tmp_path / "x.txt").write_text("a word " * 9000)
+    flags = (
+        f"--input={tmp_path}/x.txt",
+        f"--output_dir={tmp_path}/out",
+        "--encoding=bytes",
+        "--shard_size=20000",
+    )
+    small = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30000, -1)); "
+    small += "sys.argv[0] = 'fineweb.py'; runpy.run_path('fineweb.py', run_name='__main__')"
+    done = run("-c", small, *flags, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "edufineweb_val_000000.npy could not be written" in done.stderr
+    assert "make room, then the same command goes on" in done.stderr
+    call("fineweb.py", *flags)
+    assert tokens_in(tmp_path / "out") == stream_of(["a word " * 9000])
+
+
 def test_bad_settings_get_one_line(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
@@ -245,13 +299,17 @@ def test_bad_settings_get_one_line(tmp_path):
         (["--shard_size=1"], "--shard_size 1: must be at least 2"),
         (["--workers=0"], "--workers 0: must be at least 1"),
         (["--max_tokens=0"], "--max_tokens 0: must be at least 1"),
+        (["--max_tokens=100", "--shard_size=100"], "choose a smaller --shard_size"),
+        (["--input", "a.txt", "--input", "b.txt"], "--input: name one or more files behind one --input"),
+        (["--input"], "--input: name one or more files"),
+        (["--input", ""], "--input: name one or more files"),
         ([f"--output_dir={tmp_path}/file"], "a file of that name exists"),
         ([f"--input={tmp_path}/folder"], "a folder without .parquet"),
-        ([f"--input={tmp_path}/x.parquet"], "no column 'text' but ['id']"),
+        ([f"--input={tmp_path}/x.parquet"], "no single column 'text' but ['id']"),
         ([f"--input={tmp_path}/x.parquet", "--text_column=id"], "the column 'id' holds int64, not strings"),
         ([f"--input={ROOT}/LICENSE"], "LICENSE: ends in nothing"),
         (["--write_shards_json"], "goes with --check"),
-        (["--check", tmp_path / "nowhere"], "does not exist"),
+        (["--check", tmp_path / "nowhere"], "no such folder"),
     ):
         done = call("fineweb.py", f"--output_dir={tmp_path}/out", "--encoding=bytes", *flags, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
@@ -344,6 +402,8 @@ def test_killed_after_every_shard_it_ends_the_same(tmp_path):
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
     # a finished job that lost a shard goes on there, too
     (tmp_path / "out/edufineweb_train_000002.npy").unlink()
+    refused = call("fineweb.py", *command, f"--output_dir={tmp_path}/out", "--max_tokens=10000", check=False)
+    assert "max_tokens was None, is 10000" in refused.stderr
     mended = call("fineweb.py", *command, f"--output_dir={tmp_path}/out").stdout
     assert "going on after 2 finished shards" in mended
     (tmp_path / "out/.lock").unlink()

@@ -9,7 +9,7 @@ from conftest import call, run, torchrun
 from hub import serve
 
 import hellaswag
-from hellaswag import Item, evaluate, load_items, render, score_rows
+from hellaswag import Item, evaluate, load_items, render, score_batch
 from shards import InputError, get_encoding
 from train_gpt2 import GPT, GPTConfig
 
@@ -41,7 +41,7 @@ def by_hand(model, item, encoding=BYTES):
     sums, means = [], []
     for ending in item.endings:
         context, continuation = encoding.encode_ordinary(item.ctx), encoding.encode_ordinary(" " + ending)
-        logits = model(torch.tensor([context + continuation]))[0][0].detach()
+        logits = model(torch.tensor([(context + continuation)[:-1]]))[0][0].detach()
         log_probabilities = torch.log_softmax(logits, dim=-1)
         losses = [
             -log_probabilities[len(context) + i - 1, token].item() for i, token in enumerate(continuation)
@@ -69,42 +69,44 @@ def test_scores_are_those_worked_out_by_hand(model):
 
 
 def test_the_mask_covers_the_ending_and_its_space(gpt2_encoding):
-    rows, masks = render(Item(0, "A man is", ("sitting.", "up", "x y z", "!"), 0), gpt2_encoding)
-    for ending, row, mask in zip(("sitting.", "up", "x y z", "!"), rows, masks, strict=True):
-        assert gpt2_encoding.decode([t for t, m in zip(row, mask, strict=True) if not m]) == "A man is"
-        assert gpt2_encoding.decode([t for t, m in zip(row, mask, strict=True) if m]) == " " + ending
+    rendered = render(Item(0, "A man is", ("sitting.", "up", "x y z", "!"), 0), gpt2_encoding)
+    assert gpt2_encoding.decode(rendered.context) == "A man is"
+    assert [gpt2_encoding.decode(ending) for ending in rendered.endings] == [
+        " sitting.",
+        " up",
+        " x y z",
+        " !",
+    ]
+    assert rendered.lengths == [len(ending) for ending in rendered.endings]
 
 
 def test_padding_never_changes_a_score(model):
-    rows, masks = render(ITEMS[5], BYTES)
-    alone = [score_rows(model, [row], [mask]) for row, mask in zip(rows, masks, strict=True)]
-    longer = [list(range(100))], [[0] * 99 + [1]]
-    together = score_rows(model, rows + longer[0], masks + longer[1])
-    for kind in (0, 1):
-        assert torch.allclose(torch.cat([scores[kind] for scores in alone]), together[kind][:4], atol=1e-5)
-
-
-def test_an_item_longer_than_the_block_keeps_its_end_and_is_counted(model):
-    long_item = Item(0, "x" * 500 + " the end of it", ("one", "two", "three", "four"), 1)
-    cut = Item(
-        0, ("x" * 500 + " the end of it")[-(129 - len(" three")) :], ("one", "two", "three", "four"), 1
+    item = render(ITEMS[5], BYTES)
+    longer = render(Item(0, ITEMS[5].ctx, ("a", "b", "c", "d " * 40), 0), BYTES)
+    alone, together = score_batch(model, [item]), score_batch(model, [longer, item, longer])
+    assert torch.allclose(alone[0], together[1], atol=1e-5)
+    one_token = render(Item(0, ITEMS[5].ctx, ("", "", "", ""), 0), BYTES)
+    assert torch.allclose(
+        score_batch(model, [one_token])[0], score_batch(model, [one_token, longer])[0], atol=1e-5
     )
-    score = evaluate(model, [long_item], BYTES)
+
+
+def test_an_item_longer_than_the_block_loses_the_beginning_of_its_context(model):
+    """...so much of it that its longest ending fits."""
+    ctx, endings = "x" * 500 + " the end of it", ("one", "two", "three", "four")
+    score = evaluate(model, [Item(0, ctx, endings, 1)], BYTES)
     assert score.truncated == 1
     assert "1 contexts cut to fit" in str(score)
-    expected = by_hand_last_block(model, long_item)
-    assert score.predictions[0]["loss_sum"] == pytest.approx(expected, abs=1e-4)
+    cut = Item(0, ctx[-(129 - len(" three")) :], endings, 1)
+    assert score.predictions[0]["loss_sum"] == pytest.approx(by_hand(model, cut)[0], abs=1e-4)
     assert evaluate(model, [cut], BYTES).truncated == 0
-
-
-def by_hand_last_block(model, item):
-    sums = []
-    for ending in item.endings:
-        row = BYTES.encode_ordinary(item.ctx + " " + ending)[-129:]
-        n = len(ending) + 1
-        log_probabilities = torch.log_softmax(model(torch.tensor([row[:-1]]))[0][0].detach(), dim=-1)
-        sums.append(-sum(log_probabilities[i, row[i + 1]].item() for i in range(128 - n, 128)))
-    return sums
+    endless = Item(
+        0, ctx, ("a" * 200, "b", "c", "d"), 1
+    )  # no room: one token of context, the ending's beginning
+    score = evaluate(model, [endless], BYTES)
+    assert score.truncated == 1
+    expected = by_hand(model, Item(0, "t", ("a" * 127, "b", "c", "d"), 1))
+    assert score.predictions[0]["loss_sum"] == pytest.approx(expected[0], abs=1e-3)
 
 
 def test_real_items_load_and_score(gpt2_data, gpt2_encoding):
@@ -159,7 +161,7 @@ def test_the_hubs_items_load_with_labels_that_are_strings(tmp_path):
     code = "import hellaswag; items = hellaswag.load_items(); print(len(items), items[7])"
     with serve(tmp_path / "hub") as (env, _):
         done = run("-c", code, env=env)
-    assert "10042 Item(ind=7, ctx='context 7', endings=('a', 'b', 'c', 'd'), label=3)" in done.stdout
+    assert "10042 Item(ind=7, ctx='context 7', endings=('a', 'b', 'c', 'd'), label=3," in done.stdout
     with pytest.raises(InputError, match="expected 10,042"):
         hellaswag.check_complete(rows[:-1])
 

@@ -1,0 +1,98 @@
+"""
+How fast GPT-2 (124M) writes, beside the installed transformers with its own cache: same weights, same dtype,
+same prompt, the most likely token each time, and the same text in the end.
+
+    python -m benchmarks.sampling [--n 5] [--device cuda] [--out results.json]
+
+"plain" is our model as training uses it, "packed" as sample.py does on a CPU.
+"""
+
+import copy
+import functools
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import tyro
+
+from sample import pack_for_cpu
+from train_gpt2 import GPT, GPTConfig, device_name
+
+
+@dataclass(frozen=True)
+class Config:
+    """Time sampling."""
+
+    n: int = 5  # rounds
+    batch_sizes: tuple[int, ...] = (1, 8)
+    new_tokens: int = 200
+    device: str = "cpu"
+    dtype: str = "float32"
+    out: Path | None = None  # write the figures here as JSON
+
+
+def main(config: Config) -> None:
+    torch.manual_seed(0)
+    dtype, device = getattr(torch, config.dtype), torch.device(config.device)
+    plain = GPT(GPTConfig(encoding="bytes")).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder)
+        theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval().to(device, dtype)
+    theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
+    plain = plain.to(device, dtype)
+    ours = {"plain": plain}
+    if device.type == "cpu":
+        ours["packed"] = copy.deepcopy(plain)
+        pack_for_cpu(ours["packed"])
+    print(f"{device_name(device)}, PyTorch {torch.__version__}, transformers {transformers.__version__}, "
+          f"{config.dtype}, n = {config.n}")  # fmt: skip
+    results = {}
+    for batch_size in config.batch_sizes:
+        prompt = torch.randint(0, 50257, (batch_size, 16), device=device)
+        ways = {
+            name: lambda model=model, prompt=prompt: model.generate(prompt, config.new_tokens, temperature=0)
+            for name, model in ours.items()
+        }
+        options = {"max_new_tokens": config.new_tokens, "do_sample": False, "use_cache": True}
+        ways["transformers"] = functools.partial(theirs.generate, prompt, **options)
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(config.n + 1):
+            texts = {}
+            for name, way in ways.items():
+                start = time.perf_counter()
+                texts[name] = way().cpu()
+                rates[name].append(batch_size * config.new_tokens / (time.perf_counter() - start))
+        rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
+        same = all(torch.equal(text, texts["transformers"]) for text in texts.values())
+        for name, values in rates.items():
+            ratios = [ours / theirs for ours, theirs in zip(values, rates["transformers"], strict=True)]
+            line = f"batch {batch_size}, {name:12} {statistics.median(values):7.1f} tokens/s "
+            line += (
+                f"({min(values):.1f} to {max(values):.1f}), {statistics.median(ratios):.2f} x transformers "
+            )
+            print(line + f"({min(ratios):.2f} to {max(ratios):.2f})")
+        print(f"batch {batch_size}: {'the same' if same else 'NOT the same'} text")
+        results[batch_size] = {"tokens_per_second": rates, "same_text": same}
+    if config.out:
+        result = {
+            "device": device_name(device),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "dtype": config.dtype,
+            "n": config.n,
+            "new_tokens": config.new_tokens,
+            "by_batch_size": results,
+        }
+        config.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Config, use_underscores=True))
