@@ -52,7 +52,7 @@ class ScoreConfig:
     )  # Hub names (gpt2, gpt2-medium, ...), checkpoint folders, or runs' folders
     protocol: Protocol = "tutorial"  # how an item is put and an ending scored; see the top of hellaswag.py
     data: Path | None = None  # items as JSON lines; default: the validation split from the Hub
-    limit: int | None = None  # score only the first items; default: all
+    limit: int | None = None  # score only so many items, spread evenly over all; default: all
     save_predictions: Path | None = None  # write a JSON line per item here
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -133,7 +133,8 @@ def clean(text: str) -> str:
 
 
 def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]:
-    """The items of a JSON-lines file, or the validation split from the Hub.
+    """The items of a JSON-lines file, or the validation split from the Hub; with a `limit` only so many,
+    spread evenly over all (the split begins with its ActivityNet part, and WikiHow follows).
 
     Raises InputError, naming file and line, for what is not an item; or when the Hub can't be reached.
     """
@@ -145,13 +146,11 @@ def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]
 
             rows = datasets.load_dataset(DATASET, split="validation")
         check_complete(rows)
-        return [to_item(row, f"{DATASET}, item {number}") for number, row in enumerate(rows)][:limit]
+        return spread([to_item(row, f"{DATASET}, item {n}") for n, row in enumerate(rows)], limit)
     items = []
     try:
         with open(file, encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if limit is not None and len(items) == limit:
-                    break
                 try:
                     fields = json.loads(line)
                 except ValueError as error:
@@ -161,7 +160,12 @@ def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]
         raise InputError(f"HellaSwag items {file}: {error}") from error
     if not items:
         raise InputError(f"HellaSwag items {file}: the file is empty")
-    return items
+    return spread(items, limit)
+
+
+def spread(items: list[Item], limit: int | None) -> list[Item]:
+    n = min(limit or len(items), len(items))
+    return [items[i * len(items) // n] for i in range(n)]
 
 
 def check_complete(rows: Sized) -> None:

@@ -66,9 +66,7 @@ def main(config: SampleConfig) -> None:
     if not 0 < config.top_p <= 1:
         raise InputError(f"--top_p {config.top_p}: must be above 0 and at most 1")
     if config.stream and config.num_samples > 1:
-        raise InputError(
-            f"--stream shows one sample as it comes; add --num_samples 1 (not {config.num_samples})"
-        )
+        raise InputError(f"--stream with --num_samples {config.num_samples}: it shows one, --num_samples 1")
     device = choose_device(config.device)
     model = GPT.from_pretrained(config.model).to(device)
     encoding = get_encoding(model.config.encoding)

@@ -121,6 +121,7 @@ class TrainConfig:
     val_tokens: int = 10_485_760  # tokens of the validation split to measure on: 20 steps' worth
     hellaswag_every: int = 250  # steps between HellaSwag scores
     hellaswag_data: Path | None = None  # a local HellaSwag .jsonl; default: from the Hub
+    hellaswag_limit: int | None = None  # score so many items, spread over all; default: all
     sample_every: int = 250  # steps between samples
     checkpoint_every: int = 1000  # steps between checkpoints; the last two are kept
     keep_every: int = 5000  # steps between checkpoints that are kept for good
@@ -137,7 +138,7 @@ class TrainConfig:
 def check_config(config: TrainConfig) -> None:
     """Raises InputError for a number that can't be meant."""
     positive = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "micro_batch_size"}
-    positive |= {"val_tokens", "timeout_minutes"}
+    positive |= {"val_tokens", "timeout_minutes", "hellaswag_limit"}
     for name, value in asdict(config).items():
         if not isinstance(value, int | float):
             continue
@@ -947,7 +948,7 @@ def load_hellaswag(config: TrainConfig) -> list[hellaswag.Item]:
     if not config.hellaswag_every:
         return []
     try:
-        return hellaswag.load_items(config.hellaswag_data)
+        return hellaswag.load_items(config.hellaswag_data, config.hellaswag_limit)
     except CommandError as error:
         if config.hellaswag_data is not None:
             raise
@@ -1167,8 +1168,10 @@ def main(config: TrainConfig) -> None:
     def due(every: int) -> bool:
         return every > 0 and not stopping and (step % every == 0 or last_step)
 
-    stopping, train_loss, training_seconds = False, math.nan, 0.0  # the clock stops around all but training
+    stopping, train_loss = False, math.nan
+    training_seconds = other_seconds = 0.0
     for step in range(first_step, config.max_steps + 1):
+        start = time.perf_counter()
         last_step = step == config.max_steps
         if last_step:
             stopping = (
@@ -1197,6 +1200,7 @@ def main(config: TrainConfig) -> None:
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "loss": train_loss,
                      "rng": torch.get_rng_state(), "recipe": this_recipe}  # fmt: skip
             folder.save(step, raw_model, state, config.keep_every)
+        other_seconds += time.perf_counter() - start
         if last_step or stopping:
             break
 
@@ -1247,8 +1251,8 @@ def main(config: TrainConfig) -> None:
         progress.say(f"stopped at step {step}, state saved; the same command with --resume goes on")
         sys.exit(128 + (stop.received or signal.SIGTERM))
     progress.say(
-        f"done: {step:,} steps, the last {step - first_step:,} in {training_seconds / 3600:.2f} hours; "
-        f"the run is in {config.log_dir}"
+        f"done: {step:,} steps, the last {step - first_step:,} in {training_seconds / 3600:.2f} hours, and "
+        f"{other_seconds / 3600:.2f} hours of evaluating, sampling and saving; the run is in {config.log_dir}"
     )
 
 

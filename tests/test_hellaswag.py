@@ -142,7 +142,9 @@ def test_a_bad_item_is_named_by_file_and_line(bad, tmp_path):
     file.write_text(json.dumps(GOOD) + "\n" + json.dumps({**GOOD, "label": "2"}) + "\n" + bad + "\n")
     with pytest.raises(InputError, match=r"items\.jsonl, line 3"):
         load_items(file)
-    assert [item.label for item in load_items(file, limit=2)] == [1, 2]
+    file.write_text("".join(json.dumps({**GOOD, "label": i % 4, "ind": i}) + "\n" for i in range(10)))
+    assert [item.ind for item in load_items(file, limit=4)] == [0, 2, 5, 7]  # spread over all
+    assert len(load_items(file, limit=99)) == 10
 
 
 def test_the_hubs_items_load_with_labels_that_are_strings(tmp_path):
@@ -195,6 +197,47 @@ def test_the_script(files, model):
     assert "(5 items" in few.stdout
 
 
+HARNESS = {
+    "activity_label": "Making tea",
+    "ctx_a": "[header] How to make tea [title] Boil  water.",
+    "ctx_b": "the CAT",
+    "endings": ["sits [step] down.", "is a cat [title] It is", " sleeps ", "x"],
+}
+
+
+def test_the_harness_protocol_by_hand(files, model, tmp_path):
+    """Its own text, cleaned; losses divided by the ending's characters. What lm_eval itself says of real
+    items was compared once; see the README."""
+    item = hellaswag.to_item({**GOOD, **HARNESS}, "")
+    context = "Making tea: How to make tea. Boil water. The cat"
+    assert item.harness_ctx == "Making tea:  How to make tea. Boil water. The cat".replace("  ", " ")
+    endings = ["sits down.", "is a cat. It is", "sleeps", "x"]
+    score = evaluate(model, [item], BYTES, protocol="harness")
+    sums, _ = by_hand(model, Item(3, context, tuple(endings), 1))
+    assert score.predictions[0]["loss_sum"] == pytest.approx(sums, rel=1e-5)
+    means = [loss / len(ending) for loss, ending in zip(sums, endings, strict=True)]
+    assert score.predictions[0]["loss_mean"] == pytest.approx(means, rel=1e-5)
+    assert "harness protocol" in str(score)
+    flags = f"--model={files}/model", f"--data={files}/items.jsonl", "--protocol=harness"
+    lacking = call("hellaswag.py", *flags, check=False)
+    assert lacking.returncode == 2
+    assert "item 0 has no activity_label, ctx_a and ctx_b" in lacking.stderr
+
+
+def test_several_models_make_a_table(files, model, tmp_path):
+    torch.manual_seed(5)
+    other = GPT(model.config)
+    other.save_pretrained(tmp_path / "other")
+    names = f"{files}/model", f"{tmp_path}/other"
+    table = call("hellaswag.py", "--model", *names, f"--data={files}/items.jsonl", "--device=cpu").stdout
+    rows = table.splitlines()
+    assert len(rows) == 2
+    for name, row, scored in zip(names, rows, (model, other), strict=True):
+        assert row.startswith(name)
+        assert row.endswith(str(evaluate(scored, ITEMS, BYTES)))
+    assert rows[0].index("HellaSwag acc") == rows[1].index("HellaSwag acc")
+
+
 def test_training_scores_the_same_on_one_process_and_on_two(files, text_shards, tmp_path):
     command = (
         "train_gpt2.py",
@@ -208,9 +251,12 @@ def test_training_scores_the_same_on_one_process_and_on_two(files, text_shards, 
         "--sample_every=0",
         "--device=cpu",
         f"--hellaswag_data={files}/items.jsonl",
+        "--hellaswag_limit=17",
     )
     one = call(*command, f"--log_dir={tmp_path}/one")
     two = torchrun(2, *command, f"--log_dir={tmp_path}/two")
+    assert "(17 items, tutorial protocol)" in one.stdout
+    assert " hours of evaluating, sampling and saving" in one.stdout
     line = "step 0: HellaSwag acc "
     assert line in one.stdout
     assert one.stdout[one.stdout.index(line) :].splitlines()[0] in two.stdout

@@ -2,13 +2,14 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from shards import InputError
-from train_gpt2 import GPT, PRESETS, GPTConfig, read_config
+from train_gpt2 import GPT, PRESETS, GPTConfig, choose_token, read_config
 
 TINY = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=32)
 
@@ -118,22 +119,91 @@ def test_the_encodings_name_travels(tmp_path):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_greedy_generation_is_hugging_faces(padded, tmp_path):
-    oracle = huggingface_model(TINY)
+    oracle = huggingface_model(replace(TINY, block_size=256))
     oracle.save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path)
     if padded:
         model.pad_vocabulary(128)
-    idx = torch.randint(0, 299, (2, 8))
-    ours = model.generate(idx, 40, temperature=0)
+    idx = torch.randint(0, 299, (10, 8))
+    ours = model.generate(idx, 200, temperature=0)
     theirs = oracle.generate(
         idx,
-        max_new_tokens=40,
+        max_new_tokens=200,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
         attention_mask=torch.ones_like(idx),
     )
     assert torch.equal(ours, theirs)
+
+
+def test_a_cache_changes_no_logit():
+    """Read in parts of every size, rows that go on in several ways included, against all at once; 1e-4."""
+    torch.manual_seed(0)
+    model = GPT(TINY)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)  # so that a wrong position or mask shows
+        idx = torch.randint(0, 300, (3, TINY.block_size))
+        whole = model(idx)[0]
+        for sizes in (
+            [1] * TINY.block_size,
+            [5, 1, 17, 2, 1, 1],
+            [TINY.block_size],
+            [TINY.block_size - 1, 1],
+        ):
+            caches, start = model.new_caches(TINY.block_size), 0
+            for size in sizes:
+                logits = model(idx[:, start : start + size], caches=caches)[0]
+                assert torch.allclose(logits, whole[:, start : start + size], atol=1e-4)
+                start += size
+        with pytest.raises(ValueError, match="longer than the model's block size"):
+            model(idx[:, :1], caches=caches)
+        caches = model.new_caches(30)
+        model(idx[:, :20], caches=caches)
+        ways = torch.randint(0, 300, (6, 10))
+        logits = model(ways, caches=[cache.repeat(2) for cache in caches])[0]
+        for row in range(6):
+            alone = model(torch.cat((idx[row // 2, :20], ways[row])).unsqueeze(0))[0]
+            assert torch.allclose(logits[row], alone[0, 20:], atol=1e-4)
+
+
+def test_the_training_graph_knows_nothing_of_the_cache():
+    """One compiled graph, in which attention is one causal call: no mask, no copy."""
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return graph
+
+    model = GPT(TINY)
+    idx = torch.randint(0, 300, (2, 16))
+    torch.compile(model, backend=backend)(idx, idx)[1].backward()
+    assert len(graphs) == 1
+    assert sum("scaled_dot_product_attention" in target for target in graphs[0]) == TINY.n_layer
+    assert not [target for target in graphs[0] if any(name in target for name in ("tril", "ones", "setitem"))]
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"), [(None, 1.0), (5, 1.0), (None, 0.6), (20, 0.8), (1, 0.5), (500, 0.999)]
+)
+def test_tokens_are_drawn_with_hugging_faces_probabilities(top_k, top_p):
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    torch.manual_seed(0)
+    logits = torch.randn(1, 50) * 2
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(0.8)])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    expected = torch.softmax(warpers(None, logits), dim=-1)[0]
+    n = 40_000
+    drawn = choose_token(logits.expand(n, -1), 0.8, top_k, top_p, torch.Generator().manual_seed(1))
+    frequencies = torch.bincount(drawn.flatten(), minlength=50) / n
+    assert not frequencies[expected == 0].any()
+    # four standard deviations of a binomial
+    assert ((frequencies - expected).abs() <= 4 * (expected * (1 - expected) / n).sqrt() + 1e-9).all()
 
 
 def test_generation_goes_on_past_the_block_size_and_never_samples_padding():

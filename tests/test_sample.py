@@ -1,10 +1,15 @@
 """sample.py as a user runs it."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import call, run
+from conftest import ROOT, call, run
 from hub import serve
 
+from sample import PackedLinear, pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -45,9 +50,52 @@ def test_prompts_of_any_length(model_folder):
         assert done.stdout.startswith(f"> {prompt}")
 
 
+def test_a_stream_shows_the_same_text(model_folder):
+    """...as it comes; a prompt may come from standard input; the rate goes to standard error."""
+    flags = f"--model={model_folder}", "--device=cpu", "--num_samples=1", "--max_new_tokens=25"
+    whole = call("sample.py", *flags, "--prompt=naïve text")
+    assert call("sample.py", *flags, "--prompt=naïve text", "--stream").stdout == whole.stdout
+    assert "25 steps of 1 tokens in " in whole.stderr
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "sample.py", *flags, "--prompt", "-"]
+    options = {"cwd": ROOT, "env": environment, "check": True, "capture_output": True, "text": True}
+    piped = subprocess.run(command, input="naïve text", **options)
+    assert piped.stdout == whole.stdout
+    long = call("sample.py", *flags, f"--prompt={'x' * 40}")
+    assert "the prompt has 40 tokens; the model sees the last 32" in long.stderr
+
+
+def test_a_text_ends_at_the_end_of_text_token(model_folder, tmp_path):
+    """A model that always says <|endoftext|>: nothing is printed of it, and nothing is computed after it."""
+    model = GPT.from_pretrained(model_folder)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[256])
+    model.save_pretrained(tmp_path)
+    for more in ((), ("--stream",)):
+        done = call(
+            "sample.py", f"--model={tmp_path}", "--prompt=Hello", "--num_samples=1", "--temperature=0", *more
+        )
+        assert done.stdout == "> Hello\n"
+        assert "1 steps of 1 tokens" in done.stderr
+
+
+def test_weights_packed_for_a_cpu_give_the_same_logits(model_folder):
+    model = GPT.from_pretrained(model_folder)
+    idx = torch.randint(0, 257, (3, 20))
+    with torch.no_grad():
+        plain = model(idx)[0]
+        pack_for_cpu(model)
+        assert any(isinstance(module, PackedLinear) for module in model.modules())
+        assert torch.allclose(model(idx)[0], plain, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (("--top_p=0",), "--top_p 0.0: must be above 0 and at most 1"),
+        (("--top_p=1.5",), "--top_p 1.5"),
+        (("--stream",), "--stream with --num_samples 5"),
         (("--num_samples=0",), "--num_samples 0: must be at least 1"),
         (("--temperature=-1",), "--temperature -1"),
         (("--model=/no/where",), "there is no folder /no/where"),
