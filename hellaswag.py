@@ -36,10 +36,13 @@ from shards import InputError, get_encoding, hub_errors, run_command
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)
-# What a batch may hold: 124M keeps 74 kB of keys and values a token in float32, so 0.5 GB; and 1,024 rows of
-# float32 logits are 0.2 GB.
-TOKENS_PER_BATCH = 4_096
+# The keys and values of a batch's rows: 74 kB a token for the 124M model in float32, so 0.6 GB. And its
+# float32 logits: 0.2 GB.
+TOKENS_PER_BATCH = 8_192
 LOGITS_AT_ONCE = 1_024
+SPREAD = (
+    4  # tokens by which contexts in a batch may differ: more are read four times, fewer make small batches
+)
 Protocol = Literal["tutorial", "harness"]
 
 
@@ -206,13 +209,12 @@ def fit(rendered: Rendered, block_size: int) -> Rendered:
 
 
 def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
-    """Items whose contexts have one length, so that they fill a rectangle, with endings of like length."""
-    rendered = sorted(rendered, key=lambda r: (len(r.context), max(map(len, r.endings))))
+    """Items of like length: their contexts differ by SPREAD tokens at most."""
     batch: list[Rendered] = []
-    for one in rendered:
-        # sorted: the last has the longest endings
-        tokens = (len(batch) + 1) * (len(one.context) + 4 * max(map(len, one.endings)))
-        if batch and (len(one.context) != len(batch[0].context) or tokens > TOKENS_PER_BATCH):
+    for one in sorted(rendered, key=lambda r: (len(r.context), max(map(len, r.endings)))):
+        length = len(one.context) + max(len(ending) for other in (*batch, one) for ending in other.endings)
+        too_many = 4 * (len(batch) + 1) * length > TOKENS_PER_BATCH
+        if batch and (too_many or len(one.context) > len(batch[0].context) + SPREAD):
             yield batch
             batch = []
         batch.append(one)
@@ -222,33 +224,39 @@ def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
 
 @torch.no_grad()
 def score_batch(model: Any, batch: list[Rendered]) -> torch.Tensor:
-    """The summed loss of every ending, in nats: (n_items, 4) float32. The items' contexts have one length.
+    """The summed loss of every ending, in nats: (n_items, 4) float32.
 
-    Endings are filled up at the right, where causal attention never looks, so padding changes no score.
-    Logits are computed only where a token is scored. The device is never waited for.
+    What the contexts have in length together is read once. Each ending, behind the rest of its context, is a
+    row that goes on from there; rows are filled up at the right, where causal attention never looks, so
+    padding changes no score. Logits are computed only where a token is scored. The device is never waited
+    for.
     """
     device = next(model.parameters()).device
-    n, width = len(batch), max(len(ending) for one in batch for ending in one.endings)
-    endings = np.zeros((4 * n, width), dtype=np.int64)
-    scored = np.zeros((4 * n, width), dtype=bool)
-    for i, ending in enumerate(ending for one in batch for ending in one.endings):
-        endings[i, : len(ending)], scored[i, : len(ending)] = ending, True
-    row, position = np.nonzero(scored[:, 1:])  # beyond the first token, which the context predicts
-    context, tokens, row, position = (
+    n_read = min(len(one.context) for one in batch) - 1  # the last token is a row's first: it predicts
+    starts = [len(one.context) - n_read for one in batch for _ in one.endings]  # of the ending in each row
+    rows = [one.context[n_read:] + ending for one in batch for ending in one.endings]
+    tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    scored = np.zeros(tokens.shape, dtype=bool)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        tokens[i, : len(row)], scored[i, start : len(row)] = row, True
+    contexts = np.array([one.context[:n_read] for one in batch])
+    contexts, tokens, row, position = (
         torch.from_numpy(array).to(device, non_blocking=True)
-        for array in (np.array([one.context for one in batch]), endings, row, position)
+        for array in (contexts, tokens, *np.nonzero(scored))
     )
-    caches = model.new_caches(context.size(1) + width - 1)
-    last = model.head(model.hidden_states(context, caches)[:, -1]).float()  # (n, vocab_size)
-    sums = last.logsumexp(dim=1, keepdim=True) - last.gather(1, tokens[:, 0].view(n, 4))
-    if width > 1:
-        hidden = model.hidden_states(tokens[:, :-1], [cache.repeat(4) for cache in caches])
-        hidden, targets = hidden[row, position], tokens[row, position + 1]  # (n_scored, C), (n_scored,)
-        for part in range(0, len(targets), LOGITS_AT_ONCE):
-            part = slice(part, part + LOGITS_AT_ONCE)
-            losses = F.cross_entropy(model.head(hidden[part]).float(), targets[part], reduction="none")
-            sums.view(-1).index_add_(0, row[part], losses)
-    return sums
+    caches = None
+    if n_read > 0:
+        caches = model.new_caches(n_read + tokens.size(1) - 1)
+        model.hidden_states(contexts, caches)
+        caches = [cache.repeat(4) for cache in caches]
+    hidden = model.hidden_states(tokens[:, :-1], caches)[row, position - 1]  # (n_scored, C)
+    targets = tokens[row, position]
+    sums = torch.zeros(len(rows), device=device)
+    for first in range(0, len(targets), LOGITS_AT_ONCE):
+        part = slice(first, first + LOGITS_AT_ONCE)
+        losses = F.cross_entropy(model.head(hidden[part]).float(), targets[part], reduction="none")
+        sums.index_add_(0, row[part], losses)
+    return sums.view(-1, 4)
 
 
 def evaluate(

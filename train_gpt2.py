@@ -10,8 +10,8 @@ The recipe is the one of the lecture: GPT-2's architecture, GPT-3's schedule, 10
 FineWeb-Edu, 524,288 of them a step. The defaults below are that recipe, and every number of it is a flag.
 
 This file, top to bottom: configuration, model, optimisation, data, evaluation, run plumbing, main. Beside it:
-fineweb.py writes the token shards and holds the encodings, hellaswag.py scores a model, sample.py lets it
-write, plot.py draws the curves, run_folder.py keeps what a run leaves on disk.
+fineweb.py writes the token shards, shards.py reads them and holds the encodings, hellaswag.py scores a model,
+sample.py lets it write, plot.py draws the curves, run_folder.py keeps what a run leaves on disk.
 """
 
 import contextlib
