@@ -36,13 +36,14 @@ from shards import InputError, get_encoding, hub_errors, run_command
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)
-# The keys and values of a batch's rows: 74 kB a token for the 124M model in float32, so 0.6 GB. And its
-# float32 logits: 0.2 GB.
+# Tokens in the rows of a batch, whose keys and values take 74 kB each for the 124M model in float32: 0.6 GB
+# at the most. Then the float32 logits of so many tokens, with their softmax: 0.05 GB.
 TOKENS_PER_BATCH = 8_192
-LOGITS_AT_ONCE = 1_024
-SPREAD = (
-    4  # tokens by which contexts in a batch may differ: more are read four times, fewer make small batches
-)
+LOGITS_AT_ONCE = 128
+ROWS_AT_ONCE = 32
+# Tokens by which the contexts of a batch may differ in length. What one has more than the shortest is read
+# four times; where few items are scored, a smaller number makes small, slow batches.
+SPREAD = 2
 Protocol = Literal["tutorial", "harness"]
 
 
@@ -50,9 +51,7 @@ Protocol = Literal["tutorial", "harness"]
 class ScoreConfig:
     """Score GPT-2s on HellaSwag's validation items."""
 
-    model: tuple[str, ...] = (
-        "gpt2",
-    )  # Hub names (gpt2, gpt2-medium, ...), checkpoint folders, or runs' folders
+    model: tuple[str, ...] = ("gpt2",)  # Hub names (gpt2, gpt2-medium, ...), checkpoint or run folders
     protocol: Protocol = "tutorial"  # how an item is put and an ending scored; see the top of hellaswag.py
     data: Path | None = None  # items as JSON lines; default: the validation split from the Hub
     limit: int | None = None  # score only so many items, spread evenly over all; default: all
@@ -77,7 +76,7 @@ class Rendered:
     item: Item
     context: list[int]
     endings: list[list[int]]  # four
-    lengths: list[int]  # what the loss of each ending is divided by for acc_norm: its tokens or characters
+    lengths: list[float]  # what the loss of each ending is divided by for acc_norm: its tokens or characters
     truncated: bool = False
 
 
@@ -88,7 +87,7 @@ class Score:
     n: int
     acc: float  # by summed loss
     acc_norm: float  # by loss over length
-    truncated: int  # items that were longer than the block size and lost the beginning of their context
+    truncated: int  # items longer than the block size, which `fit` cut
     predictions: list[dict[str, Any]]
     protocol: Protocol = "tutorial"
 
@@ -97,7 +96,7 @@ class Score:
         return math.sqrt(accuracy * (1 - accuracy) / max(1, self.n - 1))
 
     def __str__(self) -> str:
-        cut = f", {self.truncated} contexts cut to fit" if self.truncated else ""
+        cut = f", {self.truncated} cut to fit" if self.truncated else ""
         return (
             f"acc {self.acc:.4f} +- {self.standard_error(self.acc):.4f}, "
             f"acc_norm {self.acc_norm:.4f} +- {self.standard_error(self.acc_norm):.4f} "
@@ -112,9 +111,13 @@ class Score:
 def to_item(fields: Any, where: str) -> Item:
     """Check one item and make an Item of it; the Hub's labels are strings."""
     try:
-        item = Item(int(fields["ind"]), fields["ctx"], tuple(fields["endings"]), int(fields["label"]),
-                    harness_context(fields))  # fmt: skip
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        label = fields["label"]
+        if not isinstance(fields["endings"], list) or not isinstance(label, int | str) or label is True:
+            raise TypeError
+        item = Item(
+            int(fields["ind"]), fields["ctx"], tuple(fields["endings"]), int(label), harness_context(fields)
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise InputError(f"{where}: not a HellaSwag item with ind, ctx, endings and label") from error
     strings = (item.ctx, *item.endings)
     if len(item.endings) != 4 or not 0 <= item.label < 4 or not all(isinstance(s, str) for s in strings):
@@ -122,10 +125,11 @@ def to_item(fields: Any, where: str) -> Item:
     return item
 
 
-def harness_context(fields: dict[str, str]) -> str | None:
-    if not {"activity_label", "ctx_a", "ctx_b"} <= fields.keys():
+def harness_context(fields: dict[str, Any]) -> str | None:
+    activity, ctx_a, ctx_b = (fields.get(name) for name in ("activity_label", "ctx_a", "ctx_b"))
+    if not all(isinstance(field, str) for field in (activity, ctx_a, ctx_b)):
         return None
-    return clean(f"{fields['activity_label']}: {fields['ctx_a']} {fields['ctx_b'].capitalize()}")
+    return clean(f"{activity}: {ctx_a} {ctx_b.capitalize()}")
 
 
 def clean(text: str) -> str:
@@ -156,7 +160,7 @@ def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]
             for number, line in enumerate(lines, 1):
                 try:
                     fields = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise InputError(f"{file}, line {number}: not JSON") from error
                 items.append(to_item(fields, f"{file}, line {number}"))
     except (OSError, UnicodeDecodeError) as error:
@@ -201,7 +205,13 @@ def fit(rendered: Rendered, block_size: int) -> Rendered:
     endings = [ending[:block_size] for ending in rendered.endings]
     room = block_size + 1 - max(map(len, endings))
     truncated = len(rendered.context) > room or endings != rendered.endings
-    return replace(rendered, context=rendered.context[-room:], endings=endings, truncated=truncated)
+    lengths = [
+        length * len(cut) / len(whole)
+        for length, cut, whole in zip(rendered.lengths, endings, rendered.endings, strict=True)
+    ]
+    return replace(
+        rendered, context=rendered.context[-room:], endings=endings, lengths=lengths, truncated=truncated
+    )
 
 
 # -----------------------------------------------------------------------------
@@ -224,31 +234,47 @@ def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
 
 @torch.no_grad()
 def score_batch(model: Any, batch: list[Rendered]) -> torch.Tensor:
-    """The summed loss of every ending, in nats: (n_items, 4) float32.
+    """The summed loss of every ending, in nats: (n_items, 4) float32. The device is never waited for.
 
-    What the contexts have in length together is read once. Each ending, behind the rest of its context, is a
-    row that goes on from there; rows are filled up at the right, where causal attention never looks, so
-    padding changes no score. Logits are computed only where a token is scored. The device is never waited
-    for.
+    Of every context the first n_read tokens, which even the shortest has, are read once. A row is the rest of
+    a context and one ending, and goes on from there; rows of like length are read together.
     """
     device = next(model.parameters()).device
     n_read = min(len(one.context) for one in batch) - 1  # the last token is a row's first: it predicts
-    starts = [len(one.context) - n_read for one in batch for _ in one.endings]  # of the ending in each row
+    caches = None
+    if n_read > 0:
+        caches = model.new_caches(n_read)
+        (contexts,) = to_device(device, np.array([one.context[:n_read] for one in batch]))
+        model.hidden_states(contexts, caches)
     rows = [one.context[n_read:] + ending for one in batch for ending in one.endings]
+    starts = [len(one.context) - n_read for one in batch for _ in one.endings]  # of the ending in each row
+    sums = torch.zeros(len(rows), device=device)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        some = by_length[first : first + ROWS_AT_ONCE]
+        some_rows, some_starts = [rows[i] for i in some], [starts[i] for i in some]
+        here, item = to_device(device, np.array(some), np.array(some) // 4)
+        length = n_read + len(some_rows[-1]) - 1
+        going_on = [cache.select(item, length) for cache in caches] if caches else None
+        sums[here] = score_rows(model, some_rows, some_starts, going_on)
+    return sums.view(-1, 4)
+
+
+def score_rows(
+    model: Any, rows: list[list[int]], starts: list[int], caches: list[Any] | None
+) -> torch.Tensor:
+    """The summed loss of each row's tokens from its start on, (n_rows,) float32, behind what `caches` have
+    read.
+
+    Rows are filled up at the right, where causal attention never looks, so padding changes no score. Logits
+    are computed only where a token is scored.
+    """
+    device = next(model.parameters()).device
     tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
     scored = np.zeros(tokens.shape, dtype=bool)
     for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
         tokens[i, : len(row)], scored[i, start : len(row)] = row, True
-    contexts = np.array([one.context[:n_read] for one in batch])
-    contexts, tokens, row, position = (
-        torch.from_numpy(array).to(device, non_blocking=True)
-        for array in (contexts, tokens, *np.nonzero(scored))
-    )
-    caches = None
-    if n_read > 0:
-        caches = model.new_caches(n_read + tokens.size(1) - 1)
-        model.hidden_states(contexts, caches)
-        caches = [cache.repeat(4) for cache in caches]
+    tokens, row, position = to_device(device, tokens, *np.nonzero(scored))
     hidden = model.hidden_states(tokens[:, :-1], caches)[row, position - 1]  # (n_scored, C)
     targets = tokens[row, position]
     sums = torch.zeros(len(rows), device=device)
@@ -256,7 +282,14 @@ def score_batch(model: Any, batch: list[Rendered]) -> torch.Tensor:
         part = slice(first, first + LOGITS_AT_ONCE)
         losses = F.cross_entropy(model.head(hidden[part]).float(), targets[part], reduction="none")
         sums.index_add_(0, row[part], losses)
-    return sums.view(-1, 4)
+    return sums
+
+
+def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]  # without a wait
 
 
 def evaluate(
@@ -275,24 +308,25 @@ def evaluate(
     device = next(model.parameters()).device
     own = [fit(render(item, encoding, protocol), model.config.block_size) for item in items[rank::world_size]]
     order, sums = [], []
-    right, shown_at = torch.zeros((), device=device), time.monotonic()
+    right, n_counted, shown_at = 0, 0, time.monotonic()
     with tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True) as bar:
         for batch in batches(own):
             order += batch
             sums.append(score_batch(model, batch))
             bar.update(len(batch))
-            if progress:  # a running accuracy costs a wait for the device, so once a second
-                lengths = torch.tensor([one.lengths for one in batch], device=device)
-                labels = torch.tensor([one.item.label for one in batch], device=device)
-                right += ((sums[-1] / lengths).argmin(dim=1) == labels).sum()
-                if time.monotonic() - shown_at > 1:
-                    bar.set_postfix_str(f"acc_norm {right.item() / len(order):.4f}")
-                    shown_at = time.monotonic()
+            if progress and time.monotonic() - shown_at > 1:  # a look at the device costs a wait for it
+                for one, losses in zip(order[n_counted:], torch.cat(sums)[n_counted:].tolist(), strict=True):
+                    means = [loss / length for loss, length in zip(losses, one.lengths, strict=True)]
+                    right += means.index(min(means)) == one.item.label
+                n_counted, shown_at = len(order), time.monotonic()
+                bar.set_postfix_str(f"acc_norm {right / n_counted:.4f}")
     loss_sums = torch.cat(sums).tolist() if sums else []  # the one wait for the device
+    place = {id(item): i for i, item in enumerate(items)}
+    scored = sorted(zip(order, loss_sums, strict=True), key=lambda pair: place[id(pair[0].item)])
     predictions = []
-    for one, loss_sum in zip(order, loss_sums, strict=True):
+    for one, loss_sum in scored:
         loss_mean = [loss / length for loss, length in zip(loss_sum, one.lengths, strict=True)]
-        pred, pred_norm = (min(range(4), key=losses.__getitem__) for losses in (loss_sum, loss_mean))
+        pred, pred_norm = loss_sum.index(min(loss_sum)), loss_mean.index(min(loss_mean))
         predictions.append({"ind": one.item.ind, "label": one.item.label, "pred": pred,
                             "pred_norm": pred_norm, "loss_sum": loss_sum,
                             "loss_mean": loss_mean})  # fmt: skip
@@ -306,8 +340,6 @@ def evaluate(
         counts = counts.to(device if device.type == "cuda" else "cpu")
         dist.all_reduce(counts)
     correct, correct_norm, truncated, n = counts.tolist()
-    place = {item.ind: i for i, item in enumerate(items)}
-    predictions.sort(key=lambda prediction: place[prediction["ind"]])
     return Score(n, correct / n, correct_norm / n, truncated, predictions, protocol)
 
 
@@ -315,10 +347,12 @@ def evaluate(
 
 
 def main(config: ScoreConfig) -> None:
-    from train_gpt2 import GPT, check_vocabulary, choose_device
+    from train_gpt2 import GPT, check_vocabulary, choose_device, find_model
 
     if config.limit is not None and config.limit < 1:
         raise InputError(f"--limit {config.limit}: must be at least 1")
+    if not config.model:
+        raise InputError("--model: name one or more")
     if config.save_predictions and len(config.model) > 1:
         raise InputError("--save_predictions: for one --model at a time")
     device = choose_device(config.device)
@@ -326,6 +360,8 @@ def main(config: ScoreConfig) -> None:
     if config.save_predictions:
         config.save_predictions.touch()  # fails now, not after the last item
     dtype = getattr(torch, config.dtype)
+    for name in config.model:
+        find_model(name)  # all are there, before the first is scored
     width = max(map(len, config.model))
     for name in config.model:
         model = GPT.from_pretrained(name).to(device)

@@ -7,6 +7,7 @@ Let a GPT-2 write.
 """
 
 import codecs
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -63,6 +64,10 @@ def main(config: SampleConfig) -> None:
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("top_k", 0), ("temperature", 0)):
         if getattr(config, name) < least:
             raise InputError(f"--{name} {getattr(config, name)}: must be at least {least}")
+    if not math.isfinite(config.temperature):
+        raise InputError(f"--temperature {config.temperature}: must be a number")
+    if not 0 <= config.seed < 2**63:
+        raise InputError(f"--seed {config.seed}: must be from 0 to {2**63 - 1}")
     if not 0 < config.top_p <= 1:
         raise InputError(f"--top_p {config.top_p}: must be above 0 and at most 1")
     if config.stream and config.num_samples > 1:
@@ -74,7 +79,9 @@ def main(config: SampleConfig) -> None:
     if device.type == "cpu" and config.dtype == "float32":
         pack_for_cpu(model)
 
-    prompt = sys.stdin.read() if config.prompt == "-" else config.prompt
+    prompt = config.prompt
+    if prompt == "-":
+        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
     tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
     if len(tokens) > model.config.block_size:
         print(

@@ -62,6 +62,9 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
     arguments = tyro.cli(config, use_underscores=True, **options)
     try:
         main(arguments)
+    except BrokenPipeError:  # whoever read the output, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (CommandError, OSError) as error:
         # under torchrun, what all processes found is said once on each host
         if getattr(error, "alone", True) or os.environ.get("LOCAL_RANK", "0") == "0":

@@ -176,15 +176,17 @@ class KVCache:
             shape = (*k.shape[:2], self.length, k.size(3))
             self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
         start, self.n_read = self.n_read, self.n_read + k.size(2)
+        if self.n_read > self.length:
+            raise ValueError(f"a cache for {self.length} tokens is given {self.n_read}")
         self.keys[:, :, start : self.n_read] = k
         self.values[:, :, start : self.n_read] = v
         return self.keys[:, :, : self.n_read], self.values[:, :, : self.n_read]
 
-    def repeat(self, n: int) -> "KVCache":
-        """Each row n times over: what was read goes on in n ways."""
-        copy = KVCache(self.length)
-        copy.n_read = self.n_read
-        copy.keys, copy.values = (t.repeat_interleave(n, dim=0) for t in (self.keys, self.values))
+    def select(self, rows: torch.Tensor, length: int) -> "KVCache":
+        """The rows with these indices, each as often as it is named, with space for `length` tokens: what was
+        read goes on in several ways."""
+        copy = KVCache(length)
+        copy.append(*(t[rows, :, : self.n_read] for t in (self.keys, self.values)))
         return copy
 
 
@@ -208,8 +210,10 @@ class CausalSelfAttention(nn.Module):
         if k.size(2) == T:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # the queries are the last T of all positions; a single one sees everything
-            seen = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if T == 1 else seen)
+            seen = None
+            if T > 1:
+                seen = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side
         return self.c_proj(y)
 
@@ -463,7 +467,8 @@ def choose_token(
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits, tokens = logits / temperature, None
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # 0 at most: no overflow
+    tokens = None
     if top_k is not None or top_p < 1:
         logits, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # most likely first
     probabilities = F.softmax(logits, dim=-1)
@@ -673,9 +678,9 @@ class TokenLoader:
 
 def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
     """Copies that a GPU fetches from pinned memory by itself, while this process goes on."""
-    if device.type == "cuda":
-        tensors = tuple(tensor.contiguous().pin_memory() for tensor in tensors)
-    return [tensor.to(device, non_blocking=True) for tensor in tensors]
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.contiguous().pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 # -----------------------------------------------------------------------------
@@ -1173,10 +1178,8 @@ def main(config: TrainConfig) -> None:
     for step in range(first_step, config.max_steps + 1):
         start = time.perf_counter()
         last_step = step == config.max_steps
-        if last_step:
-            stopping = (
-                False  # a signal during the last update: there is nothing to stop but the final evaluation
-            )
+        if last_step:  # a signal during the last update: there is nothing to stop but the final evaluation
+            stopping = False
         if due(config.val_every):
             val_loss = estimate_val_loss(model, val_loader, val_windows, layout, autocast)
             progress.say(f"step {step}: validation loss {val_loss:.4f} on {val_windows * T:,} tokens")

@@ -98,7 +98,9 @@ def main(config: Config) -> None:
             start = time.perf_counter()
             score = evaluate(model, items, encoding, progress=True)
             result["all_seconds"] = time.perf_counter() - start
+            middle = time.perf_counter()
             theirs = one_at_a_time(model, items)
+            result["all_seconds_one_at_a_time"] = time.perf_counter() - middle
             pairs = list(zip(score.predictions, theirs, strict=True))
             lengths = [[len(encoding.encode_ordinary(" " + e)) for e in item.endings] for item in items]
             differences = [
@@ -115,7 +117,8 @@ def main(config: Config) -> None:
                 "different": different,
                 "largest_difference": max(differences),
             }
-            print(f"all {len(items):,} items in {result['all_seconds']:.1f} s: {score}")
+            print(f"all {len(items):,} items in {result['all_seconds']:.1f} s, one at a time in "
+                  f"{result['all_seconds_one_at_a_time']:.1f} s: {score}")  # fmt: skip
             print(f"{different} predictions differ, losses by {max(differences):.1e} nats at most")
     if config.out:
         config.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -96,7 +96,7 @@ def test_an_item_longer_than_the_block_loses_the_beginning_of_its_context(model)
     ctx, endings = "x" * 500 + " the end of it", ("one", "two", "three", "four")
     score = evaluate(model, [Item(0, ctx, endings, 1)], BYTES)
     assert score.truncated == 1
-    assert "1 contexts cut to fit" in str(score)
+    assert "1 cut to fit" in str(score)
     cut = Item(0, ctx[-(129 - len(" three")) :], endings, 1)
     assert score.predictions[0]["loss_sum"] == pytest.approx(by_hand(model, cut)[0], abs=1e-4)
     assert evaluate(model, [cut], BYTES).truncated == 0
@@ -107,6 +107,13 @@ def test_an_item_longer_than_the_block_loses_the_beginning_of_its_context(model)
     assert score.truncated == 1
     expected = by_hand(model, Item(0, "t", ("a" * 127, "b", "c", "d"), 1))
     assert score.predictions[0]["loss_sum"] == pytest.approx(expected[0], abs=1e-3)
+    assert score.predictions[0]["loss_mean"] == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_items_with_one_ind_are_kept_apart(model):
+    items = [Item(0, item.ctx, item.endings, item.label) for item in ITEMS]
+    together = evaluate(model, items, BYTES).predictions
+    assert [prediction["label"] for prediction in together] == [item.label for item in items]
 
 
 def test_real_items_load_and_score(gpt2_data, gpt2_encoding):
@@ -135,6 +142,11 @@ GOOD = {"ind": 3, "ctx": "c", "endings": ["a", "b", "c", "d"], "label": 1}
         json.dumps({**GOOD, "label": ""}),
         json.dumps({**GOOD, "ctx": None}),
         json.dumps({"ind": 1}),
+        json.dumps({**GOOD, "endings": "abcd"}),
+        json.dumps({**GOOD, "label": 1.7}),
+        json.dumps({**GOOD, "label": True}),
+        json.dumps({**GOOD, "ind": 1}).replace("1,", "1e999,", 1),
+        "[" * 100_000,
     ],
 )
 def test_a_bad_item_is_named_by_file_and_line(bad, tmp_path):
@@ -205,13 +217,19 @@ HARNESS = {
 }
 
 
-def test_the_harness_protocol_by_hand(files, model, tmp_path):
+def test_the_harness_protocol_by_hand(files, model, gpt2_encoding):
     """Its own text, cleaned; losses divided by the ending's characters. What lm_eval itself says of real
     items was compared once; see the README."""
     item = hellaswag.to_item({**GOOD, **HARNESS}, "")
     context = "Making tea: How to make tea. Boil water. The cat"
     assert item.harness_ctx == "Making tea:  How to make tea. Boil water. The cat".replace("  ", " ")
     endings = ["sits down.", "is a cat. It is", "sleeps", "x"]
+    spaced = hellaswag.to_item({**GOOD, **HARNESS, "ctx_b": "the cat [step]"}, "")
+    assert spaced.harness_ctx.endswith("The cat ")
+    rendered = hellaswag.render(spaced, gpt2_encoding, "harness")
+    assert gpt2_encoding.decode(rendered.context) == spaced.harness_ctx.rstrip()
+    whole = gpt2_encoding.encode_ordinary(spaced.harness_ctx + " x")
+    assert rendered.context + rendered.endings[3] == whole
     score = evaluate(model, [item], BYTES, protocol="harness")
     sums, _ = by_hand(model, Item(3, context, tuple(endings), 1))
     assert score.predictions[0]["loss_sum"] == pytest.approx(sums, rel=1e-5)

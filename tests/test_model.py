@@ -120,6 +120,10 @@ def test_the_encodings_name_travels(tmp_path):
 @pytest.mark.parametrize("padded", [False, True])
 def test_greedy_generation_is_hugging_faces(padded, tmp_path):
     oracle = huggingface_model(replace(TINY, block_size=256))
+    with torch.no_grad():  # else every row repeats one token
+        for name, parameter in oracle.named_parameters():
+            if ".h." in name and parameter.dim() == 2:
+                parameter.mul_(20)
     oracle.save_pretrained(tmp_path)
     model = GPT.from_pretrained(tmp_path)
     if padded:
@@ -135,6 +139,7 @@ def test_greedy_generation_is_hugging_faces(padded, tmp_path):
         attention_mask=torch.ones_like(idx),
     )
     assert torch.equal(ours, theirs)
+    assert min(len(set(row)) for row in ours.tolist()) > 10
 
 
 def test_a_cache_changes_no_logit():
@@ -159,10 +164,14 @@ def test_a_cache_changes_no_logit():
                 start += size
         with pytest.raises(ValueError, match="longer than the model's block size"):
             model(idx[:, :1], caches=caches)
+        caches = model.new_caches(10)
+        model(idx[:, :10], caches=caches)
+        with pytest.raises(ValueError, match="a cache for 10 tokens is given 11"):
+            model(idx[:, 10:11], caches=caches)
         caches = model.new_caches(30)
         model(idx[:, :20], caches=caches)
         ways = torch.randint(0, 300, (6, 10))
-        logits = model(ways, caches=[cache.repeat(2) for cache in caches])[0]
+        logits = model(ways, caches=[cache.select(torch.arange(6) // 2, 30) for cache in caches])[0]
         for row in range(6):
             alone = model(torch.cat((idx[row // 2, :20], ways[row])).unsqueeze(0))[0]
             assert torch.allclose(logits[row], alone[0, 20:], atol=1e-4)

@@ -10,6 +10,7 @@ from conftest import ROOT, call, run
 from hub import serve
 
 from sample import PackedLinear, pack_for_cpu
+from shards import get_encoding
 from train_gpt2 import GPT, GPTConfig
 
 
@@ -48,6 +49,15 @@ def test_prompts_of_any_length(model_folder):
             "sample.py", f"--model={model_folder}", f"--prompt={prompt}", "--num_samples=1", "--device=cpu"
         )
         assert done.stdout.startswith(f"> {prompt}")
+
+
+def test_an_empty_prompt_begins_a_document_and_a_cold_one_is_greedy(model_folder):
+    model = GPT.from_pretrained(model_folder)
+    expected = model.generate(torch.tensor([[256]]), 5, temperature=0)[0, 1:].tolist()
+    flags = f"--model={model_folder}", "--device=cpu", "--num_samples=1", "--max_new_tokens=5"
+    for cold in ("0", "1e-38"):
+        done = call("sample.py", *flags, "--prompt=", f"--temperature={cold}")
+        assert done.stdout == "> " + get_encoding("bytes").decode([t for t in expected if t != 256]) + "\n"
 
 
 def test_a_stream_shows_the_same_text(model_folder):
@@ -96,6 +106,8 @@ def test_weights_packed_for_a_cpu_give_the_same_logits(model_folder):
         (("--top_p=0",), "--top_p 0.0: must be above 0 and at most 1"),
         (("--top_p=1.5",), "--top_p 1.5"),
         (("--stream",), "--stream with --num_samples 5"),
+        (("--temperature=nan",), "--temperature nan: must be"),
+        (("--seed=18446744073709551616",), "--seed 18446744073709551616"),
         (("--num_samples=0",), "--num_samples 0: must be at least 1"),
         (("--temperature=-1",), "--temperature -1"),
         (("--model=/no/where",), "there is no folder /no/where"),
