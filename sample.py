@@ -51,12 +51,13 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def pack_for_cpu(model: nn.Module) -> None:
-    """Make the linear layers of a float32 model PackedLinear, where this PyTorch has oneDNN."""
+def pack_for_cpu(model: nn.Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> None:
+    """Make the linear layers of these names in a float32 model PackedLinear, where this PyTorch has
+    oneDNN."""
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in list(model.modules()):
             for name, child in module.named_children():
-                if isinstance(child, nn.Linear):
+                if name in names:
                     setattr(module, name, PackedLinear(child))
 
 
