@@ -370,10 +370,10 @@ def test_killed_after_every_shard_it_ends_the_same(tmp_path):
     twice."""
     texts = [None if i % 7 == 3 else f"document {i} " * (i % 40) for i in range(300)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    command = f"--input={tmp_path}/x.jsonl", "--encoding=bytes", "--shard_size=9000", "--workers=1"
+    command = f"--input={tmp_path}/x.jsonl", "--encoding=bytes", "--shard_size=16000", "--workers=1"
     call("fineweb.py", *command, f"--output_dir={tmp_path}/undisturbed")
     expected = {path.name: path.read_bytes() for path in (tmp_path / "undisturbed").iterdir() if path.suffix}
-    assert len(expected) == 8
+    assert len(expected) == 5
     killer = (
         "import os, runpy, signal, sys\n"
         "left, replace = [int(sys.argv.pop(1))], os.replace\n"
@@ -397,13 +397,13 @@ def test_killed_after_every_shard_it_ends_the_same(tmp_path):
         if (tmp_path / "out/shards.partial.json").exists():
             with pytest.raises(InputError, match="is not finished: run the same"):
                 load_shards(tmp_path / "out")
-    assert kills > 5
+    assert kills > 3
     (tmp_path / "out/.lock").unlink()
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
     # a finished job that lost a shard goes on there, too
     (tmp_path / "out/edufineweb_train_000002.npy").unlink()
-    refused = call("fineweb.py", *command, f"--output_dir={tmp_path}/out", "--max_tokens=10000", check=False)
-    assert "max_tokens was None, is 10000" in refused.stderr
+    refused = call("fineweb.py", *command, f"--output_dir={tmp_path}/out", "--max_tokens=20000", check=False)
+    assert "max_tokens was None, is 20000" in refused.stderr
     mended = call("fineweb.py", *command, f"--output_dir={tmp_path}/out").stdout
     assert "going on after 2 finished shards" in mended
     (tmp_path / "out/.lock").unlink()
@@ -550,7 +550,11 @@ def test_a_bad_line_costs_time_and_nothing_else(hub, tmp_path):
 
 @pytest.mark.parametrize(
     ("fault", "status", "message"),
-    [("404", 2, "404"), ("500", 1, "the same command goes on"), ("wrong", 1, "SHA-256")],
+    [
+        ("500", 1, "the same command goes on"),
+        pytest.param("404", 2, "404", marks=pytest.mark.slow),
+        pytest.param("wrong", 1, "SHA-256", marks=pytest.mark.slow),
+    ],
 )
 def test_a_line_that_stays_bad_ends_with_one(fault, status, message, hub, tmp_path):
     """...and the same command goes on when it is mended, with what was finished before."""

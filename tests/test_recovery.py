@@ -442,6 +442,8 @@ def test_another_recipe_is_refused_with_the_difference(flags, tmp_path, undistur
             {
                 "encoding": "bytes",
                 "tokens": 10_000,
+                "source": {},
+                "settings": {},
                 "shards": [
                     {"file": path.name, "tokens": 5000, "sha256": sha256(path)}
                     for path in sorted(other.glob("*.npy"))

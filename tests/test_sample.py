@@ -1,12 +1,10 @@
 """sample.py as a user runs it."""
 
-import os
-import subprocess
-import sys
+import io
 
 import pytest
 import torch
-from conftest import ROOT, call, run
+from conftest import call, run
 from hub import serve
 
 from sample import PackedLinear, pack_for_cpu
@@ -60,16 +58,14 @@ def test_an_empty_prompt_begins_a_document_and_a_cold_one_is_greedy(model_folder
         assert done.stdout == "> " + get_encoding("bytes").decode([t for t in expected if t != 256]) + "\n"
 
 
-def test_a_stream_shows_the_same_text(model_folder):
+def test_a_stream_shows_the_same_text(model_folder, monkeypatch):
     """...as it comes; a prompt may come from standard input; the rate goes to standard error."""
     flags = f"--model={model_folder}", "--device=cpu", "--num_samples=1", "--max_new_tokens=25"
     whole = call("sample.py", *flags, "--prompt=naïve text")
     assert call("sample.py", *flags, "--prompt=naïve text", "--stream").stdout == whole.stdout
     assert "25 steps of 1 tokens in " in whole.stderr
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "sample.py", *flags, "--prompt", "-"]
-    options = {"cwd": ROOT, "env": environment, "check": True, "capture_output": True, "text": True}
-    piped = subprocess.run(command, input="naïve text", **options)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("naïve text".encode())))
+    piped = call("sample.py", *flags, "--prompt", "-")
     assert piped.stdout == whole.stdout
     long = call("sample.py", *flags, f"--prompt={'x' * 40}")
     assert "the prompt has 40 tokens; the model sees the last 32" in long.stderr
