@@ -1111,6 +1111,18 @@ def non_finite_fault(step: int, loss: torch.Tensor, norm: float, layout: Layout)
 
 
 @faults_in_one_line()
+def leave(status: int, world_size: int) -> None:
+    """End with this exit status. One of several processes ends at once: while Python takes itself apart, a
+    thread of the process group may still live, and C++ then aborts a run that is finished."""
+    if world_size == 1:
+        if status:
+            sys.exit(status)
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 def main(config: TrainConfig) -> None:
     check_config(config)
     layout = start_processes(config)
@@ -1252,11 +1264,12 @@ def main(config: TrainConfig) -> None:
         dist.destroy_process_group()
     if stopping:
         progress.say(f"stopped at step {step}, state saved; the same command with --resume goes on")
-        sys.exit(128 + (stop.received or signal.SIGTERM))
+        leave(128 + (stop.received or signal.SIGTERM), W)
     progress.say(
         f"done: {step:,} steps, the last {step - first_step:,} in {training_seconds / 3600:.2f} hours, and "
         f"{other_seconds / 3600:.2f} hours of evaluating, sampling and saving; the run is in {config.log_dir}"
     )
+    leave(0, W)
 
 
 if __name__ == "__main__":
