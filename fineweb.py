@@ -328,18 +328,15 @@ def standard_library_prose() -> Iterator[str]:
 
 def patiently(wanted: str, fetch: Callable[[], Any]) -> Any:
     """`fetch()`, tried again after RETRY_AFTER seconds when it fails for a reason that may pass."""
-    for wait in RETRY_AFTER:
+    for wait in (*RETRY_AFTER, None):
         try:
             with hub_errors(wanted):
                 return fetch()
         except RunFault as fault:
+            if wait is None:
+                raise RunFault(f"{fault}; nothing is lost, the same command goes on") from fault
             tqdm.write(f"{fault}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
-    try:
-        with hub_errors(wanted):
-            return fetch()
-    except RunFault as fault:
-        raise RunFault(f"{fault}; nothing is lost, the same command goes on") from fault
 
 
 def hub_files(dataset: str, config: str | None, revision: str) -> tuple[str, list[File]]:

@@ -112,7 +112,11 @@ def to_item(fields: Any, where: str) -> Item:
     """Check one item and make an Item of it; the Hub's labels are strings."""
     try:
         label = fields["label"]
-        if not isinstance(fields["endings"], list) or not isinstance(label, int | str) or label is True:
+        if (
+            not isinstance(fields["endings"], list)
+            or not isinstance(label, int | str)
+            or isinstance(label, bool)
+        ):
             raise TypeError
         item = Item(
             int(fields["ind"]), fields["ctx"], tuple(fields["endings"]), int(label), harness_context(fields)

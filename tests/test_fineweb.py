@@ -511,6 +511,30 @@ def test_fineweb_edu_comes_from_the_hub(hub, tmp_path):
     assert (tmp_path / "kept/downloads/data/train.parquet").exists()
 
 
+def test_another_dataset_from_the_hub(tmp_path):
+    """One without a card, its text in another column, as JSON lines."""
+    folder = tmp_path / "hub/datasets/someone/poems/data"
+    folder.mkdir(parents=True)
+    texts = [f"poem {i}" * 20 for i in range(50)]
+    with gzip.open(folder / "train-00000-of-00001.jsonl.gz", "wt") as file:
+        file.write("".join(json.dumps({"poem": text}) + "\n" for text in texts))
+    flags = "--dataset=someone/poems", "--text_column=poem", "--shard_size=2000", "--encoding=bytes"
+    with serve(tmp_path / "hub") as (env, _):
+        run("fineweb.py", *flags, f"--output_dir={tmp_path}/out", env=env)
+    assert tokens_in(tmp_path / "out") == stream_of(texts)
+
+
+def test_off_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch):
+    (tmp_path / "x.jsonl").write_text((json.dumps({"text": "a word " * 500}) + "\n") * 200)
+    started, clock = time.monotonic(), time.monotonic
+    monkeypatch.setattr("time.monotonic", lambda: started + 10_000 * (clock() - started))
+    flags = f"--input={tmp_path}/x.jsonl", f"--output_dir={tmp_path}/out", "--encoding=bytes"
+    done = call("fineweb.py", *flags, "--shard_size=100000")
+    line = r"[\d,]+ of about [\d,]+ tokens \| [\d,]+ tokens/s \| \d+:\d+ left \| shard \d \| x.jsonl"
+    assert re.search(line, done.stdout)
+    assert "\r" not in done.stderr
+
+
 def test_what_the_hub_does_not_have(hub, tmp_path):
     folder, _ = hub
     with serve(folder) as (env, _):

@@ -145,6 +145,7 @@ GOOD = {"ind": 3, "ctx": "c", "endings": ["a", "b", "c", "d"], "label": 1}
         json.dumps({**GOOD, "endings": "abcd"}),
         json.dumps({**GOOD, "label": 1.7}),
         json.dumps({**GOOD, "label": True}),
+        json.dumps({**GOOD, "label": False}),
         json.dumps({**GOOD, "ind": 1}).replace("1,", "1e999,", 1),
         "[" * 100_000,
     ],
