@@ -1110,7 +1110,6 @@ def non_finite_fault(step: int, loss: torch.Tensor, norm: float, layout: Layout)
 # main
 
 
-@faults_in_one_line()
 def leave(status: int, world_size: int) -> None:
     """End with this exit status. One of several processes ends at once: while Python takes itself apart, a
     thread of the process group may still live, and C++ then aborts a run that is finished."""
@@ -1123,6 +1122,7 @@ def leave(status: int, world_size: int) -> None:
     os._exit(status)
 
 
+@faults_in_one_line()
 def main(config: TrainConfig) -> None:
     check_config(config)
     layout = start_processes(config)
