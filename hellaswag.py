@@ -351,8 +351,9 @@ def evaluate(
 
 
 def main(config: ScoreConfig) -> None:
+    from device import choose_device
     from sample import pack_for_cpu
-    from train_gpt2 import GPT, check_vocabulary, choose_device, find_model
+    from train_gpt2 import GPT, check_vocabulary, find_model
 
     if config.limit is not None and config.limit < 1:
         raise InputError(f"--limit {config.limit}: must be at least 1")

@@ -16,8 +16,9 @@ from typing import Literal
 import torch
 from torch import nn
 
+from device import choose_device
 from shards import InputError, get_encoding, run_command
-from train_gpt2 import GPT, PROMPT, check_vocabulary, choose_device
+from train_gpt2 import GPT, PROMPT, check_vocabulary
 
 
 @dataclass(frozen=True)

@@ -16,20 +16,17 @@ sample.py lets it write, plot.py draws the curves, run_folder.py keeps what a ru
 
 import contextlib
 import functools
-import importlib.util
+import gc
 import json
 import math
 import operator
 import os
-import platform
-import shutil
 import signal
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
@@ -42,11 +39,24 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
 
 import hellaswag
+from device import (
+    GB,
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    device_name,
+    fast_math,
+    head_room,
+    is_out_of_memory,
+    keep_freed_memory,
+    memory_limit,
+)
 from fineweb import write_demo_shards
-from run_folder import RunFolder, list_checkpoints, versions
+from report import Progress, describe, gather_facts
+from run_folder import RunFolder, list_checkpoints
 from shards import (
     CommandError,
     InputError,
@@ -80,6 +90,19 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise InputError(f"n_embd {self.n_embd} can't be divided among n_head {self.n_head} heads")
 
+    @property
+    def n_parameters(self) -> int:
+        """Trainable numbers: 124,439,808 for GPT-2 (124M)."""
+        C = self.n_embd
+        block = 12 * C**2 + 13 * C  # attention 4 C x C, MLP 8 C x C, their biases, two norms
+        return (self.vocab_size + self.block_size) * C + self.n_layer * block + 2 * C
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Work of a training step per token (PaLM paper, appendix B): 2 operations per parameter forward and
+        4 backward, and 12 per layer, channel and position for attention's two products. Causality, which
+        spares half of those, is not counted."""
+        return 6 * self.n_parameters + 12 * self.n_layer * self.n_embd * sequence_length
+
 
 # Table 2 of the GPT-2 paper; there its smallest model is called 117M.
 PRESETS = {
@@ -110,7 +133,9 @@ class TrainConfig:
     sequence_length: int = 1024  # tokens in a row of the batch; the new model's block size
 
     total_batch_size: int = 524_288  # tokens per step, 2**19: about 0.5M (GPT-3 paper, table 2.1)
-    micro_batch_size: int | None = None  # rows per forward pass and process; default: by the device's memory
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: the most that fit
+    memory_limit_gb: float | None = None  # take at most so many GB (2**30 bytes) of a GPU; default: all
+    recompute: bool = False  # compute the blocks again in the backward pass: less memory, more time
     max_steps: int = 19_073  # one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # 375 million tokens (GPT-3 paper, appendix B)
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
@@ -138,7 +163,7 @@ class TrainConfig:
 def check_config(config: TrainConfig) -> None:
     """Raises InputError for a number that can't be meant."""
     positive = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "micro_batch_size"}
-    positive |= {"val_tokens", "timeout_minutes", "hellaswag_limit"}
+    positive |= {"val_tokens", "timeout_minutes", "hellaswag_limit", "memory_limit_gb"}
     for name, value in asdict(config).items():
         if not isinstance(value, int | float):
             continue
@@ -158,6 +183,9 @@ DEMO = TrainConfig(
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
 PROMPT = "Hello, I'm a language model,"
 PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
+LOSS_CHUNKS = 8  # parts of a micro-batch whose logits exist at one time, where memory is short
+ENOUGH_TOKENS = 2**13  # a micro-batch of so many keeps a GPU busy
+MOST_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # more in a micro-batch gains nothing
 
 # -----------------------------------------------------------------------------
 # model; the names are those of OpenAI's checkpoint
@@ -252,6 +280,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+        self.loss_chunks = 1  # how it computes, not what: see chunked_loss, and TrainConfig.recompute
+        self.recompute = False
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
@@ -288,12 +318,16 @@ class GPT(nn.Module):
             caches: of `new_caches`, to go on after what they have read; then idx holds only what is new.
 
         Returns:
-            logits (B, T, vocab_size) and the loss in nats, a scalar, or None without targets.
+            logits (B, T, vocab_size) and the loss in nats, a scalar, or None without targets. With
+            `loss_chunks` above 1 and targets, the logits are None: they never exist as a whole.
 
         Raises:
             ValueError: the sequence is longer than block_size.
         """
-        logits = self.head(self.hidden_states(idx, caches))
+        hidden = self.hidden_states(idx, caches)
+        if targets is not None and self.loss_chunks > 1:
+            return None, self.chunked_loss(hidden, targets)
+        logits = self.head(hidden)
         loss = None
         if targets is not None:
             loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -310,7 +344,10 @@ class GPT(nn.Module):
         pos = torch.arange(start, end, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
         for i, block in enumerate(self.transformer.h):
-            x = block(x, caches[i] if caches else None)
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x, caches[i] if caches else None)
         return self.transformer.ln_f(x)
 
     def new_caches(self, length: int) -> list[KVCache]:
@@ -322,6 +359,22 @@ class GPT(nn.Module):
         off here, so they never enter a softmax, get no gradient, are never sampled, and stay zero."""
         return self.lm_head(x)[..., : self.config.vocab_size]
 
+    def chunked_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The mean cross-entropy of hidden states (B, T, n_embd) and targets (B, T), for little memory: a
+        row of 1,024 tokens has 206 MB of float32 logits, several times over with their gradients. Here they
+        exist for one chunk at a time, in the backward pass once more."""
+
+        def summed(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(self.head(hidden), targets, reduction="sum")
+
+        chunks = zip(
+            hidden.flatten(0, 1).chunk(self.loss_chunks),
+            targets.flatten().chunk(self.loss_chunks),
+            strict=True,
+        )
+        total = sum(checkpoint(summed, h, t, use_reentrant=False) for h, t in chunks)
+        return total / (targets != -100).sum()
+
     def pad_vocabulary(self, multiple: int = PAD_VOCAB_TO) -> "GPT":
         """Round the rows of the tied embedding up to a multiple, with zeros, for speed; the model stays the
         same function. Call it before the optimizer is made. Returns the model."""
@@ -332,11 +385,6 @@ class GPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight = nn.Parameter(padded)
         self.transformer.wte.num_embeddings = self.lm_head.out_features = rows
         return self
-
-    def num_parameters(self) -> int:
-        """Trainable numbers, padding not counted: 124,439,808 for GPT-2 (124M)."""
-        padding = self.transformer.wte.weight.size(0) - self.config.vocab_size
-        return sum(p.numel() for p in self.parameters()) - padding * self.config.n_embd
 
     @torch.no_grad()
     def stream(
@@ -668,7 +716,7 @@ class TokenLoader:
                     alone=True,
                 )
         rows = torch.from_numpy(rows)
-        return rows[:, :-1], rows[:, 1:]
+        return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
     def batch(self, step: int, micro_step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's inputs and targets, (B, T) int64 each, in one micro-step of one step."""
@@ -680,7 +728,7 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor
     """Copies that a GPU fetches from pinned memory by itself, while this process goes on."""
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
-    return [tensor.contiguous().pin_memory().to(device, non_blocking=True) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 # -----------------------------------------------------------------------------
@@ -689,7 +737,11 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor
 
 @torch.no_grad()
 def estimate_val_loss(
-    model: nn.Module, loader: TokenLoader, n_windows: int, layout: "Layout", autocast: torch.autocast
+    model: nn.Module,
+    loader: TokenLoader,
+    n_windows: int,
+    layout: "Layout",
+    fast: Callable[[], contextlib.AbstractContextManager],
 ) -> float:
     """Mean loss, nats per token, over the first `n_windows` windows of the validation split, divided among
     the ranks. The last batch is filled up with targets that don't count: shapes stay fixed for the compiled
@@ -702,7 +754,7 @@ def estimate_val_loss(
         if count < loader.B:
             x, y = F.pad(x, (0, 0, 0, loader.B - count)), F.pad(y, (0, 0, 0, loader.B - count), value=-100)
         x, y = to_device(layout.device, x, y)
-        with autocast:
+        with fast():
             _, loss = model(x, y)
         losses.append(loss.float() * count)
     total = torch.stack(losses).cpu().double().sum().to(layout.collective_device)
@@ -774,16 +826,6 @@ class Layout:
         return values
 
 
-def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. InputError if it is not there."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(kind for kind, is_there in available.items() if is_there)
-    if not available[name]:
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds none here")
-    return torch.device(name)
-
-
 def start_processes(config: TrainConfig) -> Layout:
     """The layout of this process, from torchrun's environment variables if there are any.
 
@@ -822,14 +864,15 @@ def faults_in_one_line() -> Iterator[None]:
     """Turns what gloo or NCCL say when another process is gone, and a full memory, into a RunFault."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise RunFault(
-            "out of memory; choose a smaller --micro_batch_size (the step's tokens stay the same), with "
-            f"--resume if there is a checkpoint ({str(error).splitlines()[0][:150]})",
-            alone=True,
-        ) from error
     except RuntimeError as error:
         first_line = (str(error).splitlines() or [""])[0]
+        if is_out_of_memory(error):
+            raise RunFault(
+                "out of memory, which another program may have taken; the same command with --resume finds "
+                "the micro-batch that fits now, --micro_batch_size N sets one; the tokens of every step stay "
+                f"the same ({first_line[:150]})",
+                alone=True,
+            ) from error
         if not isinstance(error, dist.DistError) and "gloo" not in first_line.lower():
             raise
         raise RunFault(
@@ -856,32 +899,8 @@ class StopSignals:
             self.received, self.at = number, time.monotonic()
 
 
-def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """bfloat16 on GPUs that have it (Ampere and later), float16 on older ones, else float32."""
-    if config.dtype != "auto":
-        return getattr(torch, config.dtype)
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-
-
-def choose_compile(config: TrainConfig, device: torch.device) -> tuple[bool, str]:
-    """Whether to use torch.compile, and why."""
-    if not config.compile:
-        return False, "off"
-    if device.type != "cuda":
-        return False, "off: only used on CUDA"
-    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
-        return False, "off: no C compiler"
-    if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        return False, "off: no Python headers (python3-dev)"
-    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
-        return False, "off: no Triton for this device"
-    return True, "on"
-
-
-def choose_micro_batch_size(config: TrainConfig, model_config: GPTConfig, layout: Layout) -> int:
-    """Rows per forward pass and process.
+def micro_batch_sizes(config: TrainConfig, layout: Layout) -> list[int]:
+    """The rows per forward pass and process that may be tried, most first; just one if the flag names it.
 
     Raises InputError, with numbers that work, if the batch can't be divided.
     """
@@ -892,21 +911,126 @@ def choose_micro_batch_size(config: TrainConfig, model_config: GPTConfig, layout
             f"processes; {max(1, round(config.total_batch_size / (T * W))) * T * W} can"
         )
     rows = config.total_batch_size // (T * W)  # of one process, one step
-    divisors = [n for n in range(1, rows + 1) if rows % n == 0]
-    if config.micro_batch_size is not None:
-        if config.micro_batch_size not in divisors:
-            raise InputError(
-                f"--micro_batch_size {config.micro_batch_size} does not divide the {rows} rows that each "
-                f"process has in a step; these do: {', '.join(map(str, divisors))}"
-            )
-        return config.micro_batch_size
-    # A cautious guess: a row of 1,024 tokens of the 124M model takes 1.25 GB with everything that belongs to
-    # it, and activations grow with depth and width.
-    gigabytes = 6.0
-    if layout.device.type == "cuda":
-        gigabytes = torch.cuda.get_device_properties(layout.device).total_memory / 1e9
-    per_row = 1.25 * T / 1024 * max(1.0, model_config.n_layer * model_config.n_embd / (12 * 768))
-    return max(n for n in divisors if n <= max(1, gigabytes / per_row))
+    divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
+    if config.micro_batch_size is None:
+        return [n for n in divisors if n * T <= MOST_TOKENS[layout.device.type]] or [1]
+    if config.micro_batch_size not in divisors:
+        raise InputError(
+            f"--micro_batch_size {config.micro_batch_size} does not divide the {rows} rows that each "
+            f"process has in a step; these do: {', '.join(map(str, reversed(divisors)))}"
+        )
+    return [config.micro_batch_size]
+
+
+def check_memory(config: TrainConfig, model_config: GPTConfig, layout: Layout) -> str:
+    """What weights, gradients and AdamW's two moments take, in words; InputError if they alone can't fit."""
+    each = 4 * model_config.n_parameters / GB  # float32
+    need = f"{4 * each:.2f} GB for weights, gradients and the optimizer's two moments"
+    limit = memory_limit(layout.device, config.memory_limit_gb)
+    if limit is not None and 4 * each * GB > limit:
+        raise InputError(
+            f"a model of {model_config.n_parameters:,} parameters needs {need}, {each:.2f} GB each; "
+            f"{device_name(layout.device)} has {limit / GB:.2f} GB for it: choose a smaller --model",
+            alone=True,
+        )
+    return need
+
+
+def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], enough: int) -> tuple[int, int]:
+    """The most rows that fit, and in how many chunks their loss is computed.
+
+    Chunks cost some time, so they are tried only where a micro-batch without them is smaller than `enough`
+    rows. Raises InputError if nothing fits.
+
+    Args:
+        sizes: rows to try, most first.
+        fits: (rows, chunks) -> whether a step works with them.
+    """
+    rows = next((size for size in sizes if fits(size, 1)), 0)
+    if rows < min(enough, sizes[0]):
+        chunked = next((size for size in sizes if size > rows and fits(size, LOSS_CHUNKS)), 0)
+        if chunked:
+            return chunked, LOSS_CHUNKS
+    if not rows:
+        raise InputError(
+            f"out of memory with a micro-batch of {sizes[-1]} rows; a smaller --micro_batch_size, "
+            "--recompute, a shorter --sequence_length or a smaller --model takes less",
+            alone=True,
+        )
+    return rows, 1
+
+
+def warm_up(model: nn.Module, raw_model: GPT, config: TrainConfig, rows: int, layout: Layout) -> None:
+    """All that a step does, in the sizes of a step: so it compiles, and needs the memory, that a step will.
+    The learning rate is 0: the weights stay as they are."""
+    x, y = torch.zeros((2, rows, config.sequence_length), dtype=torch.int64, device=layout.device)
+    optimizer = configure_optimizer(raw_model, replace(config, max_lr=0.0))
+    dtype = choose_dtype(config.dtype, layout.device, raw_model.config.n_embd)
+    for _ in range(2):  # the second time there are gradients to add to
+        with fast_math(layout.device, dtype):
+            _, loss = model(x, y)
+        loss.backward()
+    optimizer.step()
+    with torch.no_grad(), fast_math(layout.device, dtype):
+        model(x, y)[1].item()
+
+
+def prepare_model(
+    raw_model: GPT, config: TrainConfig, sizes: list[int], layout: Layout, say: Callable[[str], None]
+) -> tuple[nn.Module, int, str]:
+    """The model compiled where that works, and wrapped if there are several processes; the rows of a
+    micro-batch, found by trying; and a word on compilation."""
+
+    def fits(rows: int, chunks: int) -> bool:
+        raw_model.loss_chunks = chunks
+        reason = None
+        with head_room(layout.device, limit, config.memory_limit_gb):
+            try:
+                warm_up(model, raw_model, config, rows, layout)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0][:100]
+        raw_model.zero_grad(set_to_none=True)
+        if reason:
+            say(f"a micro-batch of {rows} rows{', loss in chunks' if chunks > 1 else ''}: {reason}")
+            gc.collect()
+            if layout.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return reason is None
+
+    limit = memory_limit(layout.device, config.memory_limit_gb)
+    use_compile, note = choose_compile(config.compile, layout.device)
+    for compiled in (True, False) if use_compile else (False,):
+        start = time.perf_counter()
+        # each size of micro-batch is compiled for itself; a graph for any size would be slower
+        model: nn.Module = torch.compile(raw_model, dynamic=False) if compiled else raw_model
+        if layout.world_size > 1:  # also gives every process the main one's weights
+            gpus = [layout.device.index] if layout.device.type == "cuda" else None
+            model = DistributedDataParallel(model, device_ids=gpus, gradient_as_bucket_view=True)
+            model.require_backward_grad_sync = False  # each process tries for itself
+        if len(sizes) == 1 and not compiled and layout.device.type != "cuda":
+            return model, sizes[0], note  # nothing to find out
+        fault = None
+        try:
+            found = find_micro_batch_size(sizes, fits, ENOUGH_TOKENS // config.sequence_length)
+        except CommandError:
+            raise
+        except Exception as error:  # whatever the compiler does not like; uncompiled, a true fault comes back
+            if not compiled:
+                raise
+            fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+        faults = [fault for fault in layout.from_all(fault) if fault]
+        if not faults:
+            break
+        note = f"off: it failed ({faults[0]})"
+        say(f"torch.compile failed, training goes on without it ({faults[0]})")
+    # of unlike GPUs, the smallest decides
+    rows, chunks = zip(*layout.from_all(found), strict=True)
+    raw_model.loss_chunks = max(chunks)
+    say(f"warm-up: {time.perf_counter() - start:.1f} s, micro-batches of {min(rows)} rows"
+        + (f", the loss in {raw_model.loss_chunks} chunks" if raw_model.loss_chunks > 1 else ""))  # fmt: skip
+    return model, min(rows), note
 
 
 def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPTConfig:
@@ -967,106 +1091,6 @@ def agree(layout: Layout, **settings: Any) -> None:
         values = layout.from_all(settings[name])
         if len(set(values)) > 1:
             raise InputError(f"the processes differ in {name}: {', '.join(map(str, values))}")
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
-
-
-def gather_facts(
-    config: TrainConfig, model: GPT, shards: Shards, layout: Layout, *, dtype: torch.dtype, compile_note: str,
-    micro_batch_size: int, val_tokens: int, hellaswag_items: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What run.json records: all that a reader needs to know, or to repeat the run."""
-    return {
-        "train_config": asdict(config),
-        "model_config": asdict(model.config),
-        "parameters": model.num_parameters(),
-        "encoding": shards.encoding,
-        "data": {
-            "dataset": shards.dataset,
-            "fingerprint": shards.fingerprint,
-            "train_tokens": shards.count("train"),
-            "train_shards": len(shards.files["train"]),
-        },
-        "device": device_name(layout.device),
-        "world_size": layout.world_size,
-        "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {compile_note}",
-        "micro_batch_size": micro_batch_size,
-        "grad_accum_steps": config.total_batch_size
-        // (micro_batch_size * config.sequence_length * layout.world_size),
-        "val_tokens": val_tokens,
-        "hellaswag_items": hellaswag_items,
-        "versions": versions(),
-    }
-
-
-def describe(config: TrainConfig, facts: dict[str, Any]) -> str:
-    """What a person about to spend 50 hours wants to know, as a table."""
-    tokens, data, model = config.max_steps * config.total_batch_size, facts["data"], facts["model_config"]
-    rows = {
-        "device": f"{facts['device']}; processes: {facts['world_size']}",
-        "precision": facts["precision"],
-        "model": f"{facts['parameters']:,} parameters: {model['n_layer']} layers, {model['n_head']} heads, "
-        f"width {model['n_embd']}, block size {model['block_size']}, vocabulary {model['vocab_size']:,} "
-        f"({model['encoding']})",
-        "data": f"{config.data_dir}: {data['train_tokens']:,} training tokens, {data['train_shards']} shards",
-        "training": f"{config.max_steps:,} steps, {tokens:,} tokens, "
-        f"{tokens / data['train_tokens']:.2f} epochs",
-        "batch": f"{config.total_batch_size:,} tokens a step = {facts['micro_batch_size']} rows x "
-        f"{config.sequence_length} tokens x {facts['world_size']} processes x {facts['grad_accum_steps']} "
-        "micro-steps",
-        "validation": f"{facts['val_tokens']:,} tokens every {config.val_every} steps",
-        "HellaSwag": f"{facts['hellaswag_items']:,} items every {config.hellaswag_every} steps",
-        "run folder": str(config.log_dir),
-    }
-    if not config.val_every:
-        rows["validation"] = "off"
-    if not facts["hellaswag_items"]:
-        rows["HellaSwag"] = "off"
-    if config.warmup_steps >= config.max_steps:
-        rows["note"] = f"the warm-up ({config.warmup_steps} steps) is as long as the run; see --warmup_steps"
-    return "\n".join(f"{name + ':':12} {value}" for name, value in rows.items())
-
-
-class Progress:
-    """The main process's voice: on a terminal a bar, elsewhere the tutorial's lines, at most one a second."""
-
-    def __init__(self, config: TrainConfig, layout: Layout):
-        self.config, self.is_main = config, layout.is_main
-        self.on_terminal = sys.stderr.isatty()
-        self.last_line = -math.inf
-        self.first_steps: list[float] = []  # seconds
-
-    def start(self, first_step: int, description: str) -> None:
-        self.say(description)
-        silent = not (self.is_main and self.on_terminal)
-        self.bar = tqdm(total=self.config.max_steps, initial=first_step, unit="step", disable=silent,
-                        dynamic_ncols=True)  # fmt: skip
-
-    def say(self, text: str) -> None:
-        """One event, above the bar."""
-        if self.is_main:
-            tqdm.write(text)
-            sys.stdout.flush()
-
-    def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
-        """One training step, in nats and seconds."""
-        if not self.is_main:
-            return
-        rate = self.config.total_batch_size / seconds
-        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, norm {norm:.2f}, {rate:,.0f} tokens/s")
-        self.bar.update()
-        if not self.on_terminal and time.monotonic() - self.last_line >= 1:
-            self.last_line = time.monotonic()
-            self.say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-                     f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}")  # fmt: skip
-        self.first_steps.append(seconds)
-        if len(self.first_steps) == 5:  # the first is slower: it compiles, and allocates
-            hours = min(self.first_steps) * (self.config.max_steps - step - 1) / 3600
-            self.say(f"training will take about {hours:.2g} hours ({min(self.first_steps):.2f} s a step)")
 
 
 def restore(
@@ -1134,18 +1158,14 @@ def main(config: TrainConfig) -> None:
     shards = load_shards(config.data_dir, config.verify)
     encoding = get_encoding(shards.encoding)
     model_config = choose_model_config(config, encoding)
-    dtype, (use_compile, compile_note) = choose_dtype(config, device), choose_compile(config, device)
-    # of unlike GPUs, the smallest decides
-    B = min(layout.from_all(choose_micro_batch_size(config, model_config, layout)))
-    agree(layout, data=shards.fingerprint, dtype=str(dtype))
-    grad_accum_steps = config.total_batch_size // (B * T * W)
+    dtype = choose_dtype(config.dtype, device, model_config.n_embd)
+    sizes, memory = micro_batch_sizes(config, layout), check_memory(config, model_config, layout)
+    agree(layout, data=shards.fingerprint, dtype=str(dtype), micro_batch_sizes=tuple(sizes))
     train_loader = TokenLoader(
-        shards, "train", sequence_length=T, batch_size=B, rows_per_step=config.total_batch_size // T,
+        shards, "train", sequence_length=T, rows_per_step=config.total_batch_size // T,
         rank=layout.rank, world_size=W, seed=config.seed, shuffle=config.shuffle, vocab_size=encoding.n_vocab,
     )  # fmt: skip
-    val_loader = TokenLoader(
-        shards, "val", sequence_length=T, batch_size=B, shuffle=False, vocab_size=encoding.n_vocab
-    )
+    val_loader = TokenLoader(shards, "val", sequence_length=T, shuffle=False, vocab_size=encoding.n_vocab)
     val_windows = min(max(1, config.val_tokens // T), val_loader.n_windows)
     hellaswag_items = layout.from_main(lambda: load_hellaswag(config))
 
@@ -1159,33 +1179,41 @@ def main(config: TrainConfig) -> None:
         return
 
     torch.manual_seed(config.seed)
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    elif device.type == "cpu":
+        keep_freed_memory()
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    fast = functools.partial(fast_math, device, dtype)  # autocast, and the attention for shapes that stay
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
     # the same weights compiled and wrapped: training and validation, whose shapes are fixed, use that.
     weights = folder.checkpoint or config.init_from
     raw_model = (GPT.from_pretrained(weights) if weights else GPT(model_config)).pad_vocabulary().to(device)
+    raw_model.recompute = config.recompute
+    model, B, compile_note = prepare_model(raw_model, config, sizes, layout, progress.say)
+    train_loader.B = val_loader.B = B
+    grad_accum_steps = config.total_batch_size // (B * T * W)
     optimizer = configure_optimizer(raw_model, config)
-    model: Any = torch.compile(raw_model) if use_compile else raw_model
-    if W > 1:  # also gives every process the main one's weights
-        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if first_step > 0:
         restore(optimizer, scaler, folder.trainer, layout)
         progress.say(f"resuming at step {first_step} from {folder.checkpoint}")
     folder.cut_log(first_step)
     facts = gather_facts(
-        config, raw_model, shards, layout, dtype=dtype, compile_note=compile_note, micro_batch_size=B,
-        val_tokens=val_windows * T, hellaswag_items=len(hellaswag_items),
+        config, raw_model, shards, layout, dtype=dtype, compile_note=compile_note, memory=memory,
+        micro_batch_size=B, val_tokens=val_windows * T, hellaswag_items=len(hellaswag_items),
     )  # fmt: skip
     folder.describe(facts)
-    progress.start(first_step, describe(config, facts))
+    progress.start(first_step, describe(config, facts), raw_model.config.flops_per_token(T))
 
     def due(every: int) -> bool:
         return every > 0 and not stopping and (step % every == 0 or last_step)
 
+    batch = to_device(device, *train_loader.batch(first_step, 0))
     stopping, train_loss = False, math.nan
+    gc.collect()
+    gc.freeze()  # what lives now lives to the end: the garbage collector need not look at it again and again
     training_seconds = other_seconds = 0.0
     for step in range(first_step, config.max_steps + 1):
         start = time.perf_counter()
@@ -1193,7 +1221,7 @@ def main(config: TrainConfig) -> None:
         if last_step:  # a signal during the last update: there is nothing to stop but the final evaluation
             stopping = False
         if due(config.val_every):
-            val_loss = estimate_val_loss(model, val_loader, val_windows, layout, autocast)
+            val_loss = estimate_val_loss(model, val_loader, val_windows, layout, fast)
             progress.say(f"step {step}: validation loss {val_loss:.4f} on {val_windows * T:,} tokens")
             folder.event(step, "val", f"{val_loss:.4f}")
         if due(config.hellaswag_every) and hellaswag_items:
@@ -1227,15 +1255,18 @@ def main(config: TrainConfig) -> None:
                 # The processes average their gradients during backward, but only the last time. The flag is
                 # read in the forward pass, so it is set before it.
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            x, y = to_device(device, *train_loader.batch(step, micro_step))
-            with autocast:
+            x, y = batch
+            with fast():
                 _, loss = model(x, y)
             loss = loss / grad_accum_steps  # gradients add up over micro-steps; the loss is a mean
             loss_sum += loss.detach()
             scaler.scale(loss).backward()
+            # while a GPU is busy with what was asked of it, the next rows are copied there
+            following = (step, micro_step + 1) if micro_step + 1 < grad_accum_steps else (step + 1, 0)
+            batch = to_device(device, *train_loader.batch(*following))
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        shared = torch.stack((loss_sum, torch.tensor(float(stop.received > 0), device=device)))
+        shared = torch.stack((loss_sum, torch.full((), float(stop.received > 0), device=device)))
         if W > 1:
             dist.all_reduce(shared)  # a sum, then divided: gloo has no average
         # the step's one wait for the device

@@ -21,10 +21,11 @@ import torch
 import tyro
 from torch.nn import functional as F
 
+from device import device_name
 from hellaswag import Item, evaluate, load_items
 from sample import pack_for_cpu
 from shards import get_encoding
-from train_gpt2 import GPT, GPTConfig, device_name
+from train_gpt2 import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def main(config: Config) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__,
         "dtype": config.dtype,
-        "model": f"{model.num_parameters() / 1e6:.1f}M",
+        "model": f"{model.config.n_parameters / 1e6:.1f}M",
         "n": config.n,
         "items": len(some),
     }

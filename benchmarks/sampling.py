@@ -22,8 +22,9 @@ import torch
 import transformers
 import tyro
 
+from device import device_name
 from sample import pack_for_cpu
-from train_gpt2 import GPT, GPTConfig, device_name
+from train_gpt2 import GPT, GPTConfig
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,7 @@ def call(script: str, *arguments, check: bool = True):
         except SystemExit as end:
             status = end.code or 0
         finally:
+            gc.unfreeze()  # what a run has frozen, for its own time
             gc.collect()  # closes what the end of a process would: the lock of a run's folder
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -5,6 +5,9 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     tokens=FILE           write a line per step and window to FILE + rank: the step, and a hash of the tokens
     nan=RANK:STEP         the loss of that rank is NaN from that step on
     nan_gradient=STEP     the gradients are NaN from that step on, the loss is not
+    oom=ROWS[:CHUNKED]    more rows at once are out of memory (more than CHUNKED with the loss in chunks)
+    oom_rank=RANK         only there
+    oom_step=STEP         there is too little memory from that step on
     slow=SECONDS          every step takes so much longer
     step_file=FILE        FILE holds the number of steps begun
     kill_at=N             SIGKILL at the N-th time that something is flushed to disk or renamed
@@ -46,8 +49,19 @@ batch = train_gpt2.TokenLoader.batch
 
 
 def faulty_batch(self, step, micro_step):
-    self.step = step
     x, y = batch(self, step, micro_step)
+    fetched.append((step, x, y))  # ahead of use
+    return x, y
+
+
+train_gpt2.TokenLoader.batch = faulty_batch
+fetched = []
+forward = train_gpt2.GPT.forward
+OOM = "CUDA out of memory. Tried to allocate 20.00 MiB"
+
+
+def begin_micro_step(step, x, y):
+    """What happens when these rows are used; returns whether the loss is to be NaN."""
     if "tokens" in faults:
         with open(faults["tokens"] + rank, "a") as file:
             for row in torch.cat((x, y[:, -1:]), dim=1):
@@ -55,20 +69,22 @@ def faulty_batch(self, step, micro_step):
     if "step_file" in faults and rank == "0":
         Path(faults["step_file"]).write_text(str(step))
     time.sleep(float(faults.get("slow", 0)))
-    if "nan" in faults:
-        bad_rank, bad_step = faults["nan"].split(":")
-        poisoned[0] = rank == bad_rank and step >= int(bad_step)
-    return x, y
-
-
-train_gpt2.TokenLoader.batch = faulty_batch
-poisoned = [False]
-forward = train_gpt2.GPT.forward
+    if step >= int(faults.get("oom_step", 2**31)):
+        raise torch.OutOfMemoryError(OOM)
+    bad_rank, bad_step = faults.get("nan", ":").split(":")
+    return rank == bad_rank and step >= int(bad_step)
 
 
 def faulty_forward(self, idx, targets=None):
+    poisoned = False
+    if torch.is_grad_enabled() and fetched:
+        poisoned = begin_micro_step(*fetched.pop(0))
+    if "oom" in faults and faults.get("oom_rank", rank) == rank:
+        plain, chunked = map(int, (faults["oom"] + ":0").split(":")[:2])
+        if len(idx) > (chunked if self.loss_chunks > 1 else plain):
+            raise torch.OutOfMemoryError(OOM)
     logits, loss = forward(self, idx, targets)
-    return logits, loss * float("nan") if poisoned[0] else loss
+    return logits, loss * float("nan") if poisoned else loss
 
 
 train_gpt2.GPT.forward = faulty_forward

@@ -256,16 +256,13 @@ def test_initialisation_is_gpt2s():
 
 
 def test_parameters_are_counted_as_openai_counts():
-    with torch.device("meta"):
-        counts = {name: GPT(GPTConfig(**shape)).num_parameters() for name, shape in PRESETS.items()}
+    counts = {name: GPTConfig(**shape).n_parameters for name, shape in PRESETS.items()}
     assert counts == {
         "gpt2": 124_439_808,
         "gpt2-medium": 354_823_168,
         "gpt2-large": 774_030_080,
         "gpt2-xl": 1_557_611_200,
     }
-    with torch.device("meta"):
-        assert GPT(GPTConfig()).pad_vocabulary().num_parameters() == 124_439_808
 
 
 def test_padding_stays_zero_and_changes_nothing_in_training():

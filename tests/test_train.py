@@ -12,17 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from plot import read_log
 from run_folder import list_checkpoints
-from shards import InputError, sha256
-from train_gpt2 import (
-    DEMO,
-    GPT,
-    GPTConfig,
-    Layout,
-    TrainConfig,
-    choose_micro_batch_size,
-    configure_optimizer,
-    get_lr,
-)
+from shards import sha256
+from train_gpt2 import DEMO, GPT, GPTConfig, Layout, TrainConfig, configure_optimizer, get_lr
 
 CPU = Layout(rank=0, world_size=1, device=torch.device("cpu"))
 
@@ -75,22 +66,6 @@ def test_the_optimizer_is_adamw_as_published():
         update = (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.95**t)) + 1e-8)
         w -= 0.1 * (update + 0.1 * w)
         assert model.weight.item() == pytest.approx(w, rel=1e-5)
-
-
-def test_the_batch_is_divided_or_refused_with_numbers_that_work():
-    config = TrainConfig()
-    assert choose_micro_batch_size(replace(config, micro_batch_size=64), GPTConfig(), CPU) == 64
-    assert 512 % choose_micro_batch_size(config, GPTConfig(), CPU) == 0
-    with pytest.raises(
-        InputError, match=r"--micro_batch_size 60 does not divide the 512 rows .* 32, 64, 128"
-    ):
-        choose_micro_batch_size(replace(config, micro_batch_size=60), GPTConfig(), CPU)
-    with pytest.raises(InputError, match=r"--total_batch_size 500000 .*; 499712 can"):
-        choose_micro_batch_size(replace(config, total_batch_size=500_000), GPTConfig(), CPU)
-    three = replace(CPU, world_size=3)
-    with pytest.raises(InputError, match="3 processes; 525312 can"):
-        choose_micro_batch_size(config, GPTConfig(), three)
-    assert 525312 % (3 * 1024) == 0
 
 
 @pytest.fixture(scope="module")

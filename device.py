@@ -1,0 +1,165 @@
+"""
+What the device can do, and what fits on it: its precision, attention, compiler, peak rate and memory.
+
+Nothing here knows the training loop; nothing runs when this file is imported.
+"""
+
+import contextlib
+import ctypes
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from shards import InputError
+
+GB = 2**30  # bytes, as the makers of cards count
+HEAD_ROOM = 0.07  # of the memory stays free: for fragments, the communication of processes, evaluation
+
+# Dense bfloat16 (before Ampere: float16) TFLOP/s of the matrix units, accumulating in float32: NVIDIA's data
+# sheets of each data-centre card; for GeForce cards, appendix A of the GA102, Ada and RTX Blackwell white
+# papers, or where those omit a card, their rule of 512 (Ada) operations per multiprocessor and clock.
+PEAK_TFLOPS = {
+    "B200": 2250, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835,
+    "A100": 312, "A40": 149.7, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX A6000": 154.8,
+    "V100": 125, "T4": 65,
+    "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71,
+    "RTX 4070": 58.3, "RTX 4070 SUPER": 71, "RTX 4080": 97.5, "RTX 4090": 165.2,
+    "RTX 5070": 61.7, "RTX 5070 Ti": 87.9, "RTX 5080": 112.6, "RTX 5090": 209.5,
+}  # fmt: skip
+
+
+def choose_device(name: str = "auto") -> torch.device:
+    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. InputError if it is not there."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        name = next(kind for kind, is_there in available.items() if is_there)
+    if not available[name]:
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds none here")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
+
+
+# -----------------------------------------------------------------------------
+# speed
+
+
+def choose_dtype(name: str, device: torch.device, n_embd: int) -> torch.dtype:
+    """The type of the matrix products: `name`, or for "auto" bfloat16 on GPUs that have it (Ampere and
+    later), float16 on older ones, float32 elsewhere. A CPU gets bfloat16 if it has instructions for it and
+    the model is wide enough to gain from them."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
+    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    if n_embd >= 768 and (able.get("avx512_bf16") or able.get("amx_bf16")):
+        return torch.bfloat16
+    return torch.float32
+
+
+def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
+    """Whether to use torch.compile, and a word on why."""
+    if not wanted:
+        return False, "off"
+    if device.type != "cuda":
+        return False, "off: gains nothing worth its minute here"  # benchmarks/training.py, on two CPU cores
+    if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
+        return False, "off: no C compiler"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return False, "off: no Python headers (python3-dev)"
+    if importlib.util.find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
+        return False, "off: no Triton for this device"
+    return True, "on"
+
+
+def choose_attention(device: torch.device) -> list[SDPBackend]:
+    """PyTorch's implementations of attention, the fastest on this device first. cuDNN's is 1.7 to 2.3 times
+    as fast as flash attention 2 on Hopper, and slower on Ampere."""
+    cudnn, flash = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+    if device.type != "cuda":
+        return [flash, SDPBackend.MATH]
+    hopper_or_later = torch.cuda.get_device_capability(device)[0] in (9, 10)
+    order = [cudnn, flash] if hopper_or_later else [flash, cudnn]
+    return [*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the last two run everywhere
+
+
+@contextlib.contextmanager
+def fast_math(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+    """Matrix products in `dtype`, and the device's fastest attention, for shapes that stay the same: cuDNN
+    plans anew for every other shape, so what is read or written at varying length goes without."""
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with autocast, sdpa_kernel(choose_attention(device), set_priority=True):
+        yield
+
+
+def peak_flops(name: str) -> float | None:
+    """The peak rate, FLOP/s, of the device that torch.cuda calls `name`; None if the table lacks it."""
+    name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
+    card = re.sub(r"([- ](SXM\d?|PCIe|PCIE|\d+GB|HBM\w+))+$", "", name)
+    if card + " PCIe" in PEAK_TFLOPS and "PCIe" in name:
+        card += " PCIe"
+    return PEAK_TFLOPS[card] * 1e12 if card in PEAK_TFLOPS else None
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the next step. By default it hands large tensors back to the
+    system and gets them anew, page by page: a quarter of a training step on a CPU (benchmarks/training.py).
+    glibc's mallopt(3): no mmap, no trimming."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
+
+
+# -----------------------------------------------------------------------------
+# memory
+
+
+def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
+    """Bytes that may be taken: what is free on a GPU, most of what a computer has, at most `limit_gb`. None
+    where the system does not say."""
+    size = None
+    if device.type == "cuda":
+        size = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    elif hasattr(os, "sysconf"):
+        size = 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limits = [limit for limit in (size, limit_gb and limit_gb * GB) if limit]
+    return min(limits, default=None)
+
+
+@contextlib.contextmanager
+def head_room(device: torch.device, limit: float | None, limit_gb: float | None) -> Iterator[None]:
+    """A GPU has a little less than `limit` bytes for what is tried inside; then all again, or `limit_gb`."""
+    if device.type != "cuda" or limit is None:
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction((1 - HEAD_ROOM) * limit / total, device)
+    try:
+        yield
+    finally:
+        allowed = total if limit_gb is None else min(total, limit_gb * GB)
+        torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """CUDA has a class for it; the CPU's and MPS's allocators have only words."""
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
