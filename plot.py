@@ -6,6 +6,7 @@ Pictures of runs and of models.
     python plot.py positions gpt2 --out wpe.png           # the position embeddings of a model
 """
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -65,12 +66,25 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'run.json'}: damaged ({error})") from error
 
 
+def comparable_loss(run: dict[str, Any]) -> bool:
+    """Whether the loss of a run, given as its run.json, can stand beside OpenAI's: same data, same tokens."""
+    dataset = run.get("data", {}).get("dataset")
+    return run.get("encoding") == "gpt2" and dataset == "HuggingFaceFW/fineweb-edu"
+
+
+def comparable_hellaswag(run: dict[str, Any]) -> bool:
+    """Whether its HellaSwag scores can: same tokens, all items."""
+    return run.get("encoding") == "gpt2" and run.get("hellaswag_items") == ALL_HELLASWAG_ITEMS
+
+
 def smooth(values: list[float], span: int) -> list[float]:
-    """Running mean over the last `span` values."""
-    total, out = 0.0, []
-    for i, value in enumerate(values):
-        total += value - (values[i - span] if i >= span else 0.0)
-        out.append(total / min(i + 1, span))
+    """Mean over `span` values before and after each: at the start, where all falls, over as few after as
+    before; at the end over what there is."""
+    sums = [0.0, *itertools.accumulate(values)]
+    out = []
+    for i in range(len(values)):
+        first, end = i - min(span, i), min(len(values), i + min(span, i) + 1)
+        out.append((sums[end] - sums[first]) / (end - first))
     return out
 
 
@@ -81,93 +95,96 @@ def draw_runs(folders: list[Path], out: Path) -> None:
 
     runs = [(folder, read_log(folder / "log.txt"), read_run(folder)) for folder in folders]
     scores = any(events["hella"] for _, events, _ in runs)
-    figure = Figure(figsize=(12 if scores else 7.5, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(13 if scores else 8, 5.5), dpi=120, layout="constrained")
     axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
     loss_axis, hella_axis = axes[0], axes[-1]
-    units = set()
     for i, (folder, events, run) in enumerate(runs):
-        tokens_per_step = run.get("train_config", {}).get("total_batch_size")
-        units.add("tokens" if tokens_per_step else "steps")
-        scale = tokens_per_step or 1
-        color, name = f"C{i}", folder.resolve().name
-        if events["train"]:
-            steps, losses = zip(*events["train"], strict=True)
-            x = [(step + 1) * scale for step in steps]
-            loss_axis.plot(x, losses, color=color, alpha=0.2, linewidth=0.7)
-            loss_axis.plot(
-                x,
-                smooth(losses, max(1, len(losses) // 40)),
-                color=color,
-                linewidth=1.2,
-                alpha=0.8,
-                label=f"{name}: training",
-            )
-        if events["val"]:
-            steps, losses = zip(*events["val"], strict=True)
-            loss_axis.plot(
-                [step * scale for step in steps],
-                losses,
-                "o-",
-                color=color,
-                markersize=4,
-                linewidth=1.8,
-                markeredgecolor="black",
-                markeredgewidth=0.6,
-                label=f"{name}: validation, {losses[-1]:.3f} at the end",
-            )
+        scale = run.get("train_config", {}).get("total_batch_size") or 1  # tokens per step
+        name = f"{folder.resolve().name}, " if len(runs) > 1 else ""
+        draw_losses(loss_axis, events, scale, f"C{i}", name)
         if events["hella"]:
-            steps, values = zip(*events["hella"], strict=True)
-            n = run.get("hellaswag_items")
-            hella_axis.plot(
-                [step * scale for step in steps],
-                values,
-                "o-",
-                color=color,
-                markersize=4,
-                label=f"{name}: {values[-1]:.3f}" + (f" ({n:,} items)" if n else ""),
-            )
-            if n:
-                error = [math.sqrt(value * (1 - value) / n) for value in values]
-                hella_axis.fill_between(
-                    [step * scale for step in steps],
-                    [v - e for v, e in zip(values, error, strict=True)],
-                    [v + e for v, e in zip(values, error, strict=True)],
-                    color=color,
-                    alpha=0.15,
-                )
+            draw_scores(hella_axis, events["hella"], scale, f"C{i}", name, run.get("hellaswag_items"))
     # OpenAI's numbers stand beside runs on the same data, in the same tokens, on the same items
-    encodings = {run.get("encoding") for _, _, run in runs}
-    datasets = {run.get("data", {}).get("dataset") for _, _, run in runs}
-    if encodings == {"gpt2"} and datasets == {"HuggingFaceFW/fineweb-edu"}:
-        loss_axis.axhline(
-            GPT2_VAL_LOSS, color="firebrick", linestyle="--", linewidth=1, label="OpenAI GPT-2 (124M)"
-        )
+    if all(comparable_loss(run) for _, _, run in runs):
+        published(loss_axis, GPT2_VAL_LOSS, "OpenAI's GPT-2 (124M)", "firebrick")
     if scores:
-        if encodings == {"gpt2"} and {run.get("hellaswag_items") for _, _, run in runs} == {
-            ALL_HELLASWAG_ITEMS
-        }:
-            hella_axis.axhline(
-                GPT2_HELLASWAG, color="firebrick", linestyle="--", linewidth=1, label="OpenAI GPT-2 (124M)"
-            )
-            hella_axis.axhline(
-                GPT3_HELLASWAG, color="seagreen", linestyle="--", linewidth=1, label="OpenAI GPT-3 (124M)"
-            )
-        hella_axis.axhline(0.25, color="gray", linestyle=":", linewidth=1, label="chance")
-        hella_axis.set(title="HellaSwag", ylabel="accuracy (acc_norm)")
-    # the axis spans the validation losses, from the start to the lowest value of all
-    starts = [events["val"][0][1] for _, events, _ in runs if events["val"]]
-    values = [v for _, events, _ in runs for _, v in events["train"] + events["val"] if math.isfinite(v)]
-    if starts and values and math.isfinite(max(starts)):
-        margin = 0.05 * (max(starts) - min(values)) + 0.05
-        loss_axis.set_ylim(min(values) - margin, max(starts) + margin)
-    loss_axis.set(title="Loss", ylabel="nats per " + ("byte" if encodings == {"bytes"} else "token"))
+        if all(comparable_hellaswag(run) for _, _, run in runs):
+            published(hella_axis, GPT2_HELLASWAG, "OpenAI's GPT-2 (124M)", "firebrick", "left")
+            published(hella_axis, GPT3_HELLASWAG, "GPT-3 of the same size", "seagreen", "left")
+        published(hella_axis, 0.25, "chance", "gray")
+        hella_axis.set_title("HellaSwag accuracy", fontsize=15)
+    # the axis spans the losses after the first 2% of the steps: before, they only fall
+    late = [v for _, events, _ in runs for kind in ("train", "val")
+            for v in [v for _, v in events[kind]][len(events[kind]) // 50 :] if math.isfinite(v)]  # fmt: skip
+    if late:
+        margin = 0.05 * (max(late) - min(late)) + 0.02
+        loss_axis.set_ylim(min(late) - margin, max(late) + margin)
+    unit = "byte" if {run.get("encoding") for _, _, run in runs} == {"bytes"} else "token"
+    loss_axis.set_title(f"loss, nats per {unit}", fontsize=15)
+    units = {"tokens" if "train_config" in run else "steps" for _, _, run in runs}
     for axis in axes:
-        axis.set_xlabel(" / ".join(sorted(units)) + " trained on")
+        axis.set_xlabel(" / ".join(sorted(units)) + " trained on", fontsize=13)
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1M, 10G
+        axis.tick_params(labelsize=12)
         axis.grid(alpha=0.25)
-        if axis.has_data():
-            axis.legend(fontsize=9)
+        axis.spines[["top", "right"]].set_visible(False)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=12, frameon=False)
+    figure.supxlabel("\n".join(caption(folder, run) for folder, _, run in runs), fontsize=10, color="dimgray")
     save(figure, out)
+
+
+def draw_losses(axis: Any, events: dict[str, Any], scale: int, color: str, name: str) -> None:
+    """Training loss, smoothed over a fortieth of the run, with the raw behind it; validation loss as
+    points."""
+    if events["train"]:
+        steps, losses = zip(*events["train"], strict=True)
+        tokens = [(step + 1) * scale for step in steps]
+        smoothed = smooth(losses, len(losses) // 80)
+        axis.plot(tokens, losses, color=color, alpha=0.18, linewidth=0.7)
+        axis.plot(tokens, smoothed, color=color, linewidth=2, alpha=0.7, label=f"{name}training")
+    if events["val"]:
+        steps, losses = zip(*events["val"], strict=True)
+        tokens = [step * scale for step in steps]
+        marks = {"marker": "o", "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.8}
+        label = f"{name}validation: {losses[-1]:.3f}"
+        axis.plot(tokens, losses, color=color, linewidth=1.2, label=label, **marks)
+
+
+def draw_scores(
+    axis: Any, scores: list[tuple[int, float]], scale: int, color: str, name: str, n: int | None
+) -> None:
+    """HellaSwag's acc_norm with the band of its standard error, if the number of items is known."""
+    steps, values = zip(*scores, strict=True)
+    tokens = [step * scale for step in steps]
+    error = [math.sqrt(value * (1 - value) / n) if n else 0.0 for value in values]
+    label = f"{name}{values[-1]:.3f}" + (f" ± {error[-1]:.3f}, {n:,} items" if n else "")
+    axis.plot(tokens, values, "o-", color=color, markersize=5, linewidth=2, label=label)
+    low, high = ([v + sign * e for v, e in zip(values, error, strict=True)] for sign in (-1, 1))
+    axis.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def published(axis: Any, value: float, label: str, color: str, side: str = "right") -> None:
+    """A line across, with its name on it, at the side where no curve is."""
+    axis.axhline(value, color=color, linestyle="--", linewidth=1.4)
+    axis.annotate(f"{label}: {value:.4g}", (side == "right", value), xytext=(0, 3),
+                  xycoords=("axes fraction", "data"),
+                  textcoords="offset points", ha=side, color=color, fontsize=12)  # fmt: skip
+
+
+def caption(folder: Path, run: dict[str, Any]) -> str:
+    """What made these curves: name, size, hardware and, when it is over, the time."""
+    facts = [folder.resolve().name]
+    if "parameters" in run:
+        facts.append(f"{run['parameters'] / 1e6:,.1f}M parameters")
+    if "device" in run:
+        facts.append(
+            f"{run['world_size']} x {run['device']}" if run.get("world_size", 1) > 1 else run["device"]
+        )
+    if result := run.get("result"):
+        hours = result["training_hours"] + result["other_hours"]
+        facts.append(f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes")
+    return ", ".join(facts)
 
 
 def draw_positions(weights: Any, out: Path, name: str) -> None:

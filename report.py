@@ -1,17 +1,29 @@
 """
-What a run says of itself: the table at its start, a line or a bar while it trains, the facts in run.json.
+What a run says of itself: the table at its start, a line or a bar while it trains, the table at its end, and
+the facts in run.json. Also where it says it: the terminal, a file, wandb or trackio.
 """
 
+import importlib
+import importlib.util
 import math
+import statistics
 import sys
 import time
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, fields
 from typing import Any
 
 from tqdm import tqdm
 
+import plot
 from device import choose_attention, device_name, peak_flops
 from run_folder import versions
+from shards import InputError
+
+# Validation losses of a healthy run of the default recipe (build-nanogpt, pull request 30).
+HEALTHY_LOSS = {250: 6.16, 1000: 4.15, 1250: 3.95}
+TOLERANCE = 0.03  # a loss higher by more than this share is not healthy
 
 
 def gather_facts(
@@ -71,13 +83,30 @@ def describe(config: Any, facts: dict[str, Any]) -> str:
         rows["validation"] = "off"
     if not facts["hellaswag_items"]:
         rows["HellaSwag"] = "off"
+    if config.dollars_per_hour:
+        rows["cost"] = f"${config.dollars_per_hour:,.2f} an hour, ${facts['dollars_so_far']:,.2f} so far"
     if config.warmup_steps >= config.max_steps:
         rows["note"] = f"the warm-up ({config.warmup_steps} steps) is as long as the run; see --warmup_steps"
     return "\n".join(f"{name + ':':12} {value}" for name, value in rows.items())
 
 
+def check_tracker(name: str | None) -> None:
+    """Raises InputError unless the tracker of this name is installed."""
+    if name is not None and importlib.util.find_spec(name) is None:
+        raise InputError(f"--tracker {name}: it is not installed; pip install {name}")
+
+
+def duration(seconds: float) -> str:
+    """13 h 20 min, 11 min, 45 s."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
+
+
 class Progress:
-    """The main process's voice: on a terminal a bar, elsewhere the tutorial's lines, at most one a second."""
+    """The main process's voice: on a terminal one bar, with events above it; elsewhere the tutorial's lines,
+    at most one a second. What it is told also goes to the tracker, if there is one."""
 
     def __init__(self, config: Any, layout: Any):
         self.config, self.is_main = config, layout.is_main
@@ -85,14 +114,21 @@ class Progress:
         self.peak = peak_flops(device_name(layout.device))  # of each device; None where it is not known
         self.world_size = layout.world_size
         self.last_line = -math.inf
-        self.first_steps: list[float] = []  # seconds
+        self.step_seconds: deque[float] = deque(maxlen=20)  # of the last steps
+        self.n_steps = 0  # trained since the start
+        self.warned = False
+        self.tracker: Any = None  # the module wandb or trackio, which share what is used of them here
 
-    def start(self, first_step: int, description: str, flops_per_token: int) -> None:
-        self.flops_per_token = flops_per_token
-        self.say(description)
+    def start(self, first_step: int, facts: dict[str, Any], flops_per_token: int) -> None:
+        self.facts, self.flops_per_token = facts, flops_per_token
+        self.say(describe(self.config, facts))
+        if self.config.tracker and self.is_main:
+            self.tracker = importlib.import_module(self.config.tracker)
+            name = self.config.log_dir.resolve().name
+            self.track(lambda: self.tracker.init(project="gpt2", name=name, config=facts, resume="allow"))
         silent = not (self.is_main and self.on_terminal)
-        self.bar = tqdm(total=self.config.max_steps, initial=first_step, unit="step", disable=silent,
-                        dynamic_ncols=True)  # fmt: skip
+        self.bar = tqdm(total=self.config.max_steps, initial=first_step, disable=silent, dynamic_ncols=True,
+                        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
 
     def say(self, text: str) -> None:
         """One event, above the bar."""
@@ -100,21 +136,124 @@ class Progress:
             tqdm.write(text)
             sys.stdout.flush()
 
+    def track(self, send: Callable[[], object]) -> None:
+        """Send something to the tracker. It is never worth a run: if it fails, training goes on without
+        it."""
+        try:
+            send()
+        except Exception as error:
+            self.tracker = None
+            self.say(f"--tracker {self.config.tracker} failed, training goes on without it: {error}")
+
+    def measured(self, step: int, values: dict[str, float], text: str) -> None:
+        """An evaluation's values, and how to say them."""
+        self.say(f"step {step}: {text}")
+        if self.tracker:
+            self.track(lambda: self.tracker.log(values, step=step))
+        warning = unhealthy(self.config, self.facts, step, values.get("val/loss", 0.0))
+        if warning and not self.warned:
+            self.warned = True
+            self.say(warning)
+
     def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
         """One training step, in nats and seconds."""
         if not self.is_main:
             return
+        self.n_steps += 1
+        self.step_seconds.append(seconds)
         rate = self.config.total_batch_size / seconds
         mfu = rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
-        self.bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}, norm {norm:.2f}, {rate:,.0f} tokens/s"
-                                 + (f", MFU {mfu:.1%}" if mfu else ""))  # fmt: skip
-        self.bar.update()
-        if not self.on_terminal and time.monotonic() - self.last_line >= 1:
+        typical = statistics.median(self.step_seconds)
+        left = self.config.max_steps - step - 1
+        if self.on_terminal:
+            until = (
+                min(left, self.config.val_every - 1 - step % self.config.val_every)
+                if self.config.val_every
+                else 0
+            )
+            self.bar.set_postfix_str(
+                f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f} {rate:,.0f} tok/s"
+                + (f" MFU {mfu:.0%}" if mfu else "")
+                + (f" | evaluation in {duration(until * typical)}" if until else "")
+                + f" | ends in {duration(left * typical)}"
+            )
+            self.bar.update()
+        elif time.monotonic() - self.last_line >= 1:
             self.last_line = time.monotonic()
             self.say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
                      f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}"
                      + (f" | mfu: {mfu:.1%}" if mfu else ""))  # fmt: skip
-        self.first_steps.append(seconds)
-        if len(self.first_steps) == 5:  # the first is slower: it compiles, and allocates
-            hours = min(self.first_steps) * (self.config.max_steps - step - 1) / 3600
-            self.say(f"training will take about {hours:.2g} hours ({min(self.first_steps):.2f} s a step)")
+        if self.tracker:
+            values = {"train/loss": loss, "train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
+            self.track(lambda: self.tracker.log(values | ({"mfu": mfu} if mfu else {}), step=step))
+        if self.n_steps == 5:  # the first is slower: it allocates
+            seconds = min(self.step_seconds) * left
+            cost = self.config.dollars_per_hour and f", ${self.config.dollars_per_hour * seconds / 3600:,.2f}"
+            self.say(f"training will take about {duration(seconds)}{cost or ''} "
+                     f"({min(self.step_seconds):.2f} s a step)")  # fmt: skip
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.tracker:
+            self.track(self.tracker.finish)
+
+
+def unhealthy(config: Any, facts: dict[str, Any], step: int, val_loss: float) -> str | None:
+    """A warning when a run of the default recipe leaves the band of healthy ones; None if all is well, or
+    nothing is known."""
+    recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
+              "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
+    changed = any(
+        getattr(config, field.name) != field.default for field in fields(config) if field.name in recipe
+    )
+    if changed or not plot.comparable_loss(facts) or step not in HEALTHY_LOSS:
+        return None
+    if val_loss <= (1 + TOLERANCE) * HEALTHY_LOSS[step]:
+        return None
+    return (
+        f"WARNING: healthy runs of this recipe have a validation loss of about {HEALTHY_LOSS[step]} at step "
+        f"{step}, this one {val_loss:.2f}. The usual causes: shards of other data or another encoding, "
+        "changed code, a device or driver that computes wrongly (see a few steps with --dtype float32 "
+        "--no_compile)"
+    )
+
+
+def result_of(
+    config: Any, facts: dict[str, Any], step: int, spent: dict[str, float], val_loss: float, score: Any
+) -> dict[str, Any]:
+    """What run.json keeps of the end: losses in nats, times in hours."""
+    tokens, hours = step * config.total_batch_size, (spent["training"] + spent["other"]) / 3600
+    return {
+        "validation_loss": None if math.isnan(val_loss) else round(val_loss, 4),
+        "hellaswag": score and {"acc": score.acc, "acc_norm": score.acc_norm, "items": score.n,
+                                "standard_error": score.standard_error(score.acc_norm)},
+        "tokens": tokens,
+        "training_hours": spent["training"] / 3600,
+        "other_hours": spent["other"] / 3600,
+        "tokens_per_second": tokens / spent["training"] if spent["training"] else None,
+        "dollars": config.dollars_per_hour and config.dollars_per_hour * hours,
+        "interruptions": int(spent["interruptions"]),
+    }  # fmt: skip
+
+
+def closing_table(facts: dict[str, Any], result: dict[str, Any]) -> str:
+    """The end of a run, beside published figures where the comparison is fair."""
+    rows = []
+    if result["validation_loss"] is not None:
+        fair = f"OpenAI's GPT-2 {plot.GPT2_VAL_LOSS}, healthy runs 3.02 to 3.09"
+        rows.append(
+            ("validation loss", f"{result['validation_loss']:.4f}", plot.comparable_loss(facts) and fair)
+        )
+    if score := result["hellaswag"]:
+        fair = f"OpenAI's GPT-2 {plot.GPT2_HELLASWAG}, healthy runs .300 to .313"
+        value = f"{score['acc_norm']:.4f} +- {score['standard_error']:.4f} on {score['items']:,} items"
+        rows.append(("HellaSwag", value, plot.comparable_hellaswag(facts) and fair))
+    hours = 3600 * result["training_hours"], 3600 * result["other_hours"]
+    rows.append(("tokens", f"{result['tokens']:,}", None))
+    rows.append(("time", f"{duration(hours[0])} of training, {duration(hours[1])} of everything else", None))
+    if result["tokens_per_second"]:
+        rows.append(("speed", f"{result['tokens_per_second']:,.0f} tokens/s", None))
+    if result["dollars"] is not None:
+        rows.append(("cost", f"${result['dollars']:,.2f}", None))
+    rows.append(("interruptions", str(result["interruptions"]), None))
+    return "\n".join(f"{name + ':':17}{value}" + (f" ({fair})" if fair else "") for name, value, fair in rows)

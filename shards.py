@@ -23,6 +23,7 @@ import numpy as np
 import tiktoken
 import tyro
 
+VERSION = "1.0"
 END_OF_TEXT = "<|endoftext|>"
 PARTIAL = "shards.partial.json"  # the record of a job of fineweb.py that is not finished
 
@@ -50,7 +51,8 @@ class RunFault(CommandError):
 
 def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -> None:
     """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`
-    with it; `default` is an instance that holds other defaults than the dataclass.
+    with it; `default` is an instance that holds other defaults than the dataclass. --version says which this
+    is.
 
     Bad input ends with one line on standard error and exit status 2, a fault while running (a full disk, no
     permission) with one line and status 1, Ctrl-C with 130; never with a traceback.
@@ -58,6 +60,9 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a text may hold what a terminal can't show
             stream.reconfigure(errors="backslashreplace")
+    if "--version" in sys.argv[1:]:
+        print(f"{Path(sys.argv[0]).name} {VERSION}, Python {platform.python_version()}")
+        return
     options = {} if default is None else {"default": default}
     arguments = tyro.cli(config, use_underscores=True, **options)
     try:

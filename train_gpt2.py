@@ -23,7 +23,6 @@ import operator
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -55,9 +54,10 @@ from device import (
     memory_limit,
 )
 from fineweb import write_demo_shards
-from report import Progress, describe, gather_facts
+from report import Progress, check_tracker, closing_table, gather_facts, result_of
 from run_folder import RunFolder, list_checkpoints
 from shards import (
+    END_OF_TEXT,
     CommandError,
     InputError,
     RunFault,
@@ -159,6 +159,10 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
 
+    tracker: Literal["wandb", "trackio"] | None = None  # send the values there too; pip install it first
+    dollars_per_hour: float | None = None  # price of the machine, for the cost at the start and the end
+    describe: bool = False  # list the model's tensors, as in the state dictionary, and stop
+
 
 def check_config(config: TrainConfig) -> None:
     """Raises InputError for a number that can't be meant."""
@@ -175,7 +179,7 @@ def check_config(config: TrainConfig) -> None:
 DEMO = TrainConfig(
     demo=True, data_dir=Path("demo_data"), log_dir=Path("log/demo"),
     n_layer=2, n_head=4, n_embd=192, sequence_length=128,
-    total_batch_size=2048, max_steps=1000, warmup_steps=50, max_lr=4e-3,
+    total_batch_size=2048, max_steps=1000, warmup_steps=100, max_lr=4e-3,
     val_every=200, val_tokens=65_536, hellaswag_every=0, sample_every=200, checkpoint_every=500,
     dtype="float32", compile=False,
 )  # fmt: skip
@@ -589,19 +593,35 @@ def check_vocabulary(config: GPTConfig, encoding: tiktoken.Encoding) -> None:
 @functools.cache
 def tokenizer_files(model_max_length: int) -> dict[str, str]:
     """GPT-2's tokenizer as the files, name to text, that `AutoTokenizer.from_pretrained` reads."""
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    encoding = get_encoding("gpt2")
-    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=["<|endoftext|>"])
-    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # at hand: no download
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=converter.converted(), model_max_length=model_max_length, bos_token="<|endoftext|>",
-        eos_token="<|endoftext|>", unk_token="<|endoftext|>", clean_up_tokenization_spaces=False,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {file.name: file.read_text(encoding="utf-8") for file in Path(folder).iterdir()}
+    ranks = get_encoding("gpt2")._mergeable_ranks  # bytes of a token to its id: the order of merging
+    letters = bytes_to_unicode()  # these files are text: a letter for each byte
+
+    def written(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    merges = []
+    for token in sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:  # merge as the encoder does, all but the last time: that one made this token
+            i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], len(ranks)))
+            parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        merges.append((written(parts[0]), written(parts[1])))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={written(token): rank for token, rank in ranks.items()}, merges=merges)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # its pattern is GPT-2's
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model_max_length, **special_tokens,
+                "add_prefix_space": False, "clean_up_tokenization_spaces": False}  # fmt: skip
+    stored = json.loads(tokenizer.to_str())
+    stored["model"]["merges"] = [" ".join(pair) for pair in merges]  # old releases know no other spelling
+    return {"tokenizer.json": to_json(stored), "tokenizer_config.json": to_json(settings)}
 
 
 # -----------------------------------------------------------------------------
@@ -1057,6 +1077,21 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
     return loaded
 
 
+def list_tensors(config: TrainConfig) -> str:
+    """The state dictionary of the model, as a table: names, shapes, numbers."""
+    if config.init_from:
+        model = GPT.from_pretrained(config.init_from)
+    else:
+        model = GPT(choose_model_config(config, get_encoding("gpt2")))
+    rows = [
+        f"{name:36} {list(tensor.shape)!s:16} {tensor.numel():>12,}"
+        for name, tensor in model.state_dict().items()
+    ]
+    return "\n".join(
+        [*rows, f"{model.config.n_parameters:,} parameters; lm_head.weight is transformer.wte.weight"]
+    )
+
+
 def recipe(config: TrainConfig, model_config: GPTConfig, shards: Shards) -> dict[str, Any]:
     """All that decides the run's numbers, as plain values. What is missing here (processes, micro-batch,
     precision, intervals) may differ when a run is resumed."""
@@ -1149,6 +1184,9 @@ def leave(status: int, world_size: int) -> None:
 @faults_in_one_line()
 def main(config: TrainConfig) -> None:
     check_config(config)
+    if config.describe:
+        print(list_tensors(config))
+        return
     layout = start_processes(config)
     device, W, T = layout.device, layout.world_size, config.sequence_length
 
@@ -1172,6 +1210,7 @@ def main(config: TrainConfig) -> None:
     progress = Progress(config, layout)
     folder = RunFolder(config.log_dir, layout.is_main, progress.say)
     this_recipe = recipe(config, model_config, shards)
+    layout.from_main(lambda: check_tracker(config.tracker))
     first_step = layout.from_main(lambda: folder.open(config.resume, this_recipe))
     stop = StopSignals()
     if 0 < first_step == config.max_steps:
@@ -1204,17 +1243,19 @@ def main(config: TrainConfig) -> None:
         config, raw_model, shards, layout, dtype=dtype, compile_note=compile_note, memory=memory,
         micro_batch_size=B, val_tokens=val_windows * T, hellaswag_items=len(hellaswag_items),
     )  # fmt: skip
+    spent = {"training": 0.0, "other": 0.0, "interruptions": 0, **folder.trainer.get("spent", {})}  # seconds
+    spent["interruptions"] += first_step > 0
+    facts["dollars_so_far"] = (config.dollars_per_hour or 0) * (spent["training"] + spent["other"]) / 3600
     folder.describe(facts)
-    progress.start(first_step, describe(config, facts), raw_model.config.flops_per_token(T))
+    progress.start(first_step, facts, raw_model.config.flops_per_token(T))
 
     def due(every: int) -> bool:
         return every > 0 and not stopping and (step % every == 0 or last_step)
 
     batch = to_device(device, *train_loader.batch(first_step, 0))
-    stopping, train_loss = False, math.nan
+    stopping, train_loss, val_loss, score = False, math.nan, math.nan, None
     gc.collect()
     gc.freeze()  # what lives now lives to the end: the garbage collector need not look at it again and again
-    training_seconds = other_seconds = 0.0
     for step in range(first_step, config.max_steps + 1):
         start = time.perf_counter()
         last_step = step == config.max_steps
@@ -1222,12 +1263,13 @@ def main(config: TrainConfig) -> None:
             stopping = False
         if due(config.val_every):
             val_loss = estimate_val_loss(model, val_loader, val_windows, layout, fast)
-            progress.say(f"step {step}: validation loss {val_loss:.4f} on {val_windows * T:,} tokens")
+            progress.measured(step, {"val/loss": val_loss},
+                              f"validation loss {val_loss:.4f} on {val_windows * T:,} tokens")  # fmt: skip
             folder.event(step, "val", f"{val_loss:.4f}")
         if due(config.hellaswag_every) and hellaswag_items:
             with autocast:
                 score = hellaswag.evaluate(raw_model, hellaswag_items, encoding, layout.rank, W)
-            progress.say(f"step {step}: HellaSwag {score}")
+            progress.measured(step, {"hellaswag/acc_norm": score.acc_norm}, f"HellaSwag {score}")
             folder.event(step, "hella", f"{score.acc_norm:.4f}")
         if due(config.sample_every) and layout.is_main:
             for text in write_samples(raw_model, encoding, device, autocast):
@@ -1241,9 +1283,9 @@ def main(config: TrainConfig) -> None:
             and not just_resumed
         ):
             state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "loss": train_loss,
-                     "rng": torch.get_rng_state(), "recipe": this_recipe}  # fmt: skip
+                     "rng": torch.get_rng_state(), "recipe": this_recipe, "spent": spent}  # fmt: skip
             folder.save(step, raw_model, state, config.keep_every)
-        other_seconds += time.perf_counter() - start
+        spent["other"] += time.perf_counter() - start
         if last_step or stopping:
             break
 
@@ -1284,10 +1326,10 @@ def main(config: TrainConfig) -> None:
         seconds = time.perf_counter() - start
         # ----------------- everything that follows is diagnostics --------------
 
-        training_seconds += seconds
+        spent["training"] += seconds
         folder.event(step, "train", f"{train_loss:.6f}")
         progress.step(step, train_loss, lr, norm, seconds)
-    progress.bar.close()
+    progress.close()
     if stopping or config.checkpoint_every:
         layout.from_main(lambda: folder.require(step))
     if W > 1:
@@ -1296,9 +1338,10 @@ def main(config: TrainConfig) -> None:
     if stopping:
         progress.say(f"stopped at step {step}, state saved; the same command with --resume goes on")
         leave(128 + (stop.received or signal.SIGTERM), W)
+    facts["result"] = result_of(config, facts, step, spent, val_loss, score)
+    folder.describe(facts)
     progress.say(
-        f"done: {step:,} steps, the last {step - first_step:,} in {training_seconds / 3600:.2f} hours, and "
-        f"{other_seconds / 3600:.2f} hours of evaluating, sampling and saving; the run is in {config.log_dir}"
+        f"done: {step:,} steps; the run is in {config.log_dir}\n{closing_table(facts, facts['result'])}"
     )
     leave(0, W)
 

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
@@ -93,9 +94,60 @@ def test_load_save_load_gives_identical_tensors(tmp_path):
     assert first.config == second.config
 
 
+def test_vllm_finds_every_weight_in_its_layout(tmp_path, gpt2_encoding):
+    """What vLLM's GPT-2 (model_executor/models/gpt2.py) asks of a folder: these names, transposed back from
+    Conv1D, fill its parameters, nothing is missing, and the config has none of what it refuses."""
+    from transformers import GPT2Config
+
+    C, L, V, T = 48, 3, 50257, 64
+    GPT(GPTConfig(block_size=T, n_layer=L, n_head=2, n_embd=C)).pad_vocabulary().save_pretrained(tmp_path)
+    expected = {"wte.weight": (V, C), "wpe.weight": (T, C), "ln_f.weight": (C,), "ln_f.bias": (C,)}
+    for i in range(L):
+        for norm in ("ln_1", "ln_2"):
+            expected |= {f"h.{i}.{norm}.weight": (C,), f"h.{i}.{norm}.bias": (C,)}
+        for name, rows, columns in (("attn.c_attn", 3 * C, C), ("attn.c_proj", C, C), ("mlp.c_fc", 4 * C, C),
+                                    ("mlp.c_proj", C, 4 * C)):  # fmt: skip
+            expected |= {f"h.{i}.{name}.weight": (rows, columns), f"h.{i}.{name}.bias": (rows,)}
+    loaded = {}
+    for name, tensor in safetensors.torch.load_file(tmp_path / "model.safetensors").items():
+        if name.endswith(".weight") and any(part in name for part in ("c_attn", "c_proj", "c_fc")):
+            tensor = tensor.t()
+        loaded[name.removeprefix("transformer.")] = tuple(tensor.shape)
+    assert loaded == expected
+    config = GPT2Config.from_pretrained(tmp_path)
+    assert (config.hidden_size, config.num_attention_heads, config.num_hidden_layers) == (C, 2, L)
+    assert config.max_position_embeddings == T
+    assert config.n_inner is None
+    assert config.activation_function == "gelu_new"
+    assert config.tie_word_embeddings
+    refused = (
+        config.add_cross_attention,
+        config.scale_attn_by_inverse_layer_idx,
+        config.reorder_and_upcast_attn,
+    )
+    assert not any(refused)
+
+
+def test_a_pipeline_writes_from_the_folder_what_we_write(tmp_path, gpt2_encoding):
+    from transformers import pipeline
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=48))
+    model.save_pretrained(tmp_path)
+    prompt = gpt2_encoding.encode_ordinary("Hello, I'm a language model,")
+    ours = model.generate(torch.tensor([prompt]), 10, temperature=0)[0].tolist()
+    write = pipeline("text-generation", str(tmp_path))
+    theirs = write("Hello, I'm a language model,", max_new_tokens=10, do_sample=False)[0]["generated_text"]
+    assert theirs == gpt2_encoding.decode(ours)
+
+
 def test_saved_tokenizer_is_gpt2s(tmp_path, gpt2_encoding):
     GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    assert len(stored["merges"]) == 50_000  # OpenAI's merges.txt, one pair each
+    assert stored["merges"][:4] == ["Ġ t", "Ġ a", "h e", "i n"]
+    assert all("".join(pair.split()) in stored["vocab"] for pair in stored["merges"])
     for text in (
         "Hello, I'm a language model,",
         "  many   spaces\n\n\ttabs ",

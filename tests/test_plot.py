@@ -38,23 +38,23 @@ def labels(monkeypatch, folders, out):
     monkeypatch.setattr(plot, "save", lambda figure, _: drawn.append(figure))
     plot.draw_runs(folders, out)
     assert isinstance(drawn[0], matplotlib.figure.Figure)
-    return [[text.get_text() for text in axis.get_legend().get_texts()] for axis in drawn[0].axes], drawn[0]
+    return [[text.get_text() for text in axis.texts] for axis in drawn[0].axes], drawn[0]
 
 
 def test_published_lines_stand_beside_comparable_runs_only(tmp_path, monkeypatch):
     fair = make_run(tmp_path / "fair")
     (loss, hella), figure = labels(monkeypatch, [fair], tmp_path / "x.png")
-    assert "OpenAI GPT-2 (124M)" in loss
-    assert "OpenAI GPT-3 (124M)" in hella
+    assert "OpenAI's GPT-2 (124M): 3.292" in loss
+    assert "GPT-3 of the same size: 0.337" in hella
     assert figure.axes[0].get_xlabel() == "tokens trained on"
     assert figure.axes[0].lines[-2].get_xdata()[-1] == 50 * 524288
     other_data = make_run(tmp_path / "other_data", dataset=None)
     (loss, hella), _ = labels(monkeypatch, [other_data], tmp_path / "x.png")
-    assert "OpenAI GPT-2 (124M)" not in loss
-    assert "OpenAI GPT-2 (124M)" in hella  # the items are the same, whatever the model read
+    assert not loss
+    assert "OpenAI's GPT-2 (124M): 0.2955" in hella  # the items are the same, whatever the model read
     few_items = make_run(tmp_path / "few", items=3243)
     (loss, hella), _ = labels(monkeypatch, [fair, few_items], tmp_path / "x.png")
-    assert "OpenAI GPT-2 (124M)" not in hella
+    assert hella == ["chance: 0.25"]
     in_bytes = make_run(tmp_path / "bytes", encoding="bytes")
     (loss, hella), _ = labels(monkeypatch, [in_bytes], tmp_path / "x.png")
     assert not any("OpenAI" in label for label in loss + hella)
@@ -79,8 +79,9 @@ def test_positions(tmp_path):
 
 
 def test_smoothing_is_a_running_mean():
-    assert plot.smooth([1, 2, 3, 4], 2) == [1, 1.5, 2.5, 3.5]
-    assert plot.smooth([5, 1], 1) == [5, 1]
+    assert plot.smooth([1, 2, 6, 4, 0], 2) == [1, 3, 2.6, 3, 10 / 3]
+    assert plot.smooth([5, 1], 0) == [5, 1]
+    assert plot.smooth([], 3) == []
 
 
 def test_a_bad_log_is_named(tmp_path):

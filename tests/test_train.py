@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from plot import read_log
 from run_folder import list_checkpoints
-from shards import sha256
+from shards import VERSION, sha256
 from train_gpt2 import DEMO, GPT, GPTConfig, Layout, TrainConfig, configure_optimizer, get_lr
 
 CPU = Layout(rank=0, world_size=1, device=torch.device("cpu"))
@@ -243,14 +243,17 @@ def test_the_demo_runs(tmp_path):
     assert record["tokens"] > 1_000_000
 
 
-@pytest.mark.parametrize("file", ["train_gpt2", "fineweb", "hellaswag", "sample", "plot"])
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+
+
+@pytest.mark.parametrize("file", MODULES)
 def test_importing_a_file_does_nothing(file, tmp_path):
     code = (
         f"import sys, {file}; heavy = {{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules);"
         "assert not heavy, heavy; torch = sys.modules.get('torch');"
         "assert torch is None or not torch.cuda.is_initialized()"
     )
-    done = run("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    done = run("-X", "dev", "-W", "error", "-c", code, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
     assert done.stdout + done.stderr == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -260,3 +263,13 @@ def test_help_helps(file):
     done = call(f"{file}.py", "--help")
     assert "usage:" in done.stdout
     assert "default" in done.stdout or file == "plot"
+    assert call(f"{file}.py", "--version").stdout.startswith(f"{file}.py {VERSION}, Python 3.")
+
+
+def test_the_state_dictionary_is_listed():
+    """As in the lecture: names and shapes of the 124M model, none of which needs data or a download."""
+    rows = [line.split() for line in call("train_gpt2.py", "--describe").stdout.splitlines()]
+    assert ["transformer.wpe.weight", "[1024,", "768]", "786,432"] in rows
+    assert ["transformer.h.11.mlp.c_fc.weight", "[3072,", "768]", "2,359,296"] in rows
+    assert len(rows) == 2 + 12 * 12 + 2 + 1 + 1
+    assert rows[-1][0] == "124,439,808"

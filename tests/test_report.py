@@ -1,0 +1,197 @@
+"""What a run says of itself: bar, lines, tracker, warning, closing table."""
+
+import json
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, call
+from test_recovery import faulty
+
+import plot
+import report
+from hellaswag import Score
+from train_gpt2 import Layout, TrainConfig
+
+CPU = Layout(0, 1, torch.device("cpu"))
+RUN = (*TINY, "--max_steps=6", "--val_every=3", "--sample_every=0")
+FAIR = {"encoding": "gpt2", "data": {"dataset": "HuggingFaceFW/fineweb-edu"}, "hellaswag_items": 10_042}
+
+
+@pytest.fixture
+def progress(monkeypatch):
+    monkeypatch.setattr(report, "describe", lambda *_: "the table")
+    monkeypatch.setattr(report, "peak_flops", lambda _: 1e9)
+    said = []
+    monkeypatch.setattr(report.Progress, "say", lambda _, text: said.append(text))
+
+    def make(**changes):
+        made = report.Progress(replace(TrainConfig(), **changes), CPU)
+        made.said = said
+        return made
+
+    return make
+
+
+def test_lines_have_the_tutorials_format_and_mfu(progress):
+    lines = progress(total_batch_size=1000)
+    lines.start(0, FAIR, flops_per_token=500_000)
+    lines.step(0, 4.0, 1e-3, 1.0, seconds=2.0)
+    assert lines.said[-1] == (
+        "step     0 | loss: 4.000000 | lr 1.0000e-03 | norm: 1.0000 | dt: 2000.00ms | tok/sec: 500.00 "
+        "| mfu: 25.0%"
+    )
+    for step in range(1, 6):
+        lines.step(step, 4.0, 1e-3, 1.0, seconds=3600 / 100)
+    assert "training will take about 10 h 36 min (2.00 s a step)" in lines.said
+    lines.close()
+
+
+def test_the_bar_shows_what_one_waits_for(progress, monkeypatch):
+    bar = progress(max_steps=1000, val_every=250, total_batch_size=524_288, dollars_per_hour=0.5)
+    bar.on_terminal = True
+    bar.start(0, FAIR, flops_per_token=500_000)
+    for step in range(5):
+        bar.step(step, 3.21, 6e-4, 0.312, seconds=7.2)
+    shown = bar.bar.postfix
+    assert shown.startswith("loss 3.210 lr 6.0e-04 norm 0.31 72,818 tok/s MFU")
+    assert shown.endswith("| evaluation in 29 min | ends in 1 h 59 min")
+    assert "training will take about 1 h 59 min, $0.99 (7.20 s a step)" in bar.said
+    bar.close()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(3, "3 s"), (100, "2 min"), (3600, "1 h 00 min"), (48 * 3600 + 61, "48 h 01 min")]
+)
+def test_durations(seconds, words):
+    assert report.duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts", "step", "loss", "warns"),
+    [
+        ({}, {}, 1000, 4.88, True),
+        ({}, {}, 250, 6.4, True),
+        ({}, {}, 1000, 4.17, False),
+        ({}, {}, 500, 9.0, False),  # no mark is known there
+        ({"max_lr": 1e-3}, {}, 1000, 4.88, False),  # another recipe
+        ({"n_layer": 6}, {}, 1000, 4.88, False),
+        ({"log_dir": Path("elsewhere"), "seed": 1}, {}, 1000, 4.88, True),
+        ({}, {"data": {"dataset": None}}, 1000, 4.88, False),  # other data
+        ({}, {"encoding": "bytes"}, 1000, 4.88, False),
+    ],
+)
+def test_an_unhealthy_loss_is_said_once(progress, changes, facts, step, loss, warns):
+    lines = progress(**changes)
+    lines.start(0, FAIR | facts, flops_per_token=1)
+    for _ in range(2):
+        lines.measured(step, {"val/loss": loss}, f"validation loss {loss}")
+    assert sum("WARNING: healthy runs" in text for text in lines.said) == warns
+    lines.close()
+
+
+def test_the_closing_table_compares_where_it_is_fair():
+    config = TrainConfig(dollars_per_hour=2.0)
+    spent = {"training": 9 * 3600.0, "other": 3600.0, "interruptions": 2}
+    score = Score(10_042, 0.29, 0.305, 0, [])
+    result = report.result_of(config, FAIR, 19_073, spent, 3.0512, score)
+    table = report.closing_table(FAIR, result)
+    assert "3.0512 (OpenAI's GPT-2 3.2924, healthy runs 3.02 to 3.09)" in table
+    assert "0.3050 +- 0.0046 on 10,042 items (OpenAI's GPT-2 0.2955, healthy runs .300 to .313)" in table
+    assert "9,999,745,024" in table
+    assert "9 h 00 min of training, 1 h 00 min of everything else" in table
+    assert "308,634 tokens/s" in table
+    assert "$20.00" in table
+    assert "interruptions:   2" in table
+    elsewhere = report.closing_table({"encoding": "bytes"}, result)
+    assert "OpenAI" not in elsewhere
+    assert json.loads(json.dumps(result)) == result
+    nothing = report.result_of(TrainConfig(), FAIR, 5, spent, float("nan"), None)
+    assert "validation" not in report.closing_table(FAIR, nothing)
+
+
+def test_the_end_is_kept_in_run_json_and_counts_interruptions(tmp_path, text_shards):
+    flags = (*RUN, "--checkpoint_every=2", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}",
+             "--dollars_per_hour=1000000")  # fmt: skip
+    assert faulty("oom_step=3", *flags, check=False).returncode == 1
+    done = call("train_gpt2.py", *flags, "--resume")
+    result = plot.read_run(tmp_path / "log")["result"]
+    assert result["interruptions"] == 1
+    assert result["tokens"] == 6 * 256
+    assert result["validation_loss"] == plot.read_log(tmp_path / "log/log.txt")["val"][-1][1]
+    assert result["dollars"] == pytest.approx(1e6 * (result["training_hours"] + result["other_hours"]))
+    assert "interruptions:   1" in done.stdout
+    assert "cost:        $1,000,000.00 an hour, $" in done.stdout
+    assert "OpenAI" not in done.stdout
+
+
+# ------------------------------------------------------------------ trackers
+
+
+def test_a_tracker_gets_the_values(tmp_path, text_shards, monkeypatch):
+    """By the part of the interface that wandb and trackio share."""
+    calls = []
+    wandb = types.ModuleType("wandb", "")
+    wandb.__spec__ = types.SimpleNamespace(name="wandb")
+    wandb.init = lambda **options: calls.append(("init", options))
+    wandb.log = lambda values, step: calls.append((step, values))
+    wandb.finish = lambda: calls.append(("finish", None))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    call(
+        "train_gpt2.py",
+        *RUN,
+        "--tracker=wandb",
+        f"--data_dir={text_shards}",
+        f"--log_dir={tmp_path / 'a_run'}",
+    )
+    assert calls[0][0] == "init"
+    assert calls[0][1]["name"] == "a_run"
+    assert calls[0][1]["config"]["train_config"]["max_steps"] == 6
+    assert calls[-1][0] == "finish"
+    logged = [(step, kind.split("/")[0]) for step, values in calls[1:-1] for kind in values]
+    assert [step for step, kind in logged if kind == "val"] == [0, 3, 6]
+    assert sorted({step for step, kind in logged if kind == "train"}) == [0, 1, 2, 3, 4, 5]
+    losses = [values["train/loss"] for _, values in calls[1:-1] if "train/loss" in values]
+    in_log = [loss for _, loss in plot.read_log(tmp_path / "a_run/log.txt")["train"]]
+    assert losses == pytest.approx(in_log, abs=1e-6)
+
+
+def test_a_tracker_that_fails_is_not_worth_a_run(tmp_path, text_shards, monkeypatch):
+    wandb = types.ModuleType("wandb", "")
+    wandb.__spec__ = types.SimpleNamespace(name="wandb")
+    wandb.init = lambda **_: None
+
+    def log(*_, **__):
+        raise ConnectionError("no route to host")
+
+    wandb.log = log
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    done = call(
+        "train_gpt2.py", *RUN, "--tracker=wandb", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}"
+    )
+    assert done.stdout.count("--tracker wandb failed, training goes on without it: no route to host") == 1
+    assert "done: 6 steps" in done.stdout
+
+
+def test_a_tracker_that_is_not_installed_is_named(tmp_path, text_shards, monkeypatch):
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(report.InputError, match="--tracker wandb: it is not installed; pip install wandb"):
+        report.check_tracker("wandb")
+    report.check_tracker(None)
+
+
+def test_with_trackio_itself(tmp_path, text_shards, monkeypatch):
+    trackio = pytest.importorskip("trackio", reason="optional: pip install trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    call(
+        "train_gpt2.py",
+        *RUN,
+        "--tracker=trackio",
+        f"--data_dir={text_shards}",
+        f"--log_dir={tmp_path / 'log'}",
+    )
+    assert trackio
+    assert list((tmp_path / "trackio").rglob("*.db"))
