@@ -76,7 +76,7 @@ def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
     if not wanted:
         return False, "off"
     if device.type != "cuda":
-        return False, "off: gains nothing worth its minute here"  # benchmarks/training.py, on two CPU cores
+        return False, "off: on a CPU it gains nothing"  # benchmarks/training.py, on two cores with AVX2
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         return False, "off: no C compiler"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -117,8 +117,8 @@ def peak_flops(name: str) -> float | None:
 
 def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the next step. By default it hands large tensors back to the
-    system and gets them anew, page by page: a quarter of a training step on a CPU (benchmarks/training.py).
-    glibc's mallopt(3): no mmap, no trimming."""
+    system and gets them anew, page by page, which is a good part of a training step on a CPU. glibc's
+    mallopt(3): no mmap, no trimming."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1

@@ -85,7 +85,7 @@ class ShardConfig:
 
     input: tuple[str, ...] = ()
     """Local files, folders or globs of .parquet, .jsonl, .jsonl.gz and .txt, each file read once; a .txt
-    file is one document. None: --dataset."""
+    file is one document. Without: --dataset."""
     dataset: str = FINEWEB_EDU
     """A dataset on the Hugging Face Hub."""
     config: str | None = None

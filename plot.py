@@ -41,13 +41,14 @@ class Positions:
 
 
 def read_log(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """The events of a log.txt by kind ("train", "val", "hella"): (step, value) pairs in order."""
+    """The events of a log.txt by kind ("train", "val", "hella"): (step, value) pairs in order. A last line
+    that is not yet whole, of a run still going or copied meanwhile, is left out."""
     events: dict[str, list[tuple[int, float]]] = {"train": [], "val": [], "hella": []}
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{file}: not the log of a run ({error.strerror})") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             step, kind, value = line.split()
             events[kind].append((int(step), float(value)))

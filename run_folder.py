@@ -2,7 +2,7 @@
 The folder of a run: what is in it, and how it survives.
 
     log.txt             one line per event: step, "train", "val" or "hella", value
-    run.json            what the run was made with
+    run.json            what the run was made with and, when it is over, what came out
     loss.png            its curves
     checkpoint_00250/   a Hugging Face GPT-2 folder, plus trainer.pt (what --resume needs) and SHA256SUMS
     .lock               held by the process that trains here

@@ -10,8 +10,9 @@ The recipe is the one of the lecture: GPT-2's architecture, GPT-3's schedule, 10
 FineWeb-Edu, 524,288 of them a step. The defaults below are that recipe, and every number of it is a flag.
 
 This file, top to bottom: configuration, model, optimisation, data, evaluation, run plumbing, main. Beside it:
-fineweb.py writes the token shards, shards.py reads them and holds the encodings, hellaswag.py scores a model,
-sample.py lets it write, plot.py draws the curves, run_folder.py keeps what a run leaves on disk.
+fineweb.py writes the token shards, shards.py reads them and holds the encodings, device.py knows what the
+device can do, hellaswag.py scores a model, sample.py lets it write, plot.py draws the curves, report.py is
+what a run says, run_folder.py keeps what it leaves on disk.
 """
 
 import contextlib
@@ -82,7 +83,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768  # width of the residual stream
-    encoding: str = "gpt2"  # what the token ids stand for, see fineweb.get_encoding
+    encoding: str = "gpt2"  # what the token ids stand for, see shards.get_encoding
 
     def __post_init__(self) -> None:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
@@ -148,7 +149,7 @@ class TrainConfig:
     hellaswag_data: Path | None = None  # a local HellaSwag .jsonl; default: from the Hub
     hellaswag_limit: int | None = None  # score so many items, spread over all; default: all
     sample_every: int = 250  # steps between samples
-    checkpoint_every: int = 1000  # steps between checkpoints; the last two are kept
+    checkpoint_every: int = 1000  # steps between checkpoints (at least every 15 minutes); the last two stay
     keep_every: int = 5000  # steps between checkpoints that are kept for good
     verify: bool = False  # read every shard at the start and compare it with the sum in shards.json
     timeout_minutes: float = 10.0  # give up on another process that does not answer for so long
@@ -187,17 +188,18 @@ DEMO = TrainConfig(
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
 PROMPT = "Hello, I'm a language model,"
 PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
-LOSS_CHUNKS = 8  # parts of a micro-batch whose logits exist at one time, where memory is short
-ENOUGH_TOKENS = 2**13  # a micro-batch of so many keeps a GPU busy
-MOST_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # more in a micro-batch gains nothing
+LOSS_CHUNKS = 8  # where memory is short, the logits of a micro-batch exist an eighth at a time
+ENOUGH_TOKENS = 2**13  # a micro-batch of so many is not worth chunks to make it larger
+MOST_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # of a micro-batch, at most
 
 # -----------------------------------------------------------------------------
 # model; the names are those of OpenAI's checkpoint
 
 
 class KVCache:
-    """The keys and values of what one layer's attention has read, so that they are computed once: for text
-    that is written token by token, or goes on in several ways. Space for `length` tokens."""
+    """For reading and writing after training, which never uses it; skip it at first. The keys and values of
+    what one layer's attention has read, so that they are computed once: for text that is written token by
+    token, or goes on in several ways. Space for `length` tokens."""
 
     def __init__(self, length: int):
         self.length, self.n_read = length, 0
@@ -299,8 +301,8 @@ class GPT(nn.Module):
         # saved.
         self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
-        # Each of the 2 * n_layer additions to the residual stream adds variance; this keeps the sum at 1
-        # (GPT-2 paper, section 2.3).
+        # Each of the 2 * n_layer additions to the residual stream adds variance; this keeps it from growing with
+        # depth (GPT-2 paper, section 2.3).
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -802,7 +804,7 @@ def write_samples(
 
 
 # -----------------------------------------------------------------------------
-# run plumbing: processes, precision, the run's folder
+# run plumbing: processes, signals, the micro-batch, the recipe
 
 
 @dataclass(frozen=True)
@@ -981,8 +983,8 @@ def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], en
 
 
 def warm_up(model: nn.Module, raw_model: GPT, config: TrainConfig, rows: int, layout: Layout) -> None:
-    """All that a step does, in the sizes of a step: so it compiles, and needs the memory, that a step will.
-    The learning rate is 0: the weights stay as they are."""
+    """Two micro-steps, an update and a validation batch in the sizes of a real step: they compile, and
+    allocate, what a real step will. The learning rate is 0: the weights stay as they are."""
     x, y = torch.zeros((2, rows, config.sequence_length), dtype=torch.int64, device=layout.device)
     optimizer = configure_optimizer(raw_model, replace(config, max_lr=0.0))
     dtype = choose_dtype(config.dtype, layout.device, raw_model.config.n_embd)
@@ -1060,6 +1062,8 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
         shape = {**PRESETS[config.model], **given}
         return GPTConfig(config.sequence_length, encoding.n_vocab, encoding=encoding.name, **shape)
     loaded = read_config(find_model(config.init_from)[0])
+    if config.model != TrainConfig.model:
+        given |= PRESETS[config.model]
     for name, value in given.items():
         if value != getattr(loaded, name):
             raise InputError(f"--{name} {value}: --init_from {config.init_from} has {getattr(loaded, name)}")
@@ -1082,7 +1086,7 @@ def list_tensors(config: TrainConfig) -> str:
     if config.init_from:
         model = GPT.from_pretrained(config.init_from)
     else:
-        model = GPT(choose_model_config(config, get_encoding("gpt2")))
+        model = GPT(choose_model_config(config, get_encoding("bytes" if config.demo else "gpt2")))
     rows = [
         f"{name:36} {list(tensor.shape)!s:16} {tensor.numel():>12,}"
         for name, tensor in model.state_dict().items()
@@ -1340,6 +1344,7 @@ def main(config: TrainConfig) -> None:
         leave(128 + (stop.received or signal.SIGTERM), W)
     facts["result"] = result_of(config, facts, step, spent, val_loss, score)
     folder.describe(facts)
+    folder.draw()  # with the time in its caption
     progress.say(
         f"done: {step:,} steps; the run is in {config.log_dir}\n{closing_table(facts, facts['result'])}"
     )

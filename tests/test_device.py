@@ -200,6 +200,16 @@ def test_the_limit_of_memory():
     keep_freed_memory()
 
 
+def test_systems_that_lack_what_linux_has(monkeypatch):
+    """Windows has no sysconf, macOS no glibc."""
+    monkeypatch.delattr(device.os, "sysconf")
+    assert memory_limit(torch.device("cpu"), None) is None
+    assert check_memory(TrainConfig(), GPTConfig(), CPU).startswith("1.85 GB for weights")
+    monkeypatch.setattr(device.sys, "platform", "darwin")
+    monkeypatch.setattr(device.ctypes, "CDLL", None)  # not to be called
+    keep_freed_memory()
+
+
 # ------------------------------------------------------------------ speed
 
 

@@ -84,6 +84,21 @@ def test_smoothing_is_a_running_mean():
     assert plot.smooth([], 3) == []
 
 
+def test_a_run_still_going_is_drawn(tmp_path):
+    run = make_run(tmp_path / "going")
+    with open(run / "log.txt", "a") as file:
+        file.write("50 tra")  # copied in the middle of a line
+    assert len(plot.read_log(run / "log.txt")["train"]) == 50
+    call("plot.py", "run", run)
+
+
+def test_the_caption_says_what_made_the_curves(tmp_path):
+    run = {"parameters": 124_439_808, "device": "NVIDIA A100", "world_size": 8,
+           "result": {"training_hours": 2.4, "other_hours": 0.1}}  # fmt: skip
+    assert plot.caption(tmp_path / "a_run", run) == "a_run, 124.4M parameters, 8 x NVIDIA A100, 2.5 hours"
+    assert plot.caption(tmp_path / "a_run", {}) == "a_run"
+
+
 def test_a_bad_log_is_named(tmp_path):
     with pytest.raises(InputError, match="not the log of a run"):
         plot.draw_runs([tmp_path], tmp_path / "x.png")

@@ -1,6 +1,8 @@
 """What a run says of itself: bar, lines, tracker, warning, closing table."""
 
+import contextlib
 import json
+import sqlite3
 import sys
 import types
 from dataclasses import replace
@@ -8,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, call
+from conftest import TINY, call, run
 from test_recovery import faulty
 
 import plot
@@ -183,15 +185,15 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, text_shards, monkeyp
     report.check_tracker(None)
 
 
-def test_with_trackio_itself(tmp_path, text_shards, monkeypatch):
-    trackio = pytest.importorskip("trackio", reason="optional: pip install trackio")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    call(
-        "train_gpt2.py",
-        *RUN,
-        "--tracker=trackio",
-        f"--data_dir={text_shards}",
-        f"--log_dir={tmp_path / 'log'}",
-    )
-    assert trackio
-    assert list((tmp_path / "trackio").rglob("*.db"))
+def test_with_trackio_itself(tmp_path, text_shards):
+    pytest.importorskip("trackio", reason="optional: pip install trackio")
+    flags = ("--tracker=trackio", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'a_run'}")
+    run("train_gpt2.py", *RUN, *flags, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
+    with contextlib.closing(sqlite3.connect(tmp_path / "trackio/gpt2.db")) as database:
+        rows = database.execute("select step, metrics from metrics where run_name = 'a_run'").fetchall()
+    logged = [(step, json.loads(values)) for step, values in rows]
+    for kind, name in (("train", "train/loss"), ("val", "val/loss")):
+        expected = plot.read_log(tmp_path / "a_run/log.txt")[kind]
+        assert [(step, values[name]) for step, values in logged if name in values] == [
+            (step, pytest.approx(value, abs=1e-4)) for step, value in expected
+        ]
