@@ -97,13 +97,11 @@ def choose_attention(device: torch.device) -> list[SDPBackend]:
     return [*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the last two run everywhere
 
 
-@contextlib.contextmanager
-def fast_math(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
-    """Matrix products in `dtype`, and the device's fastest attention, for shapes that stay the same: cuDNN
-    plans anew for every other shape, so what is read or written at varying length goes without."""
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    with autocast, sdpa_kernel(choose_attention(device), set_priority=True):
-        yield
+def fast_attention(device: torch.device) -> contextlib.AbstractContextManager:
+    """The device's fastest attention, for shapes that stay the same: cuDNN plans anew for every other shape,
+    so what is read or written at varying length goes without. The backward pass belongs inside too: blocks
+    that are computed again must be computed in the same way."""
+    return sdpa_kernel(choose_attention(device), set_priority=True)
 
 
 def peak_flops(name: str) -> float | None:
@@ -158,8 +156,8 @@ def head_room(device: torch.device, limit: float | None, limit_gb: float | None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; the CPU's and MPS's allocators have only words."""
-    words = ("out of memory", "can't allocate memory")
+    """CUDA has a class for it; MPS's and the CPU's allocators, on Linux and on Windows, have only words."""
+    words = ("out of memory", "Invalid buffer size", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

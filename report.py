@@ -121,14 +121,21 @@ class Progress:
 
     def start(self, first_step: int, facts: dict[str, Any], flops_per_token: int) -> None:
         self.facts, self.flops_per_token = facts, flops_per_token
+        if facts["precision"].startswith("float32"):
+            self.peak = None  # the table's peaks are of 16 bits
         self.say(describe(self.config, facts))
         if self.config.tracker and self.is_main:
-            self.tracker = importlib.import_module(self.config.tracker)
-            name = self.config.log_dir.resolve().name
-            self.track(lambda: self.tracker.init(project="gpt2", name=name, config=facts, resume="allow"))
+            self.track(self.start_tracker)
         silent = not (self.is_main and self.on_terminal)
         self.bar = tqdm(total=self.config.max_steps, initial=first_step, disable=silent, dynamic_ncols=True,
                         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
+
+    def start_tracker(self) -> None:
+        self.tracker = importlib.import_module(self.config.tracker)
+        run_id = self.facts["run_id"]  # the name tells runs apart, and finds one again after --resume
+        options = {"id": run_id} if self.config.tracker == "wandb" else {}
+        name = f"{self.config.log_dir.resolve().name}-{run_id}"
+        self.tracker.init(project="gpt2", name=name, config=self.facts, resume="allow", **options)
 
     def say(self, text: str) -> None:
         """One event, above the bar."""
@@ -175,7 +182,7 @@ class Progress:
                 f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f} {rate:,.0f} tok/s"
                 + (f" MFU {mfu:.0%}" if mfu else "")
                 + (f" | evaluation in {duration(until * typical)}" if until else "")
-                + f" | ends in {duration(left * typical)}"
+                + f" | training left {duration(left * typical)}"
             )
             self.bar.update()
         elif time.monotonic() - self.last_line >= 1:
@@ -198,15 +205,20 @@ class Progress:
             self.track(self.tracker.finish)
 
 
+def is_default_recipe(config: Any, facts: dict[str, Any]) -> bool:
+    """Whether a run can be held against published ones: this recipe, this data."""
+    recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
+              "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
+    same = all(
+        getattr(config, field.name) == field.default for field in fields(config) if field.name in recipe
+    )
+    return same and plot.comparable_loss(facts)
+
+
 def unhealthy(config: Any, facts: dict[str, Any], step: int, val_loss: float) -> str | None:
     """A warning when a run of the default recipe leaves the band of healthy ones; None if all is well, or
     nothing is known."""
-    recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
-              "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
-    changed = any(
-        getattr(config, field.name) != field.default for field in fields(config) if field.name in recipe
-    )
-    if changed or not plot.comparable_loss(facts) or step not in HEALTHY_LOSS:
+    if step not in HEALTHY_LOSS or not is_default_recipe(config, facts):
         return None
     if val_loss <= (1 + TOLERANCE) * HEALTHY_LOSS[step]:
         return None
@@ -230,22 +242,22 @@ def result_of(
         "tokens": tokens,
         "training_hours": spent["training"] / 3600,
         "other_hours": spent["other"] / 3600,
-        "tokens_per_second": tokens / spent["training"] if spent["training"] else None,
+        "tokens_per_second": spent["tokens"] / spent["training"] if spent["training"] else None,
         "dollars": config.dollars_per_hour and config.dollars_per_hour * hours,
-        "interruptions": int(spent["interruptions"]),
+        "interruptions": facts["interruptions"],
     }  # fmt: skip
 
 
-def closing_table(facts: dict[str, Any], result: dict[str, Any]) -> str:
+def closing_table(config: Any, facts: dict[str, Any], result: dict[str, Any]) -> str:
     """The end of a run, beside published figures where the comparison is fair."""
-    rows = []
+    rows, default = [], is_default_recipe(config, facts)
     if result["validation_loss"] is not None:
-        fair = f"OpenAI's GPT-2 {plot.GPT2_VAL_LOSS}, healthy runs 3.02 to 3.09"
+        fair = f"OpenAI's GPT-2 {plot.GPT2_VAL_LOSS}" + (", healthy runs 3.02 to 3.09" if default else "")
         rows.append(
             ("validation loss", f"{result['validation_loss']:.4f}", plot.comparable_loss(facts) and fair)
         )
     if score := result["hellaswag"]:
-        fair = f"OpenAI's GPT-2 {plot.GPT2_HELLASWAG}, healthy runs .300 to .313"
+        fair = f"OpenAI's GPT-2 {plot.GPT2_HELLASWAG}" + (", healthy runs .300 to .313" if default else "")
         value = f"{score['acc_norm']:.4f} +- {score['standard_error']:.4f} on {score['items']:,} items"
         rows.append(("HellaSwag", value, plot.comparable_hellaswag(facts) and fair))
     hours = 3600 * result["training_hours"], 3600 * result["other_hours"]

@@ -12,12 +12,14 @@ flushed to disk, then renamed. A checkpoint that is damaged later is recognised 
 """
 
 import contextlib
+import json
 import os
 import platform
 import re
 import shutil
 import subprocess
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from pickle import UnpicklingError
@@ -42,6 +44,8 @@ class RunFolder:
         self.saved_at = time.monotonic()
         self.checkpoint: Path | None = None  # to go on from
         self.trainer: dict[str, Any] = {}  # the contents of its trainer.pt
+        self.run_id = uuid.uuid4().hex[:8]  # the same after every --resume
+        self.interruptions = 0
 
     def open(self, resume: bool, recipe: dict[str, Any]) -> int:
         """Make the folder, or find the newest sound checkpoint in it; returns the step to go on from.
@@ -54,6 +58,11 @@ class RunFolder:
                 f"{self.path} already holds a run; go on with --resume, or choose another --log_dir"
             )
         self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
+        if (self.path / "run.json").exists():  # begun before
+            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+                before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+                self.run_id, self.interruptions = before["run_id"], before["interruptions"]
+            self.interruptions += 1
         damaged = self.find_checkpoint()
         if damaged and not self.checkpoint:
             raise InputError(

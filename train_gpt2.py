@@ -48,7 +48,7 @@ from device import (
     choose_device,
     choose_dtype,
     device_name,
-    fast_math,
+    fast_attention,
     head_room,
     is_out_of_memory,
     keep_freed_memory,
@@ -301,8 +301,8 @@ class GPT(nn.Module):
         # saved.
         self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
-        # Each of the 2 * n_layer additions to the residual stream adds variance; this keeps it from growing with
-        # depth (GPT-2 paper, section 2.3).
+        # Each of the 2 * n_layer additions to the residual stream adds variance; this keeps it from growing
+        # with depth (GPT-2 paper, section 2.3).
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(parameter, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -759,11 +759,7 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor
 
 @torch.no_grad()
 def estimate_val_loss(
-    model: nn.Module,
-    loader: TokenLoader,
-    n_windows: int,
-    layout: "Layout",
-    fast: Callable[[], contextlib.AbstractContextManager],
+    model: nn.Module, loader: TokenLoader, n_windows: int, layout: "Layout", autocast: torch.autocast
 ) -> float:
     """Mean loss, nats per token, over the first `n_windows` windows of the validation split, divided among
     the ranks. The last batch is filled up with targets that don't count: shapes stay fixed for the compiled
@@ -776,7 +772,7 @@ def estimate_val_loss(
         if count < loader.B:
             x, y = F.pad(x, (0, 0, 0, loader.B - count)), F.pad(y, (0, 0, 0, loader.B - count), value=-100)
         x, y = to_device(layout.device, x, y)
-        with fast():
+        with fast_attention(layout.device), autocast:
             _, loss = model(x, y)
         losses.append(loss.float() * count)
     total = torch.stack(losses).cpu().double().sum().to(layout.collective_device)
@@ -921,8 +917,10 @@ class StopSignals:
             self.received, self.at = number, time.monotonic()
 
 
-def micro_batch_sizes(config: TrainConfig, layout: Layout) -> list[int]:
+def micro_batch_sizes(config: TrainConfig, model_config: GPTConfig, layout: Layout) -> list[int]:
     """The rows per forward pass and process that may be tried, most first; just one if the flag names it.
+    Where a full memory raises no error but slows the computer down, or ends the process, a cautious sum
+    leaves out what is too large.
 
     Raises InputError, with numbers that work, if the batch can't be divided.
     """
@@ -935,7 +933,15 @@ def micro_batch_sizes(config: TrainConfig, layout: Layout) -> list[int]:
     rows = config.total_batch_size // (T * W)  # of one process, one step
     divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
     if config.micro_batch_size is None:
-        return [n for n in divisors if n * T <= MOST_TOKENS[layout.device.type]] or [1]
+        sizes = [n for n in divisors if n * T <= MOST_TOKENS[layout.device.type]] or [1]
+        on_cuda = layout.device.type == "cuda"
+        limit = None if on_cuda else memory_limit(layout.device, config.memory_limit_gb)
+        if limit is not None:
+            # float32: the logits three times over, and per layer what some 17 vectors of n_embd take
+            per_row = 4 * T * (3 * model_config.vocab_size + 17 * model_config.n_layer * model_config.n_embd)
+            room = limit - 16 * model_config.n_parameters
+            sizes = [n for n in sizes if n * per_row <= room] or [1]
+        return sizes
     if config.micro_batch_size not in divisors:
         raise InputError(
             f"--micro_batch_size {config.micro_batch_size} does not divide the {rows} rows that each "
@@ -948,12 +954,12 @@ def check_memory(config: TrainConfig, model_config: GPTConfig, layout: Layout) -
     """What weights, gradients and AdamW's two moments take, in words; InputError if they alone can't fit."""
     each = 4 * model_config.n_parameters / GB  # float32
     need = f"{4 * each:.2f} GB for weights, gradients and the optimizer's two moments"
-    limit = memory_limit(layout.device, config.memory_limit_gb)
+    limits = layout.from_all(memory_limit(layout.device, config.memory_limit_gb))
+    limit = min((limit for limit in limits if limit is not None), default=None)
     if limit is not None and 4 * each * GB > limit:
         raise InputError(
             f"a model of {model_config.n_parameters:,} parameters needs {need}, {each:.2f} GB each; "
-            f"{device_name(layout.device)} has {limit / GB:.2f} GB for it: choose a smaller --model",
-            alone=True,
+            f"{device_name(layout.device)} has {limit / GB:.2f} GB for it: choose a smaller --model"
         )
     return need
 
@@ -973,11 +979,12 @@ def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], en
         chunked = next((size for size in sizes if size > rows and fits(size, LOSS_CHUNKS)), 0)
         if chunked:
             return chunked, LOSS_CHUNKS
+        if rows:
+            fits(rows, 1)  # again: what was compiled for it went with the failures that came after
     if not rows:
         raise InputError(
             f"out of memory with a micro-batch of {sizes[-1]} rows; a smaller --micro_batch_size, "
-            "--recompute, a shorter --sequence_length or a smaller --model takes less",
-            alone=True,
+            "--recompute, a shorter --sequence_length or a smaller --model takes less"
         )
     return rows, 1
 
@@ -988,13 +995,17 @@ def warm_up(model: nn.Module, raw_model: GPT, config: TrainConfig, rows: int, la
     x, y = torch.zeros((2, rows, config.sequence_length), dtype=torch.int64, device=layout.device)
     optimizer = configure_optimizer(raw_model, replace(config, max_lr=0.0))
     dtype = choose_dtype(config.dtype, layout.device, raw_model.config.n_embd)
-    for _ in range(2):  # the second time there are gradients to add to
-        with fast_math(layout.device, dtype):
-            _, loss = model(x, y)
-        loss.backward()
-    optimizer.step()
-    with torch.no_grad(), fast_math(layout.device, dtype):
-        model(x, y)[1].item()
+    autocast = torch.autocast(layout.device.type, dtype=dtype, enabled=dtype != torch.float32)
+    with fast_attention(layout.device):
+        for _ in range(2):  # the second time with gradients to add to, and the optimizer's moments there
+            with autocast:
+                _, loss = model(x, y)
+            loss.backward()
+            for parameter in raw_model.parameters():
+                parameter.grad.zero_()  # an overflow would reach the weights even so
+            optimizer.step()
+        with torch.no_grad(), autocast:
+            model(x, y)[1].item()
 
 
 def prepare_model(
@@ -1013,19 +1024,29 @@ def prepare_model(
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0][:100]
-        raw_model.zero_grad(set_to_none=True)
+            finally:
+                raw_model.zero_grad(set_to_none=True)
         if reason:
             say(f"a micro-batch of {rows} rows{', loss in chunks' if chunks > 1 else ''}: {reason}")
-            gc.collect()
-            if layout.device.type == "cuda":
-                torch.cuda.empty_cache()
+            free_memory()
+            if compiled:
+                torch.compiler.reset()  # a function is compiled for so many shapes only
         return reason is None
+
+    def free_memory() -> None:
+        gc.collect()
+        if layout.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     limit = memory_limit(layout.device, config.memory_limit_gb)
     use_compile, note = choose_compile(config.compile, layout.device)
     for compiled in (True, False) if use_compile else (False,):
         start = time.perf_counter()
-        # each size of micro-batch is compiled for itself; a graph for any size would be slower
+        # each size of micro-batch is compiled for itself; a graph for any size would be slower. One graph for
+        # the whole model: gradients are exchanged once in a step, too seldom to break it for the sake of
+        # overlap.
+        if compiled:
+            torch._dynamo.config.optimize_ddp = False
         model: nn.Module = torch.compile(raw_model, dynamic=False) if compiled else raw_model
         if layout.world_size > 1:  # also gives every process the main one's weights
             gpus = [layout.device.index] if layout.device.type == "cuda" else None
@@ -1033,20 +1054,25 @@ def prepare_model(
             model.require_backward_grad_sync = False  # each process tries for itself
         if len(sizes) == 1 and not compiled and layout.device.type != "cuda":
             return model, sizes[0], note  # nothing to find out
-        fault = None
+        found, fault = (0, 0), None
         try:
-            found = find_micro_batch_size(sizes, fits, ENOUGH_TOKENS // config.sequence_length)
-        except CommandError:
-            raise
+            found = find_micro_batch_size(sizes, fits, max(1, ENOUGH_TOKENS // config.sequence_length))
+        except InputError as error:
+            fault = error
         except Exception as error:  # whatever the compiler does not like; uncompiled, a true fault comes back
             if not compiled:
                 raise
             fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
         faults = [fault for fault in layout.from_all(fault) if fault]
+        for fault in faults:
+            if isinstance(fault, InputError):  # in every process, so that none waits for another
+                raise fault
         if not faults:
             break
         note = f"off: it failed ({faults[0]})"
         say(f"torch.compile failed, training goes on without it ({faults[0]})")
+        model = raw_model  # the wrapper goes, and the space for exchanging gradients with it
+        free_memory()
     # of unlike GPUs, the smallest decides
     rows, chunks = zip(*layout.from_all(found), strict=True)
     raw_model.loss_chunks = max(chunks)
@@ -1191,6 +1217,7 @@ def main(config: TrainConfig) -> None:
     if config.describe:
         print(list_tensors(config))
         return
+    started = time.perf_counter()
     layout = start_processes(config)
     device, W, T = layout.device, layout.world_size, config.sequence_length
 
@@ -1201,7 +1228,8 @@ def main(config: TrainConfig) -> None:
     encoding = get_encoding(shards.encoding)
     model_config = choose_model_config(config, encoding)
     dtype = choose_dtype(config.dtype, device, model_config.n_embd)
-    sizes, memory = micro_batch_sizes(config, layout), check_memory(config, model_config, layout)
+    sizes = micro_batch_sizes(config, model_config, layout)
+    memory = check_memory(config, model_config, layout)
     agree(layout, data=shards.fingerprint, dtype=str(dtype), micro_batch_sizes=tuple(sizes))
     train_loader = TokenLoader(
         shards, "train", sequence_length=T, rows_per_step=config.total_batch_size // T,
@@ -1227,7 +1255,6 @@ def main(config: TrainConfig) -> None:
     elif device.type == "cpu":
         keep_freed_memory()
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    fast = functools.partial(fast_math, device, dtype)  # autocast, and the attention for shapes that stay
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
     # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
@@ -1247,8 +1274,9 @@ def main(config: TrainConfig) -> None:
         config, raw_model, shards, layout, dtype=dtype, compile_note=compile_note, memory=memory,
         micro_batch_size=B, val_tokens=val_windows * T, hellaswag_items=len(hellaswag_items),
     )  # fmt: skip
-    spent = {"training": 0.0, "other": 0.0, "interruptions": 0, **folder.trainer.get("spent", {})}  # seconds
-    spent["interruptions"] += first_step > 0
+    spent = {"training": 0.0, "other": 0.0, "tokens": 0, **folder.trainer.get("spent", {})}  # seconds, tokens
+    spent["other"] += time.perf_counter() - started
+    facts |= {"run_id": folder.run_id, "interruptions": folder.interruptions}
     facts["dollars_so_far"] = (config.dollars_per_hour or 0) * (spent["training"] + spent["other"]) / 3600
     folder.describe(facts)
     progress.start(first_step, facts, raw_model.config.flops_per_token(T))
@@ -1266,7 +1294,7 @@ def main(config: TrainConfig) -> None:
         if last_step:  # a signal during the last update: there is nothing to stop but the final evaluation
             stopping = False
         if due(config.val_every):
-            val_loss = estimate_val_loss(model, val_loader, val_windows, layout, fast)
+            val_loss = estimate_val_loss(model, val_loader, val_windows, layout, autocast)
             progress.measured(step, {"val/loss": val_loss},
                               f"validation loss {val_loss:.4f} on {val_windows * T:,} tokens")  # fmt: skip
             folder.event(step, "val", f"{val_loss:.4f}")
@@ -1302,14 +1330,16 @@ def main(config: TrainConfig) -> None:
                 # read in the forward pass, so it is set before it.
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             x, y = batch
-            with fast():
-                _, loss = model(x, y)
-            loss = loss / grad_accum_steps  # gradients add up over micro-steps; the loss is a mean
-            loss_sum += loss.detach()
-            scaler.scale(loss).backward()
+            with fast_attention(device):
+                with autocast:
+                    _, loss = model(x, y)
+                loss = loss / grad_accum_steps  # gradients add up over micro-steps; the loss is a mean
+                loss_sum += loss.detach()
+                scaler.scale(loss).backward()
             # while a GPU is busy with what was asked of it, the next rows are copied there
             following = (step, micro_step + 1) if micro_step + 1 < grad_accum_steps else (step + 1, 0)
-            batch = to_device(device, *train_loader.batch(*following))
+            if following[0] < config.max_steps:
+                batch = to_device(device, *train_loader.batch(*following))
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         shared = torch.stack((loss_sum, torch.full((), float(stop.received > 0), device=device)))
@@ -1331,6 +1361,7 @@ def main(config: TrainConfig) -> None:
         # ----------------- everything that follows is diagnostics --------------
 
         spent["training"] += seconds
+        spent["tokens"] += config.total_batch_size
         folder.event(step, "train", f"{train_loss:.6f}")
         progress.step(step, train_loss, lr, norm, seconds)
     progress.close()
@@ -1345,9 +1376,8 @@ def main(config: TrainConfig) -> None:
     facts["result"] = result_of(config, facts, step, spent, val_loss, score)
     folder.describe(facts)
     folder.draw()  # with the time in its caption
-    progress.say(
-        f"done: {step:,} steps; the run is in {config.log_dir}\n{closing_table(facts, facts['result'])}"
-    )
+    table = closing_table(config, facts, facts["result"])
+    progress.say(f"done: {step:,} steps; the run is in {config.log_dir}\n{table}")
     leave(0, W)
 
 

@@ -19,7 +19,7 @@ import torch
 import tyro
 
 from benchmarks.training import spread
-from device import choose_device, choose_dtype, device_name, fast_math, keep_freed_memory
+from device import choose_device, choose_dtype, device_name, fast_attention, keep_freed_memory
 from shards import load_shards
 from train_gpt2 import GPT, GPTConfig, TokenLoader, TrainConfig, configure_optimizer, to_device
 
@@ -55,9 +55,10 @@ def main(config: Config) -> None:
     block, steps = model.transformer.h[0], iter(range(10**9))
 
     def both_ways(part: Callable[[], torch.Tensor]) -> None:
-        with fast_math(device, dtype):
-            out = part()
-        out.backward(torch.ones_like(out))
+        with fast_attention(device):
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                out = part()
+            out.backward(torch.ones_like(out))
 
     def whole() -> None:
         both_ways(lambda: model(x, y)[1])

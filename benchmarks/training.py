@@ -29,7 +29,7 @@ import transformers
 import tyro
 from torch.nn import functional as F
 
-from device import choose_device, choose_dtype, device_name, fast_math, keep_freed_memory
+from device import choose_device, choose_dtype, device_name, fast_attention, keep_freed_memory
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 
@@ -75,7 +75,7 @@ def make_step(way: str, config: Config) -> Callable[[], float]:
 
     def loss_of() -> torch.Tensor:
         if way.startswith("ours"):
-            with fast_math(device, dtype):
+            with fast_attention(device), autocast:
                 return run(x, y)[1]
         with autocast:
             if way == "tutorial":

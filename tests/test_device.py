@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import TINY, call
 from test_recovery import faulty
+from torch.nn.attention import SDPBackend
 
 import device
 import train_gpt2
 from device import (
     choose_attention,
     choose_dtype,
-    fast_math,
+    fast_attention,
     is_out_of_memory,
     keep_freed_memory,
     memory_limit,
@@ -42,20 +43,30 @@ RUN = (*TINY, "--max_steps=4", "--val_every=2", "--sample_every=4")
 
 def test_the_batch_is_divided_or_refused_with_numbers_that_work():
     config = TrainConfig()
-    assert micro_batch_sizes(replace(config, micro_batch_size=64), CPU) == [64]
-    assert micro_batch_sizes(config, CPU) == [4, 2, 1]
+    assert micro_batch_sizes(replace(config, micro_batch_size=64), GPTConfig(), CPU) == [64]
+    assert micro_batch_sizes(config, GPTConfig(), CPU) == [4, 2, 1]
     cuda = replace(CPU, device=torch.device("cuda"))
-    assert micro_batch_sizes(config, cuda) == [64, 32, 16, 8, 4, 2, 1]
-    assert micro_batch_sizes(replace(config, total_batch_size=12 * 1024), cuda) == [12, 6, 4, 3, 2, 1]
-    assert micro_batch_sizes(config, replace(CPU, world_size=512)) == [1]
+    assert micro_batch_sizes(config, GPTConfig(), cuda) == [64, 32, 16, 8, 4, 2, 1]
+    assert micro_batch_sizes(replace(config, total_batch_size=12 * 1024), GPTConfig(), cuda) == [
+        12,
+        6,
+        4,
+        3,
+        2,
+        1,
+    ]
+    assert micro_batch_sizes(config, GPTConfig(), replace(CPU, world_size=512)) == [1]
+    # a row of 1,024 tokens takes 1.26 GB on a CPU; with 16 bytes per parameter, 1.99 GB, two fit into 5 GB
+    assert micro_batch_sizes(replace(config, memory_limit_gb=5), GPTConfig(), CPU) == [2, 1]
+    assert micro_batch_sizes(replace(config, memory_limit_gb=2), GPTConfig(), CPU) == [1]
     with pytest.raises(
         InputError, match=r"--micro_batch_size 60 does not divide the 512 rows .* 32, 64, 128"
     ):
-        micro_batch_sizes(replace(config, micro_batch_size=60), CPU)
+        micro_batch_sizes(replace(config, micro_batch_size=60), GPTConfig(), CPU)
     with pytest.raises(InputError, match=r"--total_batch_size 500000 .*; 499712 can"):
-        micro_batch_sizes(replace(config, total_batch_size=500_000), CPU)
+        micro_batch_sizes(replace(config, total_batch_size=500_000), GPTConfig(), CPU)
     with pytest.raises(InputError, match="3 processes; 525312 can"):
-        micro_batch_sizes(config, replace(CPU, world_size=3))
+        micro_batch_sizes(config, GPTConfig(), replace(CPU, world_size=3))
     assert 525312 % (3 * 1024) == 0
 
 
@@ -65,7 +76,7 @@ def test_the_batch_is_divided_or_refused_with_numbers_that_work():
         (100, 100, (64, 1), 1),  # all fits
         (16, 100, (16, 1), 3),  # enough rows: no chunks
         (4, 16, (16, 8), 8),
-        (4, 4, (4, 1), 9),  # chunks don't help
+        (4, 4, (4, 1), 10),  # chunks don't help
         (0, 1, (1, 8), 14),
     ],
 )
@@ -146,12 +157,51 @@ def test_a_full_memory_is_recognised():
         torch.empty(2**50)
     assert is_out_of_memory(caught.value)
     assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory."))
+    windows = "DefaultCPUAllocator: not enough memory: you tried to allocate 5 bytes"
+    assert is_out_of_memory(RuntimeError(windows))
+    assert is_out_of_memory(RuntimeError("Invalid buffer size: 9.00 GB"))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"))
     assert not is_out_of_memory(RuntimeError("shapes differ"))
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
 # ------------------------------------------------------------------ memory
+
+
+def test_recomputed_blocks_attend_in_the_same_way(monkeypatch, text_shards, tmp_path):
+    """Another attention than PyTorch's first choice, in the forward pass, must be that of the backward pass
+    too."""
+    monkeypatch.setattr(device, "choose_attention", lambda _: [SDPBackend.MATH])
+    config = TrainConfig(
+        data_dir=text_shards, log_dir=tmp_path / "log", n_layer=2, n_head=2, n_embd=32, sequence_length=32,
+        total_batch_size=256, max_steps=2, warmup_steps=2, val_every=0, hellaswag_every=0, sample_every=0,
+        device="cpu", recompute=True, checkpoint_every=0,
+    )  # fmt: skip
+    train_gpt2.main(config)
+    assert len(read_log(tmp_path / "log/log.txt")["train"]) == 2
+
+
+def test_the_warm_up_needs_what_a_step_needs_and_leaves_nothing():
+    """The moments are there in its second pass, and not even an overflow reaches the weights."""
+    torch.manual_seed(0)
+    model = GPT(SMALL)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = float("inf")  # the loss is NaN, and every gradient
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    states = []
+
+    def watched(idx, targets):
+        states.append(sum(len(optimizer.state) for optimizer in made))
+        return model(idx, targets)
+
+    made = []
+    configure = train_gpt2.configure_optimizer
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_gpt2, "configure_optimizer", lambda *a: made.append(configure(*a)) or made[-1])
+        train_gpt2.warm_up(watched, model, TrainConfig(sequence_length=16), 2, CPU)
+    assert states[1] == len(before)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,13 +214,14 @@ def test_the_loss_in_chunks_and_recomputed_blocks_have_the_plain_gradients(dtype
         torch.manual_seed(1)
         model = GPT(SMALL).pad_vocabulary()
         model.loss_chunks, model.recompute = chunks, recompute
-        with fast_math(torch.device("cpu"), dtype):
+        autocast = torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32)
+        with autocast:
             logits, loss = model(x, y)
         assert (logits is None) == (chunks > 1)
         loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
         losses.append(loss.item())
-        with torch.no_grad(), fast_math(torch.device("cpu"), dtype):
+        with torch.no_grad(), autocast:
             assert model(x, y)[1].item() == pytest.approx(losses[0], abs=1e-5)
     assert losses == pytest.approx([losses[0]] * 4, abs=1e-5)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
@@ -268,7 +319,7 @@ def test_work_per_token():
 def test_losses_do_not_depend_on_the_attention():
     torch.manual_seed(0)
     model, idx = GPT(SMALL), torch.randint(0, 300, (2, 65))
-    with fast_math(torch.device("cpu"), torch.float32):
+    with fast_attention(torch.device("cpu")):
         fast = model(idx[:, :-1], idx[:, 1:])[1]
     assert fast.item() == pytest.approx(model(idx[:, :-1], idx[:, 1:])[1].item(), abs=1e-6)
 
@@ -312,6 +363,35 @@ def test_nothing_is_compiled_again_after_the_warm_up(monkeypatch, text_shards, t
     counted = torch._dynamo.utils.counters
     assert counted["stats"]["unique_graphs"] == 2  # training, and validation without gradients
     assert not counted["graph_break"]
+
+
+def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypatch):
+    """PyTorch compiles a function for 8 shapes, then silently no more: a size that fails must not count."""
+    torch._dynamo.reset()
+    compile_, warm, ran = torch.compile, train_gpt2.warm_up, []
+
+    def backend(graph, _):
+        def run_graph(*inputs):
+            ran.append(inputs)
+            return graph(*inputs)
+
+        return run_graph
+
+    def small_memory(model, raw_model, config, rows, layout):
+        warm(model, raw_model, config, rows, layout)
+        if rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(train_gpt2, "choose_compile", lambda *_: (True, "on"))
+    monkeypatch.setattr(train_gpt2, "warm_up", small_memory)
+    monkeypatch.setattr(torch, "compile", lambda model, **k: compile_(model, backend=backend, **k))
+    config = TrainConfig(sequence_length=16, total_batch_size=16 * 12)
+    model, rows, _ = prepare_model(GPT(replace(SMALL, n_layer=1)), config, [12, 6, 4, 3, 2, 1], CPU, lambda _: None)
+    assert rows == 1
+    ran.clear()
+    idx = torch.zeros(1, 16, dtype=torch.long)
+    model(idx, idx.clone())
+    assert ran
 
 
 def test_training_goes_on_where_compilation_fails(monkeypatch, text_shards, tmp_path):

@@ -20,7 +20,14 @@ from train_gpt2 import Layout, TrainConfig
 
 CPU = Layout(0, 1, torch.device("cpu"))
 RUN = (*TINY, "--max_steps=6", "--val_every=3", "--sample_every=0")
-FAIR = {"encoding": "gpt2", "data": {"dataset": "HuggingFaceFW/fineweb-edu"}, "hellaswag_items": 10_042}
+FAIR = {
+    "precision": "bfloat16, torch.compile on",
+    "run_id": "1234",
+    "interruptions": 2,
+    "encoding": "gpt2",
+    "data": {"dataset": "HuggingFaceFW/fineweb-edu"},
+    "hellaswag_items": 10_042,
+}
 
 
 @pytest.fixture
@@ -60,7 +67,7 @@ def test_the_bar_shows_what_one_waits_for(progress, monkeypatch):
         bar.step(step, 3.21, 6e-4, 0.312, seconds=7.2)
     shown = bar.bar.postfix
     assert shown.startswith("loss 3.210 lr 6.0e-04 norm 0.31 72,818 tok/s MFU")
-    assert shown.endswith("| evaluation in 29 min | ends in 1 h 59 min")
+    assert shown.endswith("| evaluation in 29 min | training left 1 h 59 min")
     assert "training will take about 1 h 59 min, $0.99 (7.20 s a step)" in bar.said
     bar.close()
 
@@ -97,10 +104,10 @@ def test_an_unhealthy_loss_is_said_once(progress, changes, facts, step, loss, wa
 
 def test_the_closing_table_compares_where_it_is_fair():
     config = TrainConfig(dollars_per_hour=2.0)
-    spent = {"training": 9 * 3600.0, "other": 3600.0, "interruptions": 2}
+    spent = {"training": 9 * 3600.0, "other": 3600.0, "tokens": 9_999_745_024}
     score = Score(10_042, 0.29, 0.305, 0, [])
     result = report.result_of(config, FAIR, 19_073, spent, 3.0512, score)
-    table = report.closing_table(FAIR, result)
+    table = report.closing_table(config, FAIR, result)
     assert "3.0512 (OpenAI's GPT-2 3.2924, healthy runs 3.02 to 3.09)" in table
     assert "0.3050 +- 0.0046 on 10,042 items (OpenAI's GPT-2 0.2955, healthy runs .300 to .313)" in table
     assert "9,999,745,024" in table
@@ -108,11 +115,13 @@ def test_the_closing_table_compares_where_it_is_fair():
     assert "308,634 tokens/s" in table
     assert "$20.00" in table
     assert "interruptions:   2" in table
-    elsewhere = report.closing_table({"encoding": "bytes"}, result)
+    other_recipe = report.closing_table(replace(config, max_steps=200), FAIR, result)
+    assert "3.0512 (OpenAI's GPT-2 3.2924)" in other_recipe
+    elsewhere = report.closing_table(config, FAIR | {"encoding": "bytes"}, result)
     assert "OpenAI" not in elsewhere
     assert json.loads(json.dumps(result)) == result
     nothing = report.result_of(TrainConfig(), FAIR, 5, spent, float("nan"), None)
-    assert "validation" not in report.closing_table(FAIR, nothing)
+    assert "validation" not in report.closing_table(config, FAIR, nothing)
 
 
 def test_the_end_is_kept_in_run_json_and_counts_interruptions(tmp_path, text_shards):
@@ -150,7 +159,7 @@ def test_a_tracker_gets_the_values(tmp_path, text_shards, monkeypatch):
         f"--log_dir={tmp_path / 'a_run'}",
     )
     assert calls[0][0] == "init"
-    assert calls[0][1]["name"] == "a_run"
+    assert calls[0][1]["name"] == f"a_run-{calls[0][1]['id']}"
     assert calls[0][1]["config"]["train_config"]["max_steps"] == 6
     assert calls[-1][0] == "finish"
     logged = [(step, kind.split("/")[0]) for step, values in calls[1:-1] for kind in values]
@@ -190,7 +199,7 @@ def test_with_trackio_itself(tmp_path, text_shards):
     flags = ("--tracker=trackio", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'a_run'}")
     run("train_gpt2.py", *RUN, *flags, env={"TRACKIO_DIR": str(tmp_path / "trackio")})
     with contextlib.closing(sqlite3.connect(tmp_path / "trackio/gpt2.db")) as database:
-        rows = database.execute("select step, metrics from metrics where run_name = 'a_run'").fetchall()
+        rows = database.execute("select step, metrics from metrics where run_name like 'a_run-%'").fetchall()
     logged = [(step, json.loads(values)) for step, values in rows]
     for kind, name in (("train", "train/loss"), ("val", "val/loss")):
         expected = plot.read_log(tmp_path / "a_run/log.txt")[kind]
