@@ -20,7 +20,7 @@ from device import (
     memory_limit,
     peak_flops,
 )
-from plot import read_log
+from plot import read_log, read_run
 from shards import InputError
 from train_gpt2 import (
     GPT,
@@ -98,7 +98,10 @@ def test_nothing_fits():
 
 @pytest.mark.parametrize(
     ("faults", "rows", "says"),
-    [("oom=2", 2, "1 processes x 4 micro-steps"), ("oom=1:4", 4, "the loss in 8 chunks")],
+    [
+        pytest.param("oom=2", 2, "1 processes x 4 micro-steps", marks=pytest.mark.slow),
+        ("oom=1:4", 4, "the loss in 8 chunks"),
+    ],
 )
 def test_out_of_memory_leads_to_a_smaller_micro_batch_and_the_same_losses(
     faults, rows, says, tmp_path, text_shards
@@ -123,6 +126,7 @@ def test_all_processes_take_what_fits_on_the_smallest(tmp_path, text_shards):
     assert "256 tokens a step = 1 rows x 32 tokens x 2 processes x 4 micro-steps" in done.stdout
 
 
+@pytest.mark.slow
 def test_nothing_fits_is_one_line(tmp_path, text_shards):
     done = faulty("oom=0", *RUN, f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}", check=False)
     assert done.returncode == 2
@@ -131,14 +135,24 @@ def test_nothing_fits_is_one_line(tmp_path, text_shards):
 
 
 def test_out_of_memory_later_names_the_flags_to_go_on_with(tmp_path, text_shards):
-    flags = (*RUN, "--checkpoint_every=2", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}")
+    """And the run, when it is over, knows that it was interrupted."""
+    flags = (*RUN, "--checkpoint_every=2", "--dollars_per_hour=1e6")
+    flags = (*flags, f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}")
     done = faulty("oom_step=3", *flags, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("error: out of memory, which another program may have taken")
     assert "--resume" in done.stderr
     assert "--micro_batch_size" in done.stderr
     assert done.stderr.count("\n") == 1
-    call("train_gpt2.py", *flags, "--resume")
+    done = call("train_gpt2.py", *flags, "--resume")
+    result = read_run(tmp_path / "log")["result"]
+    assert result["interruptions"] == 1
+    assert result["tokens"] == 4 * 256
+    assert result["validation_loss"] == read_log(tmp_path / "log/log.txt")["val"][-1][1]
+    assert result["dollars"] == pytest.approx(1e6 * (result["training_hours"] + result["other_hours"]))
+    assert "interruptions:   1" in done.stdout
+    assert "cost:        $1,000,000.00 an hour, $" in done.stdout
+    assert "OpenAI" not in done.stdout
     call("train_gpt2.py", *flags, f"--log_dir={tmp_path / 'undisturbed'}")
     ends = [tmp_path / name / "checkpoint_00004/model.safetensors" for name in ("log", "undisturbed")]
     assert ends[0].read_bytes() == ends[1].read_bytes()
@@ -384,9 +398,12 @@ def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypat
 
     monkeypatch.setattr(train_gpt2, "choose_compile", lambda *_: (True, "on"))
     monkeypatch.setattr(train_gpt2, "warm_up", small_memory)
+    monkeypatch.setattr(train_gpt2, "ENOUGH_TOKENS", 1)  # no need for chunks
     monkeypatch.setattr(torch, "compile", lambda model, **k: compile_(model, backend=backend, **k))
     config = TrainConfig(sequence_length=16, total_batch_size=16 * 12)
-    model, rows, _ = prepare_model(GPT(replace(SMALL, n_layer=1)), config, [12, 6, 4, 3, 2, 1], CPU, lambda _: None)
+    model, rows, _ = prepare_model(
+        GPT(replace(SMALL, n_layer=1)), config, [12, 6, 4, 3, 2, 1], CPU, lambda _: None
+    )
     assert rows == 1
     ran.clear()
     idx = torch.zeros(1, 16, dtype=torch.long)

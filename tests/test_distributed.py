@@ -39,6 +39,7 @@ def test_gradients_do_not_depend_on_the_layout(tmp_path, text_shards):
     assert all(torch.equal(two_processes[name], other_rank[name]) for name in other_rank)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(tmp_path, text_shards):
     common = (*TINY, f"--data_dir={text_shards}", "--max_steps=12", "--val_every=5", "--sample_every=6")
     call("train_gpt2.py", *common, "--micro_batch_size=2", f"--log_dir={tmp_path / 'one'}")

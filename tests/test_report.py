@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, call, run
-from test_recovery import faulty
 
 import plot
 import report
@@ -122,21 +121,6 @@ def test_the_closing_table_compares_where_it_is_fair():
     assert json.loads(json.dumps(result)) == result
     nothing = report.result_of(TrainConfig(), FAIR, 5, spent, float("nan"), None)
     assert "validation" not in report.closing_table(config, FAIR, nothing)
-
-
-def test_the_end_is_kept_in_run_json_and_counts_interruptions(tmp_path, text_shards):
-    flags = (*RUN, "--checkpoint_every=2", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}",
-             "--dollars_per_hour=1000000")  # fmt: skip
-    assert faulty("oom_step=3", *flags, check=False).returncode == 1
-    done = call("train_gpt2.py", *flags, "--resume")
-    result = plot.read_run(tmp_path / "log")["result"]
-    assert result["interruptions"] == 1
-    assert result["tokens"] == 6 * 256
-    assert result["validation_loss"] == plot.read_log(tmp_path / "log/log.txt")["val"][-1][1]
-    assert result["dollars"] == pytest.approx(1e6 * (result["training_hours"] + result["other_hours"]))
-    assert "interruptions:   1" in done.stdout
-    assert "cost:        $1,000,000.00 an hour, $" in done.stdout
-    assert "OpenAI" not in done.stdout
 
 
 # ------------------------------------------------------------------ trackers

@@ -245,10 +245,9 @@ def test_the_demo_runs(tmp_path):
     assert record["tokens"] > 1_000_000
 
 
-MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
-
-
-@pytest.mark.parametrize("file", MODULES)
+@pytest.mark.parametrize(
+    "file", ["train_gpt2", "fineweb", "hellaswag", "sample", "plot", "device, report, run_folder, shards"]
+)
 def test_importing_a_file_does_nothing(file, tmp_path):
     code = (
         f"import sys, {file}; heavy = {{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules);"
