@@ -7,27 +7,24 @@ No GPU, three minutes:   python train_gpt2.py --demo
 After an interruption:   the same command with --resume
 
 The recipe is the one of the lecture: GPT-2's architecture, GPT-3's schedule, 10 billion tokens of
-FineWeb-Edu, 524,288 of them a step. The defaults below are that recipe, and every number of it is a flag.
+FineWeb-Edu, 524,288 of them a step. The defaults below are that recipe; each is a flag.
 
 This file, top to bottom: configuration, model, optimisation, data, evaluation, run plumbing, main. Beside it:
 fineweb.py writes the token shards, shards.py reads them and holds the encodings, device.py knows what the
-device can do, hellaswag.py scores a model, sample.py lets it write, plot.py draws the curves, report.py is
-what a run says, run_folder.py keeps what it leaves on disk.
+device can do, processes.py starts, stops and joins processes, hellaswag.py scores a model, sample.py lets it
+write, plot.py draws the curves, report.py is what a run says, run_folder.py keeps what it leaves on disk.
 """
 
-import contextlib
 import functools
 import gc
 import json
 import math
 import operator
-import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,7 +42,6 @@ import hellaswag
 from device import (
     GB,
     choose_compile,
-    choose_device,
     choose_dtype,
     device_name,
     fast_attention,
@@ -55,6 +51,7 @@ from device import (
     memory_limit,
 )
 from fineweb import write_demo_shards
+from processes import Layout, StopSignals, agree, faults_in_one_line, leave, start_processes
 from report import Progress, check_tracker, closing_table, gather_facts, result_of
 from run_folder import RunFolder, list_checkpoints
 from shards import (
@@ -800,121 +797,7 @@ def write_samples(
 
 
 # -----------------------------------------------------------------------------
-# run plumbing: processes, signals, the micro-batch, the recipe
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which of how many processes this is, and the device it computes on."""
-
-    rank: int
-    world_size: int
-    device: torch.device
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0  # the one that talks, samples and saves for all
-
-    @property
-    def collective_device(self) -> torch.device:
-        """Where tensors that travel between processes live: NCCL wants the GPU, gloo the CPU."""
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
-
-    def from_main(self, make: Callable[[], Any]) -> Any:
-        """What `make()` returns in the main process, in every process; or its CommandError, raised in every
-        process."""
-        outcome: list[Any] = [None, None]
-        if self.is_main:
-            try:
-                outcome[0] = make()
-            except CommandError as error:
-                outcome[1] = error
-        if self.world_size > 1:
-            dist.broadcast_object_list(outcome, device=self.collective_device)
-        if outcome[1]:
-            raise outcome[1]
-        return outcome[0]
-
-    def from_all(self, value: Any) -> list[Any]:
-        """Every process's `value`, by rank."""
-        values = [value]
-        if self.world_size > 1:
-            values = [None] * self.world_size
-            dist.all_gather_object(values, value)
-        return values
-
-
-def start_processes(config: TrainConfig) -> Layout:
-    """The layout of this process, from torchrun's environment variables if there are any.
-
-    Raises InputError when the device asked for is not there.
-    """
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
-    device = choose_device(config.device)
-    if device.type == "mps" and world_size > 1:
-        raise InputError("several processes can't share MPS; use one, or --device cpu")
-    if device.type == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
-                "lower --nproc_per_node",
-                alone=local_rank == torch.cuda.device_count(),
-            )
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=config.timeout_minutes)
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # After `torchrun --max_restarts` the store still holds the addresses of the processes that died,
-            # and gloo may wait for them. (Several hosts count restarts each for itself: see the README.)
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    return Layout(rank, world_size, device)
-
-
-@contextlib.contextmanager
-def faults_in_one_line() -> Iterator[None]:
-    """Turns what gloo or NCCL say when another process is gone, and a full memory, into a RunFault."""
-    try:
-        yield
-    except RuntimeError as error:
-        first_line = (str(error).splitlines() or [""])[0]
-        if is_out_of_memory(error):
-            raise RunFault(
-                "out of memory, which another program may have taken; the same command with --resume finds "
-                "the micro-batch that fits now, --micro_batch_size N sets one; the tokens of every step stay "
-                f"the same ({first_line[:150]})",
-                alone=True,
-            ) from error
-        if not isinstance(error, dist.DistError) and "gloo" not in first_line.lower():
-            raise
-        raise RunFault(
-            "lost contact with another process, which died or was cut off; go on with --resume "
-            f"({first_line[:150]})",
-            alone=True,
-        ) from error
-
-
-class StopSignals:
-    """SIGTERM and SIGINT wait until the step is finished and saved; a second SIGINT ends at once."""
-
-    def __init__(self) -> None:
-        self.received = 0  # the signal's number
-        self.at = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
-
-    def handle(self, number: int, _frame: Any) -> None:
-        # torchrun passes Ctrl-C on to processes that the terminal has told already: not a second one
-        if number == self.received == signal.SIGINT and time.monotonic() - self.at > 0.5:
-            os._exit(128 + signal.SIGINT)
-        if not self.received:
-            self.received, self.at = number, time.monotonic()
+# run plumbing: the micro-batch, compilation, the recipe
 
 
 def micro_batch_sizes(config: TrainConfig, model_config: GPTConfig, layout: Layout) -> list[int]:
@@ -1150,14 +1033,6 @@ def load_hellaswag(config: TrainConfig) -> list[hellaswag.Item]:
         return []
 
 
-def agree(layout: Layout, **settings: Any) -> None:
-    """Raises InputError unless every process came to the same settings."""
-    for name in settings:
-        values = layout.from_all(settings[name])
-        if len(set(values)) > 1:
-            raise InputError(f"the processes differ in {name}: {', '.join(map(str, values))}")
-
-
 def restore(
     optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, trainer: dict[str, Any], layout: Layout
 ) -> None:
@@ -1199,18 +1074,6 @@ def non_finite_fault(step: int, loss: torch.Tensor, norm: float, layout: Layout)
 # main
 
 
-def leave(status: int, world_size: int) -> None:
-    """End with this exit status. One of several processes ends at once: while Python takes itself apart, a
-    thread of the process group may still live, and C++ then aborts a run that is finished."""
-    if world_size == 1:
-        if status:
-            sys.exit(status)
-        return
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status)
-
-
 @faults_in_one_line()
 def main(config: TrainConfig) -> None:
     check_config(config)
@@ -1218,7 +1081,7 @@ def main(config: TrainConfig) -> None:
         print(list_tensors(config))
         return
     started = time.perf_counter()
-    layout = start_processes(config)
+    layout = start_processes(config.device, config.timeout_minutes)
     device, W, T = layout.device, layout.world_size, config.sequence_length
 
     # Everything that can be wrong with the input is found before work begins.

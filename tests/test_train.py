@@ -246,7 +246,8 @@ def test_the_demo_runs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "file", ["train_gpt2", "fineweb", "hellaswag", "sample", "plot", "device, report, run_folder, shards"]
+    "file",
+    ["train_gpt2", "fineweb", "hellaswag", "sample", "plot", "device, processes, report, run_folder, shards"],
 )
 def test_importing_a_file_does_nothing(file, tmp_path):
     code = (

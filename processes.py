@@ -1,0 +1,155 @@
+"""
+The processes of a run: which of how many this is, how they meet, what they tell one another, and how they
+end.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from device import choose_device, is_out_of_memory
+from shards import CommandError, InputError, RunFault
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which of how many processes this is, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0  # the one that talks, samples and saves for all
+
+    @property
+    def collective_device(self) -> torch.device:
+        """Where tensors that travel between processes live: NCCL wants the GPU, gloo the CPU."""
+        return self.device if self.device.type == "cuda" else torch.device("cpu")
+
+    def from_main(self, make: Callable[[], Any]) -> Any:
+        """What `make()` returns in the main process, in every process; or its CommandError, raised in every
+        process."""
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = make()
+            except CommandError as error:
+                outcome[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(outcome, device=self.collective_device)
+        if outcome[1]:
+            raise outcome[1]
+        return outcome[0]
+
+    def from_all(self, value: Any) -> list[Any]:
+        """Every process's `value`, by rank."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
+
+def start_processes(wanted: str, timeout_minutes: float) -> Layout:
+    """The layout of this process, on the device that is wanted, from torchrun's environment variables if
+    there are any.
+
+    Raises InputError when the device asked for is not there.
+    """
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+    )
+    device = choose_device(wanted)
+    if device.type == "mps" and world_size > 1:
+        raise InputError("several processes can't share MPS; use one, or --device cpu")
+    if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of this node has no GPU: there are {torch.cuda.device_count()}; "
+                "lower --nproc_per_node",
+                alone=local_rank == torch.cuda.device_count(),
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
+        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # After `torchrun --max_restarts` the store still holds the addresses of the processes that died,
+            # and gloo may wait for them. (Several hosts count restarts each for itself: see the README.)
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    return Layout(rank, world_size, device)
+
+
+@contextlib.contextmanager
+def faults_in_one_line() -> Iterator[None]:
+    """Turns what gloo or NCCL say when another process is gone, and a full memory, into a RunFault."""
+    try:
+        yield
+    except RuntimeError as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        if is_out_of_memory(error):
+            raise RunFault(
+                "out of memory, which another program may have taken; the same command with --resume finds "
+                "the micro-batch that fits now, --micro_batch_size N sets one; the tokens of every step stay "
+                f"the same ({first_line[:150]})",
+                alone=True,
+            ) from error
+        if not isinstance(error, dist.DistError) and "gloo" not in first_line.lower():
+            raise
+        raise RunFault(
+            "lost contact with another process, which died or was cut off; go on with --resume "
+            f"({first_line[:150]})",
+            alone=True,
+        ) from error
+
+
+class StopSignals:
+    """SIGTERM and SIGINT wait until the step is finished and saved; a second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.received = 0  # the signal's number
+        self.at = 0.0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle)
+
+    def handle(self, number: int, _frame: Any) -> None:
+        # torchrun passes Ctrl-C on to processes that the terminal has told already: not a second one
+        if number == self.received == signal.SIGINT and time.monotonic() - self.at > 0.5:
+            os._exit(128 + signal.SIGINT)
+        if not self.received:
+            self.received, self.at = number, time.monotonic()
+
+
+def agree(layout: Layout, **settings: Any) -> None:
+    """Raises InputError unless every process came to the same settings."""
+    for name in settings:
+        values = layout.from_all(settings[name])
+        if len(set(values)) > 1:
+            raise InputError(f"the processes differ in {name}: {', '.join(map(str, values))}")
+
+
+def leave(status: int, world_size: int) -> None:
+    """End with this exit status. One of several processes ends at once: while Python takes itself apart, a
+    thread of the process group may still live, and C++ then aborts a run that is finished."""
+    if world_size == 1:
+        if status:
+            sys.exit(status)
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
