@@ -820,8 +820,9 @@ def micro_batch_sizes(config: TrainConfig, model_config: GPTConfig, layout: Layo
         on_cuda = layout.device.type == "cuda"
         limit = None if on_cuda else memory_limit(layout.device, config.memory_limit_gb)
         if limit is not None:
-            # float32: the logits three times over, and per layer what some 17 vectors of n_embd take
-            per_row = 4 * T * (3 * model_config.vocab_size + 17 * model_config.n_layer * model_config.n_embd)
+            # float32: the logits three times over, and per layer what some 17 vectors of n_embd take; all
+            # that twice, for what the C library keeps
+            per_row = 8 * T * (3 * model_config.vocab_size + 17 * model_config.n_layer * model_config.n_embd)
             room = limit - 16 * model_config.n_parameters
             sizes = [n for n in sizes if n * per_row <= room] or [1]
         return sizes

@@ -135,7 +135,7 @@ def peer_rate(command: str) -> float:
     """The median of the tokens/s that a command prints."""
     done = subprocess.run(shlex.split(command), capture_output=True, text=True, check=True)
     number, unit = r"([\d,]+(?:\.\d+)?)", r"(?:tok/sec|tok/s|tokens/sec|tokens/s)"
-    found = re.findall(rf"{unit}:?\s*{number}|{number}\s*{unit}", done.stdout + done.stderr)
+    found = re.findall(rf"{unit}:\s*{number}|{number}\s*{unit}(?![\w:])", done.stdout + done.stderr)
     if not found:
         raise SystemExit(f"{command!r} printed no tokens/s")
     return statistics.median(float((a or b).replace(",", "")) for a, b in found)
