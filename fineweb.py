@@ -83,18 +83,20 @@ REMARKS = {
 class ShardConfig:
     """Tokenize text into shards for train_gpt2.py."""
 
+    # -- what is read
     input: tuple[str, ...] = ()
     """Local files, folders or globs of .parquet, .jsonl, .jsonl.gz and .txt, each file read once; a .txt
     file is one document. Without: --dataset."""
     dataset: str = FINEWEB_EDU
     """A dataset on the Hugging Face Hub."""
     config: str | None = None
-    """Its configuration. None: for FineWeb-Edu sample-10BT (there are sample-100BT and sample-350BT), for
-    another dataset its default one."""
+    """Its configuration; default: for FineWeb-Edu sample-10BT (there are sample-100BT and sample-350BT), for
+    another dataset its own default."""
     revision: str = "main"
     """Its branch, tag or commit; what it stands for at the start is used to the end, and recorded."""
     text_column: str = "text"
     """The column of a parquet file, or the key of a JSON line, that holds the text."""
+    # -- what is written
     output_dir: Path = Path("edu_fineweb10B")
     """Folder for the shards; made if missing."""
     shard_size: int = 100_000_000
@@ -103,10 +105,12 @@ class ShardConfig:
     """Stop after this many tokens; default: the whole input."""
     encoding: Literal["gpt2", "bytes"] = "gpt2"
     """gpt2: the 50,257 tokens of GPT-2; bytes: one token per byte."""
+    # -- how
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
     """Threads that tokenize; their number never changes the result."""
     keep_downloads: bool = False
     """Keep the Hub's files, in OUTPUT_DIR/downloads; default: each is deleted when its shards are safe."""
+    # -- instead: look at shards that are there
     check: Path | None = None
     """Only verify the shards in this folder: headers, sizes, ids, and sums where shards.json has them."""
     write_shards_json: bool = False

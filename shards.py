@@ -9,6 +9,8 @@ they were made from and how they can be verified.
 import contextlib
 import errno
 import hashlib
+import inspect
+import io
 import json
 import os
 import platform
@@ -52,7 +54,7 @@ class RunFault(CommandError):
 def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -> None:
     """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`
     with it; `default` is an instance that holds other defaults than the dataclass. --version says which this
-    is.
+    is, --help lists the flags, under headings that stand as comments in the dataclass.
 
     Bad input ends with one line on standard error and exit status 2, a fault while running (a full disk, no
     permission) with one line and status 1, Ctrl-C with 130; never with a traceback.
@@ -64,9 +66,12 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
         print(f"{Path(sys.argv[0]).name} {VERSION}, Python {platform.python_version()}")
         return
     options = {} if default is None else {"default": default}
-    arguments = tyro.cli(config, use_underscores=True, **options)
     try:
-        main(arguments)
+        if {"-h", "--help"} & set(sys.argv[1:]):
+            print(help_of(config, options), end="")
+        else:
+            main(tyro.cli(config, use_underscores=True, **options))
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever read the output, as `head` does, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -78,6 +83,21 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def help_of(config: Any, options: dict[str, Any]) -> str:
+    """tyro's --help, in which a comment "# -- the model" above a field of `config` has become a heading, and
+    a default of None, whose meaning each flag explains, is not mentioned."""
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        tyro.cli(config, use_underscores=True, **options)
+    source = inspect.getsource(config) if inspect.isclass(config) else ""
+    headings = {name: heading for heading, name in re.findall(r"# -- (.+)\n +(\w+):", source)}
+    help = re.sub(r"\{None\}\|(\w+)(?=  )", r"\1       ", text.getvalue()).replace("{None}|", "")
+    help = re.sub(r"\s+\(default:(\s+None)?\s*\)", "", help)
+    help = re.sub(r"  -h, --help( .* )show.*exit", r"\g<0>\n  --version \1say which this is and exit", help)
+    for name, heading in headings.items():
+        help = re.sub(rf"^  --{name}\b", f"\n {heading}\n\\g<0>", help, flags=re.MULTILINE)
+    return re.sub(r" +$", "", help, flags=re.MULTILINE)
 
 
 # -----------------------------------------------------------------------------

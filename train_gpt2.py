@@ -113,16 +113,16 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train GPT-2 on token shards. The defaults reproduce GPT-2 (124M) on FineWeb-Edu.
+    """Train GPT-2 on token shards. The defaults reproduce GPT-2 (124M) on FineWeb-Edu."""
 
-    An interval of 0 means never.
-    """
-
+    # -- the run
     demo: bool = False  # a small GPT on the prose of Python's own documentation, minutes on a CPU
     data_dir: Path = Path("edu_fineweb10B")  # token shards, as fineweb.py writes them
     log_dir: Path = Path("log")  # the run's folder: log, picture, checkpoints
     resume: bool = False  # go on from the newest checkpoint in log_dir; start if there is none
+    verify: bool = False  # read every shard at the start and compare it with the sum in shards.json
 
+    # -- the model
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # shape of the model
     init_from: str | None = None  # start from these weights: a Hub name (gpt2) or a checkpoint folder
     n_layer: int | None = None  # layers; default: the model's
@@ -130,16 +130,17 @@ class TrainConfig:
     n_embd: int | None = None  # width; default: the model's
     sequence_length: int = 1024  # tokens in a row of the batch; the new model's block size
 
+    # -- the recipe
     total_batch_size: int = 524_288  # tokens per step, 2**19: about 0.5M (GPT-3 paper, table 2.1)
-    micro_batch_size: int | None = None  # rows per forward pass and process; default: the most that fit
-    memory_limit_gb: float | None = None  # take at most so many GB (2**30 bytes) of a GPU; default: all
-    recompute: bool = False  # compute the blocks again in the backward pass: less memory, more time
     max_steps: int = 19_073  # one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # 375 million tokens (GPT-3 paper, appendix B)
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
     weight_decay: float = 0.1  # on matrices only (GPT-3 paper, appendix B)
     grad_clip: float = 1.0  # largest global gradient norm, 0: any (GPT-3 paper, appendix B)
+    seed: int = 1337  # of the initial weights and the order of the data
+    shuffle: bool = True  # visit shards and windows in random order, else as they lie
 
+    # -- measuring and saving; an interval of 0: never
     val_every: int = 250  # steps between validation losses
     val_tokens: int = 10_485_760  # tokens of the validation split to measure on: 20 steps' worth
     hellaswag_every: int = 250  # steps between HellaSwag scores
@@ -148,15 +149,17 @@ class TrainConfig:
     sample_every: int = 250  # steps between samples
     checkpoint_every: int = 1000  # steps between checkpoints (at least every 15 minutes); the last two stay
     keep_every: int = 5000  # steps between checkpoints that are kept for good
-    verify: bool = False  # read every shard at the start and compare it with the sum in shards.json
-    timeout_minutes: float = 10.0  # give up on another process that does not answer for so long
 
-    seed: int = 1337  # of the initial weights and the order of the data
-    shuffle: bool = True  # visit shards and windows in random order, else as they lie
+    # -- the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
+    micro_batch_size: int | None = None  # rows per forward pass and process; default: the most that fit
+    memory_limit_gb: float | None = None  # take at most so many GB (2**30 bytes) of a GPU; default: all
+    recompute: bool = False  # compute the blocks again in the backward pass: less memory, more time
+    timeout_minutes: float = 10.0  # give up on another process that does not answer for so long
 
+    # -- what it says
     tracker: Literal["wandb", "trackio"] | None = None  # send the values there too; pip install it first
     dollars_per_hour: float | None = None  # price of the machine, for the cost at the start and the end
     describe: bool = False  # list the model's tensors, as in the state dictionary, and stop

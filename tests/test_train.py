@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -265,7 +266,18 @@ def test_help_helps(file):
     done = call(f"{file}.py", "--help")
     assert "usage:" in done.stdout
     assert "default" in done.stdout or file == "plot"
+    assert "None" not in done.stdout.replace("{None,wandb,trackio}", "")
     assert call(f"{file}.py", "--version").stdout.startswith(f"{file}.py {VERSION}, Python 3.")
+
+
+def test_help_has_headings():
+    """They stand as comments in the dataclass; tyro itself has none for flags without a prefix."""
+    lines = call("train_gpt2.py", "--help").stdout.splitlines()
+    headings = [line.strip() for before, line in pairwise(lines) if not before and re.match(r" \w", line)]
+    assert headings[:4] == ["options", "the run", "the model", "the recipe"]
+    assert len(headings) == 7
+    flags = [match[1] for line in lines if (match := re.match(r"  --(\w+)", line))]
+    assert flags == ["version", *(field.name for field in fields(TrainConfig))]
 
 
 def test_the_state_dictionary_is_listed():
