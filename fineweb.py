@@ -770,6 +770,11 @@ def compare_records(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> 
         )
 
 
+def megabytes(size: float) -> str:
+    """A number of bytes for a reader."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{math.ceil(size / 1e6)} MB"
+
+
 def check_disk(config: ShardConfig, files: list[File], n_tokens: int) -> str:
     """Say what the job takes, of which `n_tokens` are there already. Raises InputError when the disk is too
     small for the rest."""
@@ -784,7 +789,7 @@ def check_disk(config: ShardConfig, files: list[File], n_tokens: int) -> str:
     at_once = ("all downloads" if config.keep_downloads else "two downloads") + " and " if sizes else ""
     summary = (
         f"about {estimate:,.0f} tokens in {math.ceil(estimate / config.shard_size)} shards; takes up to "
-        f"{needed / 1e9:.1f} GB of disk ({at_once}the shards), {free / 1e9:.1f} GB are free"
+        f"{megabytes(needed)} of disk ({at_once}the shards), {megabytes(free)} are free"
     )
     if needed > free:
         raise InputError(
@@ -832,8 +837,8 @@ def main(config: ShardConfig) -> None:
     ends_at = record["shards"][-1]["ends_at"] if record["shards"] else None
 
     name = f"{config.dataset} {config.config or ''} at {commit[:8]}" if from_hub else "the input"
-    size = sum(file.size for file in files) / 1e9
-    print(f"{name}: {len(files)} files, {size:.2f} GB; {encoding.name} encoding, {config.workers} threads")
+    size = megabytes(sum(file.size for file in files))
+    print(f"{name}: {len(files)} files, {size}; {encoding.name} encoding, {config.workers} threads")
     print(f"to {folder}: {check_disk(config, files, n_tokens)}")
     if n_tokens:
         print(f"going on after {len(record['shards'])} finished shards, {n_tokens:,} tokens")
@@ -854,9 +859,12 @@ def main(config: ShardConfig) -> None:
 
     seconds = time.monotonic() - started
     remarks = "".join(f"; {count:,} {REMARKS[name]}" for name, count in record["remarks"].items())
+    held_out = record["shards"][0]["tokens"]
     print(
         f"{record['documents']:,} documents, {record['tokens']:,} tokens in {len(record['shards'])} shards "
-        f"in {folder} (the last one holds what was left, {record['shards'][-1]['tokens']:,}: that is normal)"
+        f"in {folder} (the first is the validation split, {held_out:,} tokens or "
+        f"{held_out / record['tokens']:.1%} of all; the last holds what was left, "
+        f"{record['shards'][-1]['tokens']:,}: that is normal)"
         f"{remarks}; {tqdm.format_interval(seconds)}, {(record['tokens'] - n_tokens) / seconds:,.0f} tokens/s"
     )
 

@@ -19,8 +19,9 @@ A context is read once and goes into a key/value cache; its four endings go on f
 import json
 import math
 import re
+import sys
 import time
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -143,16 +144,15 @@ def clean(text: str) -> str:
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]:
-    """The items of a JSON-lines file, or the validation split from the Hub; with a `limit` only so many,
-    spread evenly over all (the split begins with its ActivityNet part, and WikiHow follows).
+def load_items(file: Path | None = None, limit: int | None = None, flag: str = "--data") -> list[Item]:
+    """The items of a JSON-lines file (named by `flag`), or the validation split from the Hub; with a `limit`
+    only so many, spread evenly over all (the split begins with its ActivityNet part, and WikiHow follows).
 
     Raises InputError, naming file and line, for what is not an item; or when the Hub can't be reached.
     """
     if file is None:
-        with hub_errors(
-            f"{DATASET} (a local copy works too: --data FILE.jsonl, or --hellaswag_data in training)"
-        ):
+        print(f"asking the Hugging Face Hub for {DATASET}", file=sys.stderr)
+        with hub_errors(f"{DATASET} (a local copy works too: {flag} FILE.jsonl)"):
             import datasets
 
             rows = datasets.load_dataset(DATASET, split="validation")
@@ -168,9 +168,9 @@ def load_items(file: Path | None = None, limit: int | None = None) -> list[Item]
                     raise InputError(f"{file}, line {number}: not JSON") from error
                 items.append(to_item(fields, f"{file}, line {number}"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"HellaSwag items {file}: {error}") from error
+        raise InputError(f"{flag} {file}: {getattr(error, 'strerror', None) or error}") from error
     if not items:
-        raise InputError(f"HellaSwag items {file}: the file is empty")
+        raise InputError(f"{flag} {file}: the file is empty")
     return spread(items, limit)
 
 
@@ -304,8 +304,10 @@ def evaluate(
     world_size: int = 1,
     progress: bool = False,
     protocol: Protocol = "tutorial",
+    doing: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
-    """Score `model` (a GPT) on `items`, divided among the ranks; every rank gets the whole score.
+    """Score `model` (a GPT) on `items`, divided among the ranks; every rank gets the whole score. `progress`
+    shows a bar, `doing` is told how many of how many items are done.
 
     An item longer than the model's block size loses the beginning of its context, and is counted.
     """
@@ -315,6 +317,7 @@ def evaluate(
     right, n_counted, shown_at = 0, 0, time.monotonic()
     with tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True) as bar:
         for batch in batches(own):
+            doing(len(order), len(own))
             order += batch
             sums.append(score_batch(model, batch))
             bar.update(len(batch))

@@ -9,6 +9,7 @@ Pictures of runs and of models.
 import itertools
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,7 @@ class Run:
     """Draw training loss, validation loss and HellaSwag of one or several runs over tokens."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, as train_gpt2.py leaves them
-    out: Path | None = None  # the picture; default: loss.png in the first folder
+    out: Path | None = None  # the picture; default: loss.png in the run's folder, runs.png here for several
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,10 @@ def draw_runs(folders: list[Path], out: Path) -> None:
     if late:
         margin = 0.05 * (max(late) - min(late)) + 0.02
         loss_axis.set_ylim(min(late) - margin, max(late) + margin)
-    unit = "byte" if {run.get("encoding") for _, _, run in runs} == {"bytes"} else "token"
-    loss_axis.set_title(f"loss, nats per {unit}", fontsize=15)
+    per = {"byte" if run.get("encoding") == "bytes" else "token" for _, _, run in runs}
+    loss_axis.set_title(f"loss, nats per {' or '.join(sorted(per))}", fontsize=15)
+    if len(per) > 1:
+        print("note: these losses can't be compared, some are per byte and some per token", file=sys.stderr)
     units = {"tokens" if "train_config" in run else "steps" for _, _, run in runs}
     for axis in axes:
         axis.set_xlabel(" / ".join(sorted(units)) + " trained on", fontsize=13)
@@ -197,7 +200,7 @@ def draw_positions(weights: Any, out: Path, name: str) -> None:
     image, curves = figure.subplots(1, 2)
     image.imshow(weights, cmap="gray", aspect="auto", interpolation="nearest")
     image.set(title=f"position embeddings of {name}", xlabel="channel", ylabel="position")
-    for channel in [c for c in (150, 200, 250) if c < channels] or range(min(3, channels)):
+    for channel in sorted({c * channels // 768 for c in (150, 200, 250)}):  # as in the lecture, for any width
         curves.plot(range(positions), weights[:, channel], linewidth=0.9, label=f"channel {channel}")
     curves.set(title="three channels", xlabel="position", ylabel="value")
     curves.grid(alpha=0.25)
@@ -217,7 +220,7 @@ def main(config: Run | Positions) -> None:
     if isinstance(config, Run):
         if not config.folders:
             raise InputError("name at least one run folder")
-        out = config.out or config.folders[0] / "loss.png"
+        out = config.out or (config.folders[0] / "loss.png" if len(config.folders) == 1 else Path("runs.png"))
         draw_runs(list(config.folders), out)
     else:
         from train_gpt2 import GPT

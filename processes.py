@@ -119,20 +119,32 @@ def faults_in_one_line() -> Iterator[None]:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT wait until the step is finished and saved; a second SIGINT ends at once."""
+    """SIGTERM and SIGINT wait until the step is finished and saved. A SIGINT after that ends at once, and so
+    does any signal before the first step, when there is nothing new to save."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_main: bool) -> None:
+        self.is_main = is_main
+        self.in_steps = False  # set it when the first step begins
         self.received = 0  # the signal's number
         self.at = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def handle(self, number: int, _frame: Any) -> None:
-        # torchrun passes Ctrl-C on to processes that the terminal has told already: not a second one
-        if number == self.received == signal.SIGINT and time.monotonic() - self.at > 0.5:
-            os._exit(128 + signal.SIGINT)
+        if not self.in_steps:
+            self.say("stopped before the first step, nothing is lost")
+            os._exit(128 + number)
         if not self.received:
             self.received, self.at = number, time.monotonic()
+            self.say("stopping when this step is finished and saved; Ctrl-C again ends at once")
+        # torchrun passes Ctrl-C on to processes that the terminal has told already: not a second one
+        elif number == signal.SIGINT and time.monotonic() - self.at > 0.5:
+            self.say("ended at once, the last checkpoint is intact")
+            os._exit(128 + number)
+
+    def say(self, text: str) -> None:
+        if self.is_main:
+            os.write(2, f"\n{text}\n".encode())  # print() might be interrupted in its own middle
 
 
 def agree(layout: Layout, **settings: Any) -> None:

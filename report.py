@@ -6,8 +6,10 @@ the facts in run.json. Also where it says it: the terminal, a file, wandb or tra
 import importlib
 import importlib.util
 import math
+import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from shards import InputError
 # Validation losses of a healthy run of the default recipe (build-nanogpt, pull request 30).
 HEALTHY_LOSS = {250: 6.16, 1000: 4.15, 1250: 3.95}
 TOLERANCE = 0.03  # a loss higher by more than this share is not healthy
+MANY_EPOCHS = 20
 
 
 def gather_facts(
@@ -62,7 +65,7 @@ def describe(config: Any, facts: dict[str, Any]) -> str:
     """What a person about to spend 50 hours wants to know, as a table."""
     tokens, data, model = config.max_steps * config.total_batch_size, facts["data"], facts["model_config"]
     rows = {
-        "device": f"{facts['device']}; processes: {facts['world_size']}",
+        "device": f"{facts['device']}; {plural(facts['world_size'], 'process', 'es')}",
         "precision": facts["precision"],
         "attention": facts["attention"],
         "memory": facts["memory"],
@@ -73,8 +76,8 @@ def describe(config: Any, facts: dict[str, Any]) -> str:
         "training": f"{config.max_steps:,} steps, {tokens:,} tokens, "
         f"{tokens / data['train_tokens']:.2f} epochs",
         "batch": f"{config.total_batch_size:,} tokens a step = {facts['micro_batch_size']} rows x "
-        f"{config.sequence_length} tokens x {facts['world_size']} processes x {facts['grad_accum_steps']} "
-        "micro-steps",
+        f"{config.sequence_length} tokens x {plural(facts['world_size'], 'process', 'es')} x "
+        f"{plural(facts['grad_accum_steps'], 'micro-step', 's')}",
         "validation": f"{facts['val_tokens']:,} tokens every {config.val_every} steps",
         "HellaSwag": f"{facts['hellaswag_items']:,} items every {config.hellaswag_every} steps",
         "run folder": str(config.log_dir),
@@ -87,7 +90,23 @@ def describe(config: Any, facts: dict[str, Any]) -> str:
         rows["cost"] = f"${config.dollars_per_hour:,.2f} an hour, ${facts['dollars_so_far']:,.2f} so far"
     if config.warmup_steps >= config.max_steps:
         rows["note"] = f"the warm-up ({config.warmup_steps} steps) is as long as the run; see --warmup_steps"
-    return "\n".join(f"{name + ':':12} {value}" for name, value in rows.items())
+    elif tokens > MANY_EPOCHS * data["train_tokens"]:
+        rows["note"] = f"more than {MANY_EPOCHS} epochs: a model may learn the text by heart; see --max_steps"
+    width = max(60, min(110, shutil.get_terminal_size((110, 24)).columns))
+    return "\n".join(
+        textwrap.fill(f"{name + ':':12} {value}", width, subsequent_indent=13 * " ", break_on_hyphens=False)
+        for name, value in rows.items()
+    )
+
+
+def readable(text: str) -> str:
+    """A model's text for a terminal: its line breaks indented, what else can't be shown as "�"."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return shown.replace("\n", "\n    ")
+
+
+def plural(n: int, word: str, ending: str) -> str:
+    return f"{n} {word}{ending if n > 1 else ''}"
 
 
 def check_tracker(name: str | None) -> None:
@@ -97,10 +116,15 @@ def check_tracker(name: str | None) -> None:
 
 
 def duration(seconds: float) -> str:
-    """13 h 20 min, 11 min, 45 s."""
+    """12 days, 13 h 20 min, 11 min, 2 min 33 s, 45 s."""
+    seconds = round(seconds)
     if seconds < 90:
-        return f"{seconds:.0f} s"
+        return f"{seconds} s"
+    if seconds < 600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
     hours, minutes = divmod(round(seconds / 60), 60)
+    if hours >= 100:
+        return f"{hours / 24:,.0f} days"
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
@@ -116,7 +140,8 @@ class Progress:
         self.last_line = -math.inf
         self.step_seconds: deque[float] = deque(maxlen=20)  # of the last steps
         self.n_steps = 0  # trained since the start
-        self.warned = False
+        self.warned = self.estimated = False
+        self.began = self.shown = 0.0  # when what may take long began, and was last told of
         self.tracker: Any = None  # the module wandb or trackio, which share what is used of them here
 
     def start(self, first_step: int, facts: dict[str, Any], flops_per_token: int) -> None:
@@ -162,6 +187,34 @@ class Progress:
             self.warned = True
             self.say(warning)
 
+    def doing(self, what: str, done: int, total: int) -> None:
+        """A sign of life in what may take long, of which `done` of `total` parts are done: on a terminal in
+        the bar, elsewhere a line every minute."""
+        now = time.monotonic()
+        if done == 0:
+            self.began = self.shown = now
+        if not self.is_main or now - self.shown < (0.5 if self.on_terminal else 60):
+            return
+        self.shown = now
+        text = f"{what} {done}/{total}, {duration((now - self.began) / done * (total - done))} left"
+        self.bar.set_postfix_str(text) if self.on_terminal else self.say(text)
+
+    def micro_step(self, step: int, done: int, total: int) -> None:
+        """`done` of the `total` micro-steps of a step are done."""
+        if self.step_seconds and self.step_seconds[-1] < 60:  # then the last step's values are worth more
+            return
+        self.doing(f"step {step}: micro-step", done, total)
+        elapsed = time.monotonic() - self.began
+        if done and elapsed > 30 and not self.estimated:
+            self.estimate(elapsed / done * total, self.config.max_steps - step)
+
+    def estimate(self, seconds: float, steps: int) -> None:
+        """What `steps` steps of so many seconds will take, said once."""
+        self.estimated = True
+        cost = self.config.dollars_per_hour and self.config.dollars_per_hour * seconds * steps / 3600
+        self.say(f"training will take about {duration(seconds * steps)}" + (f", ${cost:,.2f}" if cost else "")
+                 + f" ({duration(seconds) if seconds >= 10 else f'{seconds:.2f} s'} a step)")  # fmt: skip
+
     def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
         """One training step, in nats and seconds."""
         if not self.is_main:
@@ -173,17 +226,18 @@ class Progress:
         typical = statistics.median(self.step_seconds)
         left = self.config.max_steps - step - 1
         if self.on_terminal:
-            until = (
-                min(left, self.config.val_every - 1 - step % self.config.val_every)
-                if self.config.val_every
-                else 0
-            )
-            self.bar.set_postfix_str(
-                f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f} {rate:,.0f} tok/s"
-                + (f" MFU {mfu:.0%}" if mfu else "")
-                + (f" | evaluation in {duration(until * typical)}" if until else "")
-                + f" | training left {duration(left * typical)}"
-            )
+            every = self.config.val_every
+            until = min(left, every - 1 - step % every) if every else 0
+            wide = shutil.get_terminal_size().columns >= 110
+            parts = [
+                f"loss {loss:.3f}",
+                f"lr {lr:.1e} norm {norm:.2f}" if wide else "",
+                f"{rate:,.0f} tok/s",
+                f"MFU {mfu:.0%}" if mfu else "",
+                f"| evaluation in {duration(until * typical)}" if wide and until else "",
+                f"| left {duration(left * typical)}",
+            ]
+            self.bar.set_postfix_str(" ".join(part for part in parts if part), refresh=False)
             self.bar.update()
         elif time.monotonic() - self.last_line >= 1:
             self.last_line = time.monotonic()
@@ -193,11 +247,8 @@ class Progress:
         if self.tracker:
             values = {"train/loss": loss, "train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
             self.track(lambda: self.tracker.log(values | ({"mfu": mfu} if mfu else {}), step=step))
-        if self.n_steps == 5:  # the first is slower: it allocates
-            seconds = min(self.step_seconds) * left
-            cost = self.config.dollars_per_hour and f", ${self.config.dollars_per_hour * seconds / 3600:,.2f}"
-            self.say(f"training will take about {duration(seconds)}{cost or ''} "
-                     f"({min(self.step_seconds):.2f} s a step)")  # fmt: skip
+        if self.n_steps == 5 and not self.estimated:  # the first is slower: it allocates
+            self.estimate(min(self.step_seconds), left)
 
     def close(self) -> None:
         self.bar.close()
@@ -264,8 +315,10 @@ def closing_table(config: Any, facts: dict[str, Any], result: dict[str, Any]) ->
     rows.append(("tokens", f"{result['tokens']:,}", None))
     rows.append(("time", f"{duration(hours[0])} of training, {duration(hours[1])} of everything else", None))
     if result["tokens_per_second"]:
-        rows.append(("speed", f"{result['tokens_per_second']:,.0f} tokens/s", None))
+        rows.append(("speed", f"{result['tokens_per_second']:,.0f} tokens/s, the mean of all steps", None))
     if result["dollars"] is not None:
         rows.append(("cost", f"${result['dollars']:,.2f}", None))
     rows.append(("interruptions", str(result["interruptions"]), None))
-    return "\n".join(f"{name + ':':17}{value}" + (f" ({fair})" if fair else "") for name, value, fair in rows)
+    table = [f"{name + ':':17}{value}" + (f" ({fair})" if fair else "") for name, value, fair in rows]
+    next_steps = [f"python {script} {config.log_dir}" for script in ("sample.py --model", "plot.py run")]
+    return "\n".join([*table, f"next:            {'; '.join(next_steps)}"])

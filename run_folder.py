@@ -53,12 +53,15 @@ class RunFolder:
         Raises InputError when another process trains in the folder, when it holds a run that is not to be
         resumed, or was made with another recipe, or has only damaged checkpoints.
         """
-        if not resume and ((self.path / "log.txt").exists() or list_checkpoints(self.path)):
+        log = self.path / "log.txt"
+        # one that was stopped before its first step has left nothing to go on with, and nothing to lose
+        begun = bool(list_checkpoints(self.path)) or (log.exists() and b" train " in log.read_bytes())
+        if begun and not resume:
             raise InputError(
                 f"{self.path} already holds a run; go on with --resume, or choose another --log_dir"
             )
         self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
-        if (self.path / "run.json").exists():  # begun before
+        if begun:
             with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
                 before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
                 self.run_id, self.interruptions = before["run_id"], before["interruptions"]

@@ -2,8 +2,8 @@
 Let a GPT-2 write.
 
     python sample.py --model gpt2 --prompt "Hello, I'm a language model,"
-    python sample.py --model log --num_samples 1 --max_new_tokens 200 --stream  # a run's newest checkpoint
-    python sample.py --model log --prompt - < beginning.txt                     # from standard input
+    python sample.py --model log --stream --max_new_tokens 200   # a run's newest checkpoint, as it writes
+    python sample.py --model log --prompt - < beginning.txt      # from standard input
 """
 
 import codecs
@@ -28,8 +28,8 @@ class SampleConfig:
 
     model: str = "gpt2"  # a Hub name (gpt2, gpt2-medium, ...), a checkpoint folder, or a run's folder
     prompt: str = PROMPT  # what the text begins with; -: read it from standard input; empty: a new document
-    num_samples: int = 5  # texts, written at once
-    max_new_tokens: int = 30  # tokens after the prompt
+    num_samples: int | None = None  # texts, written at once; default: 5, with --stream 1
+    max_new_tokens: int | None = None  # tokens after the prompt; default: 30, of bytes 120
     top_k: int = 50  # sample among the k most likely tokens; 0: among all
     top_p: float = 1.0  # sample among the fewest tokens that have this probability together; 1: among all
     temperature: float = 1.0  # below 1 safer, above 1 wilder; 0 always takes the most likely token
@@ -64,20 +64,24 @@ def pack_for_cpu(model: nn.Module, names: tuple[str, ...] = ("c_attn", "c_proj",
 
 def main(config: SampleConfig) -> None:
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("top_k", 0), ("temperature", 0)):
-        if getattr(config, name) < least:
-            raise InputError(f"--{name} {getattr(config, name)}: must be at least {least}")
+        if (value := getattr(config, name)) is not None and value < least:
+            raise InputError(f"--{name} {value}: must be at least {least}")
     if not math.isfinite(config.temperature):
         raise InputError(f"--temperature {config.temperature}: must be a number")
     if not 0 <= config.seed < 2**63:
         raise InputError(f"--seed {config.seed}: must be from 0 to {2**63 - 1}")
     if not 0 < config.top_p <= 1:
         raise InputError(f"--top_p {config.top_p}: must be above 0 and at most 1")
-    if config.stream and config.num_samples > 1:
-        raise InputError(f"--stream with --num_samples {config.num_samples}: it shows one, --num_samples 1")
+    n_texts = config.num_samples or (1 if config.stream else 5)
+    if config.stream and n_texts > 1:
+        raise InputError(f"--stream with --num_samples {n_texts}: it shows one text as it is written")
     device = choose_device(config.device)
     model = GPT.from_pretrained(config.model).to(device)
     encoding = get_encoding(model.config.encoding)
     check_vocabulary(model.config, encoding)
+    n_new = config.max_new_tokens
+    if n_new is None:
+        n_new = 120 if encoding.name == "bytes" else 30  # about the same length of text
     if device.type == "cpu" and config.dtype == "float32":
         pack_for_cpu(model)
 
@@ -90,7 +94,7 @@ def main(config: SampleConfig) -> None:
             f"the prompt has {len(tokens):,} tokens; the model sees the last {model.config.block_size:,}",
             file=sys.stderr,
         )
-    rows: list[list[int]] = [[] for _ in range(config.num_samples)]
+    rows: list[list[int]] = [[] for _ in range(n_texts)]
     words = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
     if config.stream:
         print("> " + prompt, end="", flush=True)
@@ -98,8 +102,8 @@ def main(config: SampleConfig) -> None:
     started, n_steps = time.perf_counter(), 0
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for step in model.stream(
-            torch.tensor([tokens] * config.num_samples, device=device),
-            config.max_new_tokens,
+            torch.tensor([tokens] * n_texts, device=device),
+            n_new,
             temperature=config.temperature,
             top_k=config.top_k or None,
             top_p=config.top_p,
@@ -119,8 +123,9 @@ def main(config: SampleConfig) -> None:
     else:
         for row in rows:
             print("> " + prompt + encoding.decode([token for token in row if token != encoding.eot_token]))
-    rate = f"{n_steps * config.num_samples / seconds:,.0f} tokens/s" if n_steps else "nothing to write"
-    print(f"{n_steps} steps of {config.num_samples} tokens in {seconds:.2f} s: {rate}", file=sys.stderr)
+    rate = f"{n_steps * n_texts / seconds:,.0f} tokens/s" if n_steps else "nothing to write"
+    texts = f"{n_texts} text{'s' if n_texts > 1 else ''} of up to {n_steps} tokens"
+    print(f"{texts} in {seconds:.2f} s: {rate}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,8 @@ def lock_folder(folder: Path, flag: str) -> Any:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - the caller holds it
     except OSError as error:
-        raise InputError(f"{flag} {folder}: {error.strerror}") from error
+        reason = "is a file, not a folder" if folder.is_file() else error.strerror
+        raise InputError(f"{flag} {folder}: {reason}") from error
     try:
         if os.name == "nt":
             import msvcrt
@@ -159,7 +160,9 @@ def hub_errors(wanted: str) -> Iterator[None]:
     """Turns the many ways a download fails into one line that says what was wanted: InputError when it will
     never be there, RunFault when it may be the next time."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
 
+    logging.set_verbosity_error()  # it tells of every attempt to reach the network, in several lines each
     try:
         yield
     except Exception as error:
@@ -211,7 +214,7 @@ def get_encoding(name: str) -> tiktoken.Encoding:
         raise InputError(
             "tiktoken could not download GPT-2's vocabulary (vocab.bpe and encoder.json). Without a network, "
             "copy tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or "
-            f"use the 'bytes' encoding. What it said: {str(error).splitlines()[0]}"
+            f"use --encoding bytes where shards are made. What it said: {str(error).splitlines()[0][:150]}"
         ) from error
 
 

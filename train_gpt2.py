@@ -52,7 +52,7 @@ from device import (
 )
 from fineweb import write_demo_shards
 from processes import Layout, StopSignals, agree, faults_in_one_line, leave, start_processes
-from report import Progress, check_tracker, closing_table, gather_facts, result_of
+from report import Progress, check_tracker, closing_table, gather_facts, plural, readable, result_of
 from run_folder import RunFolder, list_checkpoints
 from shards import (
     END_OF_TEXT,
@@ -132,8 +132,8 @@ class TrainConfig:
 
     # -- the recipe
     total_batch_size: int = 524_288  # tokens per step, 2**19: about 0.5M (GPT-3 paper, table 2.1)
-    max_steps: int = 19_073  # one epoch of 10 billion tokens at 2**19 a step
-    warmup_steps: int = 715  # 375 million tokens (GPT-3 paper, appendix B)
+    max_steps: int = 19_073  # updates: one epoch of 10 billion tokens at 2**19 a step
+    warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
     weight_decay: float = 0.1  # on matrices only (GPT-3 paper, appendix B)
     grad_clip: float = 1.0  # largest global gradient norm, 0: any (GPT-3 paper, appendix B)
@@ -152,7 +152,7 @@ class TrainConfig:
 
     # -- the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best of them that is there
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
     micro_batch_size: int | None = None  # rows per forward pass and process; default: the most that fit
     memory_limit_gb: float | None = None  # take at most so many GB (2**30 bytes) of a GPU; default: all
@@ -166,7 +166,7 @@ class TrainConfig:
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises InputError for a number that can't be meant."""
+    """Raises InputError for a number, or a file, that can't be meant."""
     positive = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "micro_batch_size"}
     positive |= {"val_tokens", "timeout_minutes", "hellaswag_limit", "memory_limit_gb"}
     for name, value in asdict(config).items():
@@ -174,6 +174,8 @@ def check_config(config: TrainConfig) -> None:
             continue
         if not (value > 0 if name in positive else value >= 0):  # written so that nan fails too
             raise InputError(f"--{name} {value}: must be {'more than' if name in positive else 'at least'} 0")
+    if config.hellaswag_data is not None and not config.hellaswag_data.is_file():
+        raise InputError(f"--hellaswag_data {config.hellaswag_data}: there is no such file")
 
 
 # What --demo changes; any flag still overrides it.
@@ -538,8 +540,13 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
     Hub."""
     folder = Path(name_or_folder)
     if folder.is_dir():
-        if not (folder / "config.json").exists() and (checkpoints := list_checkpoints(folder)):
-            folder = checkpoints[-1]
+        if not (folder / "config.json").exists():
+            if checkpoints := list_checkpoints(folder):
+                folder = checkpoints[-1]
+            elif runs := sorted({path.parent for path in folder.glob("*/checkpoint_*/")}):
+                raise InputError(f"{folder} is not a model; did you mean {' or '.join(map(str, runs[:3]))}?")
+            elif (folder / "log.txt").exists():
+                raise InputError(f"{folder} is a run without a checkpoint: there is no model in it")
         for file in (folder / "config.json", folder / "model.safetensors"):
             if not file.exists():
                 raise InputError(f"{folder} is not a model: it has no {file.name}")
@@ -547,9 +554,14 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
     name = str(name_or_folder)
     if name.startswith((".", "/", "~", "log/")) or name.count("/") > 1:
         raise InputError(f"there is no folder {name}")
+    if folder.exists():
+        raise InputError(f"{name} is a file; a model is a folder, or a name on the Hub")
+    if list_checkpoints("log" / folder):
+        raise InputError(f"there is no folder {name}; did you mean {'log' / folder}?")
     from huggingface_hub import hf_hub_download
 
     repository = f"openai-community/{name}" if name in PRESETS else name
+    print(f"asking the Hugging Face Hub for {repository}", file=sys.stderr)
     with hub_errors(f"the model {name!r}, which is no folder here either,"):
         config_file, weights_file = (
             Path(hf_hub_download(repository, file)) for file in ("config.json", "model.safetensors")
@@ -759,14 +771,20 @@ def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor
 
 @torch.no_grad()
 def estimate_val_loss(
-    model: nn.Module, loader: TokenLoader, n_windows: int, layout: "Layout", autocast: torch.autocast
+    model: nn.Module,
+    loader: TokenLoader,
+    n_windows: int,
+    layout: Layout,
+    autocast: torch.autocast,
+    doing: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Mean loss, nats per token, over the first `n_windows` windows of the validation split, divided among
-    the ranks. The last batch is filled up with targets that don't count: shapes stay fixed for the compiled
-    model."""
+    the ranks; `doing` is told how far it is. The last batch is filled up with targets that don't count:
+    shapes stay fixed for the compiled model."""
     losses = [torch.zeros((), device=layout.device)]
     stride = layout.world_size * loader.B
     for first in range(layout.rank * loader.B, n_windows, stride):
+        doing(first // stride, -(-n_windows // stride))
         count = min(loader.B, n_windows - first)
         x, y = loader.windows(first, count)
         if count < loader.B:
@@ -790,10 +808,10 @@ def write_samples(
     max_new_tokens: int = 32,
 ) -> list[str]:
     """Continuations of "Hello, I'm a language model,", the same draws every time."""
+    if encoding.name == "bytes":  # about as much text: a GPT-2 token is four bytes of English
+        count, max_new_tokens = 1, 4 * count * max_new_tokens
     prompt = encoding.encode_ordinary(PROMPT)[-raw_model.config.block_size :]
     idx = torch.tensor([prompt] * count, device=device)
-    if encoding.name == "bytes":
-        max_new_tokens *= 4  # about as much text: a GPT-2 token is four bytes of English
     with autocast:
         rows = raw_model.generate(idx, max_new_tokens, seed=42).tolist()
     return [encoding.decode(row) for row in rows]
@@ -941,6 +959,7 @@ def prepare_model(
             model.require_backward_grad_sync = False  # each process tries for itself
         if len(sizes) == 1 and not compiled and layout.device.type != "cuda":
             return model, sizes[0], note  # nothing to find out
+        say(f"warm-up: a step with a micro-batch of {plural(sizes[0], 'row', 's')}, the largest to try")
         found, fault = (0, 0), None
         try:
             found = find_micro_batch_size(sizes, fits, max(1, ENOUGH_TOKENS // config.sequence_length))
@@ -963,7 +982,7 @@ def prepare_model(
     # of unlike GPUs, the smallest decides
     rows, chunks = zip(*layout.from_all(found), strict=True)
     raw_model.loss_chunks = max(chunks)
-    say(f"warm-up: {time.perf_counter() - start:.1f} s, micro-batches of {min(rows)} rows"
+    say(f"warm-up: {time.perf_counter() - start:.1f} s, micro-batches of {plural(min(rows), 'row', 's')}"
         + (f", the loss in {raw_model.loss_chunks} chunks" if raw_model.loss_chunks > 1 else ""))  # fmt: skip
     return model, min(rows), note
 
@@ -1029,7 +1048,7 @@ def load_hellaswag(config: TrainConfig) -> list[hellaswag.Item]:
     if not config.hellaswag_every:
         return []
     try:
-        return hellaswag.load_items(config.hellaswag_data, config.hellaswag_limit)
+        return hellaswag.load_items(config.hellaswag_data, config.hellaswag_limit, "--hellaswag_data")
     except CommandError as error:
         if config.hellaswag_data is not None:
             raise
@@ -1089,7 +1108,7 @@ def main(config: TrainConfig) -> None:
     device, W, T = layout.device, layout.world_size, config.sequence_length
 
     # Everything that can be wrong with the input is found before work begins.
-    if config.demo:
+    if config.data_dir == DEMO.data_dir:  # with --demo --data_dir it is one's own text
         layout.from_main(lambda: write_demo_shards(config.data_dir))
     shards = load_shards(config.data_dir, config.verify)
     encoding = get_encoding(shards.encoding)
@@ -1104,17 +1123,17 @@ def main(config: TrainConfig) -> None:
     )  # fmt: skip
     val_loader = TokenLoader(shards, "val", sequence_length=T, shuffle=False, vocab_size=encoding.n_vocab)
     val_windows = min(max(1, config.val_tokens // T), val_loader.n_windows)
-    hellaswag_items = layout.from_main(lambda: load_hellaswag(config))
 
     progress = Progress(config, layout)
     folder = RunFolder(config.log_dir, layout.is_main, progress.say)
     this_recipe = recipe(config, model_config, shards)
     layout.from_main(lambda: check_tracker(config.tracker))
     first_step = layout.from_main(lambda: folder.open(config.resume, this_recipe))
-    stop = StopSignals()
     if 0 < first_step == config.max_steps:
         progress.say(f"{config.log_dir} is finished: its model is {folder.checkpoint}")
         return
+    hellaswag_items = layout.from_main(lambda: load_hellaswag(config))
+    stop = StopSignals(layout.is_main)
 
     torch.manual_seed(config.seed)
     if device.type == "cuda":
@@ -1161,18 +1180,20 @@ def main(config: TrainConfig) -> None:
         if last_step:  # a signal during the last update: there is nothing to stop but the final evaluation
             stopping = False
         if due(config.val_every):
-            val_loss = estimate_val_loss(model, val_loader, val_windows, layout, autocast)
+            doing = functools.partial(progress.doing, f"step {step}: validation")
+            val_loss = estimate_val_loss(model, val_loader, val_windows, layout, autocast, doing)
             progress.measured(step, {"val/loss": val_loss},
                               f"validation loss {val_loss:.4f} on {val_windows * T:,} tokens")  # fmt: skip
             folder.event(step, "val", f"{val_loss:.4f}")
         if due(config.hellaswag_every) and hellaswag_items:
             with autocast:
-                score = hellaswag.evaluate(raw_model, hellaswag_items, encoding, layout.rank, W)
+                doing = functools.partial(progress.doing, f"step {step}: HellaSwag")
+                score = hellaswag.evaluate(raw_model, hellaswag_items, encoding, layout.rank, W, doing=doing)
             progress.measured(step, {"hellaswag/acc_norm": score.acc_norm}, f"HellaSwag {score}")
             folder.event(step, "hella", f"{score.acc_norm:.4f}")
         if due(config.sample_every) and layout.is_main:
             for text in write_samples(raw_model, encoding, device, autocast):
-                progress.say(f"step {step}: sample: {text!r}")
+                progress.say(f"step {step}: sample: {readable(text)}")
         if due(config.val_every):
             folder.draw()
         just_resumed = step == first_step and not last_step
@@ -1190,8 +1211,10 @@ def main(config: TrainConfig) -> None:
 
         # ------------------------------ TRAINING ------------------------------
         start = time.perf_counter()
+        stop.in_steps = True
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
+            progress.micro_step(step, micro_step, grad_accum_steps)
             if W > 1:
                 # The processes average their gradients during backward, but only the last time. The flag is
                 # read in the forward pass, so it is set before it.

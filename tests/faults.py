@@ -9,6 +9,7 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     oom_rank=RANK         only there
     oom_step=STEP         there is too little memory from that step on
     slow=SECONDS          every step takes so much longer
+    slow_evaluation=SECONDS  every batch of an evaluation does
     step_file=FILE        FILE holds the number of steps begun
     kill_at=N             SIGKILL at the N-th time that something is flushed to disk or renamed
     disk=BYTES            no file may grow beyond so many bytes: a full disk
@@ -79,6 +80,8 @@ def faulty_forward(self, idx, targets=None):
     poisoned = False
     if torch.is_grad_enabled() and fetched:
         poisoned = begin_micro_step(*fetched.pop(0))
+    if not torch.is_grad_enabled() and fetched:
+        time.sleep(float(faults.get("slow_evaluation", 0)))
     if "oom" in faults and faults.get("oom_rank", rank) == rank:
         plain, chunked = map(int, (faults["oom"] + ":0").split(":")[:2])
         if len(idx) > (chunked if self.loss_chunks > 1 else plain):

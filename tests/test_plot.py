@@ -1,6 +1,7 @@
 """Pictures, and the published lines only where a comparison is fair."""
 
 import json
+from pathlib import Path
 
 import matplotlib.figure
 import pytest
@@ -68,6 +69,17 @@ def test_runs_are_drawn_together_and_the_tutorials_logs_too(tmp_path):
     assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     call("plot.py", "run", a)
     assert (a / "loss.png").exists()
+
+
+def test_a_comparison_leaves_the_runs_own_pictures(tmp_path, monkeypatch):
+    """...and says when losses are per byte and per token."""
+    monkeypatch.chdir(tmp_path)
+    tokens, in_bytes = make_run(tmp_path / "a"), make_run(tmp_path / "b", encoding="bytes")
+    done = call("plot.py", "run", tokens, in_bytes)
+    assert Path("runs.png").exists()
+    assert not (tokens / "loss.png").exists()
+    assert "these losses can't be compared" in done.stderr
+    assert call("plot.py", "run", tokens, tokens).stderr == ""
 
 
 def test_positions(tmp_path):

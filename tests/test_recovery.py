@@ -232,24 +232,40 @@ def test_a_signal_finishes_the_step_and_saves(number, status, flags, tmp_path, u
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == status, err
-    assert err == ""
+    assert err.strip() == "stopping when this step is finished and saved; Ctrl-C again ends at once"
     stopped_at = int(re.search(r"stopped at step (\d+), state saved", out)[1])
     assert list_checkpoints(tmp_path / "log")[-1].name == f"checkpoint_{stopped_at:05d}"
     call("train_gpt2.py", *flags, "--resume")
     assert_same_end(tmp_path / "log", undisturbed)
 
 
-def test_a_second_ctrl_c_ends_at_once(flags, tmp_path):
+@pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_second_ctrl_c_ends_at_once(first, flags, tmp_path):
     steps = tmp_path / "steps"
     process = start(f"slow=2 step_file={steps}", *flags)
     wait_for_step(steps, 1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(first)
     time.sleep(0.8)
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     process.communicate(timeout=30)
     assert process.returncode == 130
     assert time.monotonic() - sent < 1
+
+
+def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(flags, tmp_path, undisturbed):
+    """An evaluation may take long, and there is nothing to save: neither a checkpoint nor a run to resume."""
+    process = start("slow_evaluation=5", *flags)
+    for line in process.stdout:
+        if line.startswith("run folder:"):  # the table's last line: the evaluation follows
+            break
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=3)
+    assert (process.returncode, err.strip()) == (143, "stopped before the first step, nothing is lost")
+    call("train_gpt2.py", *flags)
+    assert_same_end(tmp_path / "log", undisturbed)
+    assert json.loads((tmp_path / "log/run.json").read_text())["interruptions"] == 0
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ def test_lines_have_the_tutorials_format_and_mfu(progress):
 
 
 def test_the_bar_shows_what_one_waits_for(progress, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     bar = progress(max_steps=1000, val_every=250, total_batch_size=524_288, dollars_per_hour=0.5)
     bar.on_terminal = True
     bar.start(0, FAIR, flops_per_token=500_000)
@@ -66,14 +67,60 @@ def test_the_bar_shows_what_one_waits_for(progress, monkeypatch):
         bar.step(step, 3.21, 6e-4, 0.312, seconds=7.2)
     shown = bar.bar.postfix
     assert shown.startswith("loss 3.210 lr 6.0e-04 norm 0.31 72,818 tok/s MFU")
-    assert shown.endswith("| evaluation in 29 min | training left 1 h 59 min")
+    assert shown.endswith("| evaluation in 29 min | left 1 h 59 min")
     assert "training will take about 1 h 59 min, $0.99 (7.20 s a step)" in bar.said
     bar.close()
 
 
+def test_on_a_narrow_terminal_the_bar_keeps_loss_speed_and_time(progress, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    bar = progress(max_steps=19_073, total_batch_size=524_288)
+    bar.on_terminal = True
+    bar.start(0, FAIR, flops_per_token=500_000)
+    bar.step(14_700, 3.21, 6e-4, 0.312, seconds=7.2)
+    line = bar.bar.postfix
+    assert line == "loss 3.210 72,818 tok/s MFU 3641% | left 8 h 45 min"
+    bar.close()
+
+
+def test_what_takes_long_gives_signs_of_life(progress, monkeypatch):
+    """An evaluation of two minutes in a file has a line a minute; a long step says what the run will take."""
+    now = 1000.0
+    monkeypatch.setattr(report.time, "monotonic", lambda: now)
+    lines = progress(max_steps=19_073)
+    for done in range(4):
+        lines.doing("step 0: validation", done, 4)
+        now += 40
+    assert lines.said == ["step 0: validation 2/4, 80 s left"]
+    for done in range(3):
+        lines.micro_step(0, done, 512)
+        now += 40
+    assert lines.said[1:] == [
+        "training will take about 4,521 days (5 h 41 min a step)",
+        "step 0: micro-step 2/512, 5 h 40 min left",
+    ]
+
+
+def test_many_epochs_are_noted():
+    config = TrainConfig(max_steps=100, warmup_steps=10)
+    facts = {**dict.fromkeys(("device", "precision", "attention", "memory"), ""), "parameters": 1,
+             "model_config": dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), 1)
+             | {"encoding": "gpt2"}, "world_size": 1, "micro_batch_size": 1, "grad_accum_steps": 512,
+             "val_tokens": 1, "hellaswag_items": 0}  # fmt: skip
+    few, many = ({**facts, "data": {"train_tokens": n, "train_shards": 1}} for n in (10_000_000, 2_000_000))
+    assert "note:" not in report.describe(config, few)
+    assert "more than 20 epochs" in report.describe(config, many)
+
+
+def test_a_models_text_is_readable():
+    assert report.readable("One\ntwo\r\x1b[0m, ¿tres?") == "One\n    two\ufffd\ufffd[0m, ¿tres?"
+
+
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(3, "3 s"), (100, "2 min"), (3600, "1 h 00 min"), (48 * 3600 + 61, "48 h 01 min")]
-)
+    ("seconds", "words"),
+    [(3, "3 s"), (100, "1 min 40 s"), (600, "10 min"), (3600, "1 h 00 min"), (48 * 3600 + 61, "48 h 01 min"),
+     (62 * 86400, "62 days")],
+)  # fmt: skip
 def test_durations(seconds, words):
     assert report.duration(seconds) == words
 

@@ -1,15 +1,19 @@
 """sample.py as a user runs it."""
 
 import io
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+import tyro
 from conftest import call, run
 from hub import serve
 
-from sample import PackedLinear, pack_for_cpu
-from shards import get_encoding
-from train_gpt2 import GPT, GPTConfig
+from sample import PackedLinear, SampleConfig, main, pack_for_cpu
+from shards import InputError, get_encoding
+from train_gpt2 import GPT, GPTConfig, find_model
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +67,7 @@ def test_a_stream_shows_the_same_text(model_folder, monkeypatch):
     flags = f"--model={model_folder}", "--device=cpu", "--num_samples=1", "--max_new_tokens=25"
     whole = call("sample.py", *flags, "--prompt=naïve text")
     assert call("sample.py", *flags, "--prompt=naïve text", "--stream").stdout == whole.stdout
-    assert "25 steps of 1 tokens in " in whole.stderr
+    assert "1 text of up to 25 tokens in " in whole.stderr
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("naïve text".encode())))
     piped = call("sample.py", *flags, "--prompt", "-")
     assert piped.stdout == whole.stdout
@@ -83,7 +87,7 @@ def test_a_text_ends_at_the_end_of_text_token(model_folder, tmp_path):
             "sample.py", f"--model={tmp_path}", "--prompt=Hello", "--num_samples=1", "--temperature=0", *more
         )
         assert done.stdout == "> Hello\n"
-        assert "1 steps of 1 tokens" in done.stderr
+        assert "1 text of up to 1 tokens" in done.stderr
 
 
 def test_weights_packed_for_a_cpu_give_the_same_logits(model_folder):
@@ -101,7 +105,7 @@ def test_weights_packed_for_a_cpu_give_the_same_logits(model_folder):
     [
         (("--top_p=0",), "--top_p 0.0: must be above 0 and at most 1"),
         (("--top_p=1.5",), "--top_p 1.5"),
-        (("--stream",), "--stream with --num_samples 5"),
+        (("--stream", "--num_samples=5"), "--stream with --num_samples 5"),
         (("--temperature=nan",), "--temperature nan: must be"),
         (("--seed=18446744073709551616",), "--seed 18446744073709551616"),
         (("--num_samples=0",), "--num_samples 0: must be at least 1"),
@@ -113,6 +117,38 @@ def test_bad_input_gets_one_line(flags, message, model_folder):
     done = call("sample.py", f"--model={model_folder}", *flags, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
+
+
+def test_a_model_that_is_elsewhere_is_pointed_out(model_folder, tmp_path, monkeypatch):
+    """The demo's run is log/demo: neither log nor demo. A name that nothing speaks for goes to the Hub."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(model_folder, "log/demo/checkpoint_00010")
+    Path("log/empty").mkdir()
+    Path("log/empty/log.txt").touch()
+    Path("README").touch()
+    for name, message in (
+        ("demo", "there is no folder demo; did you mean log/demo?"),
+        ("log", "log is not a model; did you mean log/demo?"),
+        ("log/empty", "log/empty is a run without a checkpoint"),
+        ("README", "README is a file"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)):
+            find_model(name)
+    assert find_model("log/demo")[0] == Path("log/demo/checkpoint_00010/config.json")
+
+
+def test_the_defaults_suit_the_encoding(model_folder, monkeypatch):
+    """120 bytes are about 30 of GPT-2's tokens; a stream is one text."""
+    asked = []
+
+    def stream(self, idx, max_new_tokens, **_):
+        asked.append((len(idx), max_new_tokens))
+        return iter(())
+
+    monkeypatch.setattr(GPT, "stream", stream)
+    for flags in ((), ("--stream",), ("--num_samples=2", "--max_new_tokens=7")):
+        main(tyro.cli(SampleConfig, args=[f"--model={model_folder}", "--device=cpu", *flags]))
+    assert asked == [(5, 120), (1, 120), (2, 7)]
 
 
 def test_openais_weights_come_from_the_hub_by_name(tmp_path, gpt2_encoding):
