@@ -92,11 +92,11 @@ def describe(config: Any, facts: dict[str, Any]) -> str:
         rows["note"] = f"the warm-up ({config.warmup_steps} steps) is as long as the run; see --warmup_steps"
     elif tokens > MANY_EPOCHS * data["train_tokens"]:
         rows["note"] = f"more than {MANY_EPOCHS} epochs: a model may learn the text by heart; see --max_steps"
-    width = max(60, min(110, shutil.get_terminal_size((110, 24)).columns))
-    return "\n".join(
-        textwrap.fill(f"{name + ':':12} {value}", width, subsequent_indent=13 * " ", break_on_hyphens=False)
-        for name, value in rows.items()
-    )
+    lines = [f"{name + ':':12} {value}" for name, value in rows.items()]
+    if sys.stdout.isatty():
+        width = max(60, shutil.get_terminal_size().columns - 1)
+        lines = [textwrap.fill(l, width, subsequent_indent=13 * " ", break_on_hyphens=False) for l in lines]
+    return "\n".join(lines)
 
 
 def readable(text: str) -> str:

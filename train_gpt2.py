@@ -808,8 +808,8 @@ def write_samples(
     max_new_tokens: int = 32,
 ) -> list[str]:
     """Continuations of "Hello, I'm a language model,", the same draws every time."""
-    if encoding.name == "bytes":  # about as much text: a GPT-2 token is four bytes of English
-        count, max_new_tokens = 1, 4 * count * max_new_tokens
+    if encoding.name == "bytes":  # one longer text: a GPT-2 token is about four bytes of English
+        count, max_new_tokens = 1, 8 * max_new_tokens
     prompt = encoding.encode_ordinary(PROMPT)[-raw_model.config.block_size :]
     idx = torch.tensor([prompt] * count, device=device)
     with autocast:

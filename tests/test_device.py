@@ -99,7 +99,7 @@ def test_nothing_fits():
 @pytest.mark.parametrize(
     ("faults", "rows", "says"),
     [
-        pytest.param("oom=2", 2, "1 processes x 4 micro-steps", marks=pytest.mark.slow),
+        pytest.param("oom=2", 2, "1 process x 4 micro-steps", marks=pytest.mark.slow),
         ("oom=1:4", 4, "the loss in 8 chunks"),
     ],
 )
@@ -118,6 +118,7 @@ def test_out_of_memory_leads_to_a_smaller_micro_batch_and_the_same_losses(
             assert a == pytest.approx(b, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_all_processes_take_what_fits_on_the_smallest(tmp_path, text_shards):
     from conftest import torchrun
 

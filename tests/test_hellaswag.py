@@ -257,6 +257,7 @@ def test_several_models_make_a_table(files, model, tmp_path):
     assert rows[0].index("HellaSwag acc") == rows[1].index("HellaSwag acc")
 
 
+@pytest.mark.slow
 def test_training_scores_the_same_on_one_process_and_on_two(files, text_shards, tmp_path):
     command = (
         "train_gpt2.py",

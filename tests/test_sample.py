@@ -159,9 +159,15 @@ def test_openais_weights_come_from_the_hub_by_name(tmp_path, gpt2_encoding):
     flags = ("--device=cpu", "--num_samples=1")
     with serve(tmp_path / "hub") as (env, requests):
         by_name = run("sample.py", "--model=gpt2", *flags, env=env).stdout
-        missing = run("sample.py", "--model=gpt2-medium", *flags, env=env, check=False)
     assert by_name == call("sample.py", f"--model={folder}", *flags).stdout
     assert not any("pytorch_model.bin" in path for _, path, _ in requests)
+
+
+@pytest.mark.slow
+def test_a_model_that_the_hub_does_not_have(tmp_path):
+    (tmp_path / "models").mkdir()
+    with serve(tmp_path) as (env, _):
+        missing = run("sample.py", "--model=gpt2-medium", "--device=cpu", env=env, check=False)
     assert missing.returncode == 2
     assert "could not fetch the model 'gpt2-medium'" in missing.stderr
     assert "Traceback" not in missing.stderr
