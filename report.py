@@ -95,7 +95,8 @@ def describe(config: Any, facts: dict[str, Any]) -> str:
     lines = [f"{name + ':':12} {value}" for name, value in rows.items()]
     if sys.stdout.isatty():
         width = max(60, shutil.get_terminal_size().columns - 1)
-        lines = [textwrap.fill(l, width, subsequent_indent=13 * " ", break_on_hyphens=False) for l in lines]
+        wrapper = textwrap.TextWrapper(width, subsequent_indent=13 * " ", break_on_hyphens=False)
+        lines = [wrapper.fill(line) for line in lines]
     return "\n".join(lines)
 
 

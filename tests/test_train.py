@@ -259,8 +259,9 @@ def test_the_demo_on_ones_own_text(tmp_path, text_shards, monkeypatch):
 
 
 def test_importing_the_files_does_nothing(tmp_path):
+    files = ", ".join(file.stem for file in ROOT.glob("*.py"))
     code = (
-        f"import sys, {', '.join(file.stem for file in ROOT.glob('*.py'))}; heavy = {{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules);"
+        f"import sys, {files}; heavy = {{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules);"
         "assert not heavy, heavy; torch = sys.modules.get('torch');"
         "assert torch is None or not torch.cuda.is_initialized()"
     )
