@@ -180,6 +180,7 @@ class Progress:
 
     def measured(self, step: int, values: dict[str, float], text: str) -> None:
         """An evaluation's values, and how to say them."""
+        self.bar.set_postfix_str("", refresh=False)  # what `doing` has left there
         self.say(f"step {step}: {text}")
         if self.tracker:
             self.track(lambda: self.tracker.log(values, step=step))
