@@ -173,7 +173,7 @@ class RunFolder:
             raw_model.save_pretrained(temporary)
             torch.save({"step": step, **trainer}, temporary / "trainer.pt")
             sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
-            (temporary / "SHA256SUMS").write_text(sums)
+            (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8", newline="\n")
             for path in (*temporary.iterdir(), temporary, self.path / "log.txt"):
                 flush_to_disk(path)
             os.rename(temporary, final)
@@ -243,5 +243,5 @@ def versions() -> dict[str, str | None]:
     if git := shutil.which("git"):
         command = [git, "rev-parse", "HEAD"]
         here = Path(__file__).parent
-        commit = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+        commit = subprocess.run(command, cwd=here, capture_output=True, check=False).stdout.decode().strip()
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or None}
