@@ -151,7 +151,7 @@ def load_items(file: Path | None = None, limit: int | None = None, flag: str = "
     Raises InputError, naming file and line, for what is not an item; or when the Hub can't be reached.
     """
     if file is None:
-        print(f"asking the Hugging Face Hub for {DATASET}", file=sys.stderr)
+        print(f"looking for {DATASET} on the Hugging Face Hub", file=sys.stderr)
         with hub_errors(f"{DATASET} (a local copy works too: {flag} FILE.jsonl)"):
             import datasets
 

@@ -139,7 +139,7 @@ class StopSignals:
             self.say("stopping when this step is finished and saved; Ctrl-C again ends at once")
         # torchrun passes Ctrl-C on to processes that the terminal has told already: not a second one
         elif number == signal.SIGINT and time.monotonic() - self.at > 0.5:
-            self.say("ended at once, the last checkpoint is intact")
+            self.say("ended at once; --resume goes on from the last checkpoint, if there is one")
             os._exit(128 + number)
 
     def say(self, text: str) -> None:

@@ -6,6 +6,7 @@ the facts in run.json. Also where it says it: the terminal, a file, wandb or tra
 import importlib
 import importlib.util
 import math
+import shlex
 import shutil
 import statistics
 import sys
@@ -101,9 +102,13 @@ def describe(config: Any, facts: dict[str, Any]) -> str:
 
 
 def readable(text: str) -> str:
-    """A model's text for a terminal: its line breaks indented, what else can't be shown as "�"."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return shown.replace("\n", "\n    ")
+    """A model's text for a terminal: its line breaks indented, other white space as a space, what else can't
+    be shown as "�"."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return "\n    ".join(
+        "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in line)
+        for line in lines
+    )
 
 
 def plural(n: int, word: str, ending: str) -> str:
@@ -249,7 +254,7 @@ class Progress:
         if self.tracker:
             values = {"train/loss": loss, "train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
             self.track(lambda: self.tracker.log(values | ({"mfu": mfu} if mfu else {}), step=step))
-        if self.n_steps == 5 and not self.estimated:  # the first is slower: it allocates
+        if (self.n_steps == 5 or seconds > 30) and not self.estimated:  # the first is slower: it allocates
             self.estimate(min(self.step_seconds), left)
 
     def close(self) -> None:
@@ -322,5 +327,7 @@ def closing_table(config: Any, facts: dict[str, Any], result: dict[str, Any]) ->
         rows.append(("cost", f"${result['dollars']:,.2f}", None))
     rows.append(("interruptions", str(result["interruptions"]), None))
     table = [f"{name + ':':17}{value}" + (f" ({fair})" if fair else "") for name, value, fair in rows]
-    next_steps = [f"python {script} {config.log_dir}" for script in ("sample.py --model", "plot.py run")]
+    folder = shlex.quote(str(config.log_dir))
+    next_steps = [f"python sample.py --model {folder}"] if config.checkpoint_every else []
+    next_steps.append(f"python plot.py run {folder}")
     return "\n".join([*table, f"next:            {'; '.join(next_steps)}"])

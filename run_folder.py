@@ -53,9 +53,7 @@ class RunFolder:
         Raises InputError when another process trains in the folder, when it holds a run that is not to be
         resumed, or was made with another recipe, or has only damaged checkpoints.
         """
-        log = self.path / "log.txt"
-        # one that was stopped before its first step has left nothing to go on with, and nothing to lose
-        begun = bool(list_checkpoints(self.path)) or (log.exists() and b" train " in log.read_bytes())
+        begun = self.holds_a_run()
         if begun and not resume:
             raise InputError(
                 f"{self.path} already holds a run; go on with --resume, or choose another --log_dir"
@@ -81,6 +79,14 @@ class RunFolder:
         for leftover in self.path.glob("*.tmp"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return self.trainer.get("step", 0)
+
+    def holds_a_run(self) -> bool:
+        """Whether there is anything to go on with, or to lose. One that was stopped before its first step has
+        left no more than the lines of its first evaluation."""
+        log, run = self.path / "log.txt", plot.read_run(self.path)
+        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        harmless = all(LOG_LINE.fullmatch(line) and b" train " not in line for line in lines)
+        return bool(list_checkpoints(self.path)) or not harmless or "result" in run
 
     def find_checkpoint(self) -> list[str]:
         """Set `checkpoint` and `trainer` to the newest sound checkpoint. Returns the names of damaged ones

@@ -88,8 +88,12 @@ def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -
 def help_of(config: Any, options: dict[str, Any]) -> str:
     """tyro's --help, in which a comment "# -- the model" above a field of `config` has become a heading, and
     a default of None, whose meaning each flag explains, is not mentioned."""
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        tyro.cli(config, use_underscores=True, **options)
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            tyro.cli(config, use_underscores=True, **options)
+        except SystemExit as end:
+            if end.code:  # not a call for help, but `--prompt -h`
+                raise
     source = inspect.getsource(config) if inspect.isclass(config) else ""
     headings = {name: heading for heading, name in re.findall(r"# -- (.+)\n +(\w+):", source)}
     help = re.sub(r"\{None\}\|(\w+)(?=  )", r"\1       ", text.getvalue()).replace("{None}|", "")

@@ -20,6 +20,7 @@ import gc
 import json
 import math
 import operator
+import os
 import signal
 import sys
 import time
@@ -125,9 +126,9 @@ class TrainConfig:
     # -- the model
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # shape of the model
     init_from: str | None = None  # start from these weights: a Hub name (gpt2) or a checkpoint folder
-    n_layer: int | None = None  # layers; default: the model's
-    n_head: int | None = None  # attention heads; default: the model's
-    n_embd: int | None = None  # width; default: the model's
+    n_layer: int | None = None  # layers, if other than the model's
+    n_head: int | None = None  # attention heads, if other than the model's
+    n_embd: int | None = None  # width, if other than the model's
     sequence_length: int = 1024  # tokens in a row of the batch; the new model's block size
 
     # -- the recipe
@@ -166,7 +167,7 @@ class TrainConfig:
 
 
 def check_config(config: TrainConfig) -> None:
-    """Raises InputError for a number, or a file, that can't be meant."""
+    """Raises InputError for a number that can't be meant."""
     positive = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "micro_batch_size"}
     positive |= {"val_tokens", "timeout_minutes", "hellaswag_limit", "memory_limit_gb"}
     for name, value in asdict(config).items():
@@ -174,8 +175,6 @@ def check_config(config: TrainConfig) -> None:
             continue
         if not (value > 0 if name in positive else value >= 0):  # written so that nan fails too
             raise InputError(f"--{name} {value}: must be {'more than' if name in positive else 'at least'} 0")
-    if config.hellaswag_data is not None and not config.hellaswag_data.is_file():
-        raise InputError(f"--hellaswag_data {config.hellaswag_data}: there is no such file")
 
 
 # What --demo changes; any flag still overrides it.
@@ -543,7 +542,7 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
         if not (folder / "config.json").exists():
             if checkpoints := list_checkpoints(folder):
                 folder = checkpoints[-1]
-            elif runs := sorted({path.parent for path in folder.glob("*/checkpoint_*/")}):
+            elif runs := [path for path in sorted(folder.iterdir()) if list_checkpoints(path)]:
                 raise InputError(f"{folder} is not a model; did you mean {' or '.join(map(str, runs[:3]))}?")
             elif (folder / "log.txt").exists():
                 raise InputError(f"{folder} is a run without a checkpoint: there is no model in it")
@@ -556,13 +555,20 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
         raise InputError(f"there is no folder {name}")
     if folder.exists():
         raise InputError(f"{name} is a file; a model is a folder, or a name on the Hub")
-    if list_checkpoints("log" / folder):
-        raise InputError(f"there is no folder {name}; did you mean {'log' / folder}?")
+    return download_model(name)
+
+
+@functools.cache
+def download_model(name: str) -> tuple[Path, Path]:
+    """config.json and model.safetensors of a model on the Hub, fetched if they are not here yet."""
     from huggingface_hub import hf_hub_download
 
     repository = f"openai-community/{name}" if name in PRESETS else name
-    print(f"asking the Hugging Face Hub for {repository}", file=sys.stderr)
-    with hub_errors(f"the model {name!r}, which is no folder here either,"):
+    if os.environ.get("RANK", "0") == "0":
+        print(f"looking for {repository} on the Hugging Face Hub", file=sys.stderr)
+    run = Path("log", name)
+    hint = f" (did you mean {run}?)" if list_checkpoints(run) else ""
+    with hub_errors(f"the model {name!r}, which is no folder here either{hint},"):
         config_file, weights_file = (
             Path(hf_hub_download(repository, file)) for file in ("config.json", "model.safetensors")
         )
@@ -1108,7 +1114,7 @@ def main(config: TrainConfig) -> None:
     device, W, T = layout.device, layout.world_size, config.sequence_length
 
     # Everything that can be wrong with the input is found before work begins.
-    if config.data_dir == DEMO.data_dir:  # with --demo --data_dir it is one's own text
+    if config.demo and config.data_dir == DEMO.data_dir:  # another folder holds one's own text
         layout.from_main(lambda: write_demo_shards(config.data_dir))
     shards = load_shards(config.data_dir, config.verify)
     encoding = get_encoding(shards.encoding)
@@ -1123,6 +1129,7 @@ def main(config: TrainConfig) -> None:
     )  # fmt: skip
     val_loader = TokenLoader(shards, "val", sequence_length=T, shuffle=False, vocab_size=encoding.n_vocab)
     val_windows = min(max(1, config.val_tokens // T), val_loader.n_windows)
+    hellaswag_items = layout.from_main(lambda: load_hellaswag(config))
 
     progress = Progress(config, layout)
     folder = RunFolder(config.log_dir, layout.is_main, progress.say)
@@ -1132,7 +1139,6 @@ def main(config: TrainConfig) -> None:
     if 0 < first_step == config.max_steps:
         progress.say(f"{config.log_dir} is finished: its model is {folder.checkpoint}")
         return
-    hellaswag_items = layout.from_main(lambda: load_hellaswag(config))
     stop = StopSignals(layout.is_main)
 
     torch.manual_seed(config.seed)
@@ -1209,9 +1215,12 @@ def main(config: TrainConfig) -> None:
         if last_step or stopping:
             break
 
+        if step == first_step:
+            layout.from_all(None)  # all processes together: from here on a signal waits for the end of a step
+            stop.in_steps = True
+
         # ------------------------------ TRAINING ------------------------------
         start = time.perf_counter()
-        stop.in_steps = True
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             progress.micro_step(step, micro_step, grad_accum_steps)

@@ -54,6 +54,7 @@ def test_two_processes_train_as_one_does(tmp_path, text_shards):
             assert a == pytest.approx(b, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_once_by_all_processes(tmp_path):
     done = torchrun(2, "train_gpt2.py", *TINY, f"--data_dir={tmp_path / 'nowhere'}", check=False)
     assert done.returncode != 0

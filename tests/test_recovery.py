@@ -18,8 +18,8 @@ from conftest import ROOT, TINY, call, make_shards, run, torchrun
 
 import run_folder
 from plot import read_log
-from run_folder import list_checkpoints
-from shards import sha256
+from run_folder import RunFolder, list_checkpoints
+from shards import InputError, sha256
 
 FLAGS = (
     *TINY,
@@ -115,7 +115,8 @@ def test_killed_at_fifty_random_moments_it_ends_the_same(tmp_path, text_shards):
     assert result["in_a_save"] > 0
 
 
-@pytest.mark.parametrize("moment", [pytest.param(15, marks=pytest.mark.slow), 20])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", [15, 20])
 def test_killed_inside_a_save(moment, flags, tmp_path, undisturbed):
     """At the flush of a file, and at the rename, of the second checkpoint."""
     killed = faulty(f"kill_at={moment}", *flags, check=False)
@@ -242,8 +243,8 @@ def test_a_signal_finishes_the_step_and_saves(number, status, flags, tmp_path, u
 @pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_second_ctrl_c_ends_at_once(first, flags, tmp_path):
     steps = tmp_path / "steps"
-    process = start(f"slow=2 step_file={steps}", *flags)
-    wait_for_step(steps, 1)
+    process = start(f"slow=1.5 step_file={steps}", *flags)
+    wait_for_step(steps, 0)
     process.send_signal(first)
     time.sleep(0.8)
     process.send_signal(signal.SIGINT)
@@ -266,6 +267,20 @@ def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(flags, t
     call("train_gpt2.py", *flags)
     assert_same_end(tmp_path / "log", undisturbed)
     assert json.loads((tmp_path / "log/run.json").read_text())["interruptions"] == 0
+
+
+@pytest.mark.parametrize("holds", ["train", "notes", "half a line", "result", "evaluations"])
+def test_a_folder_is_taken_only_where_nothing_is_lost(holds, tmp_path):
+    """Somebody's notes are called log.txt too, and a run of no steps has a result."""
+    text = {"train": "0 val 10.9\n0 train 10.9\n", "notes": "0 val 10.9\nbuy milk\n", "half a line": "0 va"}
+    (tmp_path / "log.txt").write_text(text.get(holds, "0 val 10.9\n0 hella 0.25\n"))
+    (tmp_path / "run.json").write_text(json.dumps({"result": {}} if holds == "result" else {"run_id": "1"}))
+    folder = RunFolder(tmp_path, True, print)
+    if holds == "evaluations":
+        assert folder.open(False, {}) == folder.interruptions == 0
+    else:
+        with pytest.raises(InputError, match="already holds a run; go on with --resume"):
+            folder.open(False, {})
 
 
 @pytest.mark.slow
@@ -330,8 +345,6 @@ def test_free_space_is_checked_before_a_save(flags, tmp_path, monkeypatch):
 
 
 def test_a_log_line_that_did_not_fit_is_written_later(tmp_path, monkeypatch):
-    from run_folder import RunFolder
-
     folder = RunFolder(tmp_path, True, print)
     folder.event(0, "train", "1.0")
     script = (

@@ -113,7 +113,8 @@ def test_many_epochs_are_noted():
 
 
 def test_a_models_text_is_readable():
-    assert report.readable("One\ntwo\r\x1b[0m, ¿tres?") == "One\n    two\ufffd\ufffd[0m, ¿tres?"
+    text = "One\r\ntwo\t\u00a0\x1b[0m, ¿tres?"
+    assert report.readable(text) == "One\n    two  \ufffd[0m, ¿tres?"
 
 
 @pytest.mark.parametrize(

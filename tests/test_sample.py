@@ -12,7 +12,7 @@ from conftest import call, run
 from hub import serve
 
 from sample import PackedLinear, SampleConfig, main, pack_for_cpu
-from shards import InputError, get_encoding
+from shards import InputError, RunFault, get_encoding
 from train_gpt2 import GPT, GPTConfig, find_model
 
 
@@ -120,14 +120,13 @@ def test_bad_input_gets_one_line(flags, message, model_folder):
 
 
 def test_a_model_that_is_elsewhere_is_pointed_out(model_folder, tmp_path, monkeypatch):
-    """The demo's run is log/demo: neither log nor demo. A name that nothing speaks for goes to the Hub."""
+    """The demo's run is log/demo: neither log nor demo."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder, "log/demo/checkpoint_00010")
     Path("log/empty").mkdir()
     Path("log/empty/log.txt").touch()
     Path("README").touch()
     for name, message in (
-        ("demo", "there is no folder demo; did you mean log/demo?"),
         ("log", "log is not a model; did you mean log/demo?"),
         ("log/empty", "log/empty is a run without a checkpoint"),
         ("README", "README is a file"),
@@ -135,6 +134,19 @@ def test_a_model_that_is_elsewhere_is_pointed_out(model_folder, tmp_path, monkey
         with pytest.raises(InputError, match=re.escape(message)):
             find_model(name)
     assert find_model("log/demo")[0] == Path("log/demo/checkpoint_00010/config.json")
+    asked = []
+
+    def offline(*names):
+        asked.append(names[0])
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    with pytest.raises(RunFault, match=re.escape("no folder here either (did you mean log/demo?),")):
+        find_model("demo")
+    Path("log/demo").rename("log/gpt2")  # OpenAI's weights stay what the name means
+    with pytest.raises(RunFault):
+        find_model("gpt2")
+    assert asked == ["demo", "openai-community/gpt2"]
 
 
 def test_the_defaults_suit_the_encoding(model_folder, monkeypatch):

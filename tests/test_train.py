@@ -279,6 +279,12 @@ def test_help_helps(file):
     assert call(f"{file}.py", "--version").stdout.startswith(f"{file}.py {VERSION}, Python 3.")
 
 
+def test_a_value_that_looks_like_help_is_missed():
+    done = call("sample.py", "--prompt", "-h", check=False)
+    assert done.returncode == 2
+    assert "--prompt" in done.stderr
+
+
 def test_help_has_headings():
     """They stand as comments in the dataclass; tyro itself has none for flags without a prefix."""
     lines = call("train_gpt2.py", "--help").stdout.splitlines()
