@@ -269,6 +269,21 @@ def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(flags, t
     assert json.loads((tmp_path / "log/run.json").read_text())["interruptions"] == 0
 
 
+@pytest.mark.slow
+def test_two_processes_stop_before_the_first_step_together(flags, tmp_path):
+    launcher = start("slow_evaluation=5", *flags, "--micro_batch_size=4", processes=2)
+    for line in launcher.stdout:
+        if line.startswith("run folder:"):
+            break
+    time.sleep(0.5)
+    os.killpg(launcher.pid, signal.SIGTERM)
+    _, err = launcher.communicate(timeout=20)
+    assert launcher.returncode != 0
+    assert err.count("stopped before the first step, nothing is lost") == 1
+    assert "lost contact" not in err
+    assert not list_checkpoints(tmp_path / "log")
+
+
 @pytest.mark.parametrize("holds", ["train", "notes", "half a line", "result", "evaluations"])
 def test_a_folder_is_taken_only_where_nothing_is_lost(holds, tmp_path):
     """Somebody's notes are called log.txt too, and a run of no steps has a result."""
