@@ -16,7 +16,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from shards import InputError
@@ -111,6 +113,37 @@ def peak_flops(name: str) -> float | None:
     if card + " PCIe" in PEAK_TFLOPS and "PCIe" in name:
         card += " PCIe"
     return PEAK_TFLOPS[card] * 1e12 if card in PEAK_TFLOPS else None
+
+
+def to_device(device: torch.device, *values: torch.Tensor | np.ndarray) -> list[torch.Tensor]:
+    """Copies that a GPU fetches from pinned memory by itself, while this process goes on."""
+    tensors = [torch.as_tensor(value) for value in values]
+    if device.type != "cuda":
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+
+
+class PackedLinear(nn.Module):
+    """A linear layer whose weight lies as oneDNN, PyTorch's matrix library on CPUs, likes it best. For the
+    one row or eight of a decoding step that is 1.1 to 5 times as fast; for training's thousands it is not."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.bias = linear.bias
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_for_cpu(model: nn.Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> None:
+    """Make the linear layers of these names in a float32 model PackedLinear, where this PyTorch has
+    oneDNN."""
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in list(model.modules()):
+            for name, child in module.named_children():
+                if name in names:
+                    setattr(module, name, PackedLinear(child))
 
 
 def keep_freed_memory() -> None:

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from device import choose_device, pack_for_cpu, to_device
 from shards import InputError, get_encoding, hub_errors, run_command
 
 DATASET = "Rowan/hellaswag"
@@ -289,13 +290,6 @@ def score_rows(
     return sums
 
 
-def to_device(device: torch.device, *arrays: np.ndarray) -> list[torch.Tensor]:
-    tensors = [torch.from_numpy(array) for array in arrays]
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]  # without a wait
-
-
 def evaluate(
     model: Any,
     items: list[Item],
@@ -354,8 +348,6 @@ def evaluate(
 
 
 def main(config: ScoreConfig) -> None:
-    from device import choose_device
-    from sample import pack_for_cpu
     from train_gpt2 import GPT, check_vocabulary, find_model
 
     if config.limit is not None and config.limit < 1:

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import nn
 
-from device import choose_device
+from device import choose_device, pack_for_cpu
 from shards import InputError, get_encoding, run_command
 from train_gpt2 import GPT, PROMPT, check_vocabulary
 
@@ -37,29 +36,6 @@ class SampleConfig:
     stream: bool = False  # print the words of one sample as they come
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-
-
-class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN, PyTorch's matrix library on CPUs, likes it best. For the
-    one row or eight of a decoding step that is 1.1 to 5 times as fast; for training's thousands it is not."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.bias = linear.bias
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_for_cpu(model: nn.Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> None:
-    """Make the linear layers of these names in a float32 model PackedLinear, where this PyTorch has
-    oneDNN."""
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if name in names:
-                    setattr(module, name, PackedLinear(child))
 
 
 def main(config: SampleConfig) -> None:

@@ -50,6 +50,7 @@ from device import (
     is_out_of_memory,
     keep_freed_memory,
     memory_limit,
+    to_device,
 )
 from fineweb import write_demo_shards
 from processes import Layout, StopSignals, agree, faults_in_one_line, leave, start_processes
@@ -762,13 +763,6 @@ class TokenLoader:
         """This rank's inputs and targets, (B, T) int64 each, in one micro-step of one step."""
         first = (micro_step * self.world_size + self.rank) * self.B
         return self.windows(step * self.rows_per_step + first, self.B)
-
-
-def to_device(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Copies that a GPU fetches from pinned memory by itself, while this process goes on."""
-    if device.type != "cuda":
-        return [tensor.to(device) for tensor in tensors]
-    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 # -----------------------------------------------------------------------------

@@ -21,9 +21,8 @@ import torch
 import tyro
 from torch.nn import functional as F
 
-from device import device_name
+from device import device_name, pack_for_cpu
 from hellaswag import Item, evaluate, load_items
-from sample import pack_for_cpu
 from shards import get_encoding
 from train_gpt2 import GPT, GPTConfig
 

@@ -19,9 +19,9 @@ import torch
 import tyro
 
 from benchmarks.training import spread
-from device import choose_device, choose_dtype, device_name, fast_attention, keep_freed_memory
+from device import choose_device, choose_dtype, device_name, fast_attention, keep_freed_memory, to_device
 from shards import load_shards
-from train_gpt2 import GPT, GPTConfig, TokenLoader, TrainConfig, configure_optimizer, to_device
+from train_gpt2 import GPT, GPTConfig, TokenLoader, TrainConfig, configure_optimizer
 
 
 @dataclass(frozen=True)

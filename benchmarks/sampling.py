@@ -22,8 +22,7 @@ import torch
 import transformers
 import tyro
 
-from device import device_name
-from sample import pack_for_cpu
+from device import device_name, pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 

@@ -11,7 +11,8 @@ import tyro
 from conftest import call, run
 from hub import serve
 
-from sample import PackedLinear, SampleConfig, main, pack_for_cpu
+from device import PackedLinear, pack_for_cpu
+from sample import SampleConfig, main
 from shards import InputError, RunFault, get_encoding
 from train_gpt2 import GPT, GPTConfig, find_model
 
