@@ -380,6 +380,7 @@ def test_nothing_is_compiled_again_after_the_warm_up(monkeypatch, text_shards, t
     assert not counted["graph_break"]
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypatch):
     """PyTorch compiles a function for 8 shapes, then silently no more: a size that fails must not count."""
     torch._dynamo.reset()

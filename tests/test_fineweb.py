@@ -37,21 +37,30 @@ def tokens_in(folder):
     return np.concatenate(shards_in(folder)).tolist()
 
 
-def test_shards_are_the_tutorials_to_the_byte(gpt2_data, gpt2_encoding, tmp_path):
+@pytest.mark.parametrize("shards", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_shards_are_the_tutorials_to_the_byte(shards, gpt2_data, gpt2_encoding, tmp_path):
+    """The whole input is four shards; its first 20 million tokens are two."""
     expected = (gpt2_data / "fineweb_like/expected_shards_10M.sha256").read_text().splitlines()
     files = sorted((gpt2_data / "fineweb_like").glob("*.parquet"))
     command = ("fineweb.py", "--input", *files, "--output_dir", tmp_path / "out", "--shard_size=10000000")
+    if shards == 2:
+        command = (*command[:-1], "--max_tokens=20000000", command[-1])
     done = run(*command)
-    assert "17,140 documents, 38,099,793 tokens in 4 shards" in done.stdout
+    n_tokens = {2: "20,000,000", 4: "38,099,793"}[shards]
+    assert f"{n_tokens} tokens in {shards} shards" in done.stdout
     assert re.search(r"the last holds what was left, [\d,]+: that is normal", done.stdout)
     record = json.loads((tmp_path / "out/shards.json").read_text())
     written = {entry["file"]: entry["sha256"] for entry in record["shards"]}
+    assert len(written) == shards
     assert len(expected) == 4
-    for line in expected:
-        digest, name = line.split()
+    digests = dict(reversed(line.split()) for line in expected)
+    for name in written:
+        digest = digests[name]
         assert sha256(tmp_path / "out" / name) == written[name] == digest
-    assert record["shards"][-1]["ends_at"]["file"] == files[-1].name
-    assert "is finished: 38,099,793 tokens" in call(*command).stdout
+    if shards == 4:
+        assert record["documents"] == 17_140
+        assert record["shards"][-1]["ends_at"]["file"] == files[-1].name
+    assert f"is finished: {n_tokens} tokens" in call(*command).stdout
     other = call(*command[:-1], "--shard_size=999", check=False)
     assert other.returncode == 2
     assert "made with other settings: shard_size was 10000000, is 999" in other.stderr
@@ -540,6 +549,7 @@ def test_off_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch):
     assert "\r" not in done.stderr
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_have(hub, tmp_path):
     folder, _ = hub
     with serve(folder) as (env, _):
@@ -554,6 +564,7 @@ def test_what_the_hub_does_not_have(hub, tmp_path):
             assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_bad_line_costs_time_and_nothing_else(hub, tmp_path):
     """A connection cut in the middle, a server in trouble, a stall and a wrong byte, all met by one job: it
     ends with the right shards, and what was cut is gone on with where huggingface_hub can."""

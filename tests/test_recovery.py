@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TINY, call, make_shards, run, torchrun
+from filelock import FileLock
 
 import run_folder
 from plot import read_log
@@ -63,10 +64,15 @@ def wait_for_step(file: Path, step: int, timeout: float = 60):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, text_shards):
-    """A run of 20 steps that nothing happens to; beside its folder, the hashes of the tokens it saw."""
-    folder = tmp_path_factory.mktemp("undisturbed") / "log"
-    flags = (*FLAGS, f"--data_dir={text_shards}", f"--log_dir={folder}")
-    faulty(f"tokens={folder.parent / 'hashes'}", *flags, "--micro_batch_size=8")
+    """A run of 20 steps that nothing happens to; beside its folder, the hashes of the tokens it saw. It is
+    made once for all parallel processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed/log"
+    folder.parent.mkdir(exist_ok=True)
+    with FileLock(folder.with_name("lock")):
+        if not list_checkpoints(folder):
+            flags = (*FLAGS, f"--data_dir={text_shards}", f"--log_dir={folder}")
+            faulty(f"tokens={folder.parent / 'hashes'}", *flags, "--micro_batch_size=8")
     return folder
 
 
@@ -99,9 +105,9 @@ def kill_trials(kills, seed, tmp_path, text_shards, timeout):
     return json.loads(done.stdout)
 
 
-def test_killed_at_random_moments_it_ends_the_same(tmp_path, text_shards):
-    result = kill_trials(2, 1, tmp_path, text_shards, 120)
-    assert result["kills"] == 2
+def test_killed_at_a_random_moment_it_ends_the_same(tmp_path, text_shards):
+    result = kill_trials(1, 1, tmp_path, text_shards, 120)
+    assert result["kills"] == 1
     assert result["differences"] == 0
 
 
@@ -514,7 +520,8 @@ def back_to_step_8(undisturbed, folder):
     shutil.rmtree(folder / "checkpoint_00016")
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_resumed_on_another_layout_the_tokens_are_the_same(processes, flags, tmp_path, undisturbed):
     """Begun with micro-batches of 8 rows, resumed with 4, or with 2 on two processes: the same windows in
     every step."""

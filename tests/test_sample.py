@@ -35,7 +35,7 @@ def test_samples_are_printed_and_a_seed_repeats_them(model_folder):
         "--num_samples=3",
         "--device=cpu",
     )
-    first = run(*command, "--max_new_tokens=20").stdout
+    first = call(*command, "--max_new_tokens=20").stdout
     assert first.count("> Once upon") == 3
     assert call(*command, "--max_new_tokens=20").stdout == first
     assert call(*command, "--max_new_tokens=20", "--seed=1").stdout != first

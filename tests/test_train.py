@@ -73,7 +73,7 @@ def test_the_optimizer_is_adamw_as_published():
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory, text_shards):
     folder = tmp_path_factory.mktemp("run") / "log"
-    done = run(
+    done = call(
         "train_gpt2.py",
         *TINY,
         f"--data_dir={text_shards}",
@@ -234,6 +234,7 @@ def test_the_demo_runs(tmp_path):
         "--demo",
         "--max_steps=4",
         "--val_tokens=4096",
+        "--sample_every=0",
         cwd=tmp_path,
         env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "none")},
     )  # the bytes encoding downloads nothing
