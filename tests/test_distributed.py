@@ -28,7 +28,8 @@ def relative_difference(a, b):
     return (difference / sum(t.double().square().sum() for t in a.values()).sqrt()).item()
 
 
-@pytest.mark.parametrize("rows", [2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rows", [2, 8])
 def test_gradients_do_not_depend_on_the_layout(rows, tmp_path, text_shards):
     """8 rows a step: in 4 micro-steps (or at once), and in 2 micro-steps of 2 processes."""
     one_process, _ = gradients(tmp_path, text_shards, "one", run, rows)
