@@ -147,9 +147,10 @@ def test_killed_at_every_flush_and_rename(flags, tmp_path, undisturbed):
 
 
 def test_one_of_two_processes_killed(flags, tmp_path, undisturbed):
-    """The other ends within a minute, nothing is left running, and the run goes on afterwards."""
+    """The other ends within a minute, nothing is left running, and the run goes on. Until then they
+    accumulated gradients over two micro-steps: their losses are those of one process."""
     steps = tmp_path / "steps"
-    both = start(f"slow=0.1 step_file={steps}", *flags, "--micro_batch_size=4", processes=2)
+    both = start(f"slow=0.1 step_file={steps}", *flags, "--micro_batch_size=2", processes=2)
     wait_for_step(steps, 6)
     children = workers(both.pid)
     assert len(children) == 2
