@@ -12,7 +12,6 @@ flushed to disk, then renamed. A checkpoint that is damaged later is recognised 
 """
 
 import contextlib
-import json
 import os
 import platform
 import re
@@ -61,7 +60,7 @@ class RunFolder:
         self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
         if begun:
             with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                before = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+                before = plot.read_run(self.path)
                 self.run_id, self.interruptions = before["run_id"], before["interruptions"]
             self.interruptions += 1
         damaged = self.find_checkpoint()
@@ -83,10 +82,10 @@ class RunFolder:
     def holds_a_run(self) -> bool:
         """Whether there is anything to go on with, or to lose. One that was stopped before its first step has
         left no more than the lines of its first evaluation."""
-        log, run = self.path / "log.txt", plot.read_run(self.path)
+        log = self.path / "log.txt"
         lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
         harmless = all(LOG_LINE.fullmatch(line) and b" train " not in line for line in lines)
-        return bool(list_checkpoints(self.path)) or not harmless or "result" in run
+        return bool(list_checkpoints(self.path)) or not harmless or "result" in plot.read_run(self.path)
 
     def find_checkpoint(self) -> list[str]:
         """Set `checkpoint` and `trainer` to the newest sound checkpoint. Returns the names of damaged ones

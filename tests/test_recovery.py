@@ -305,6 +305,16 @@ def test_a_folder_is_taken_only_where_nothing_is_lost(holds, tmp_path):
             folder.open(False, {})
 
 
+def test_a_damaged_record_does_not_stand_in_the_way(tmp_path):
+    """run.json only describes a run; with a checkpoint there is something to go on with."""
+    (tmp_path / "run.json").write_text("{")
+    (tmp_path / "checkpoint_00004").mkdir()
+    folder = RunFolder(tmp_path, True, print)
+    assert folder.holds_a_run()
+    with pytest.raises(InputError, match="has no sound checkpoint, only damaged ones"):
+        folder.open(True, {})
+
+
 @pytest.mark.slow
 def test_a_signal_during_the_last_update_does_not_stop_the_end(flags, tmp_path, undisturbed):
     steps = tmp_path / "steps"
