@@ -26,15 +26,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from support.cli import CommandError, InputError, run_command
+from support.device import autocast_to, choose_device, pack_for_cpu, to_device
+from support.encodings import get_encoding
+from support.hub import hub_errors
+from support.huggingface import find_model
+from support.kv_cache import KVCache
+from support.processes import World
+from support.sampling import LanguageModel
+
 import numpy as np
 import tiktoken
 import torch
-import torch.distributed as dist
 from torch.nn import functional as F
 from tqdm import tqdm
-
-from device import choose_device, pack_for_cpu, to_device
-from shards import InputError, get_encoding, hub_errors, run_command
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)
@@ -132,8 +137,9 @@ def to_item(fields: Any, where: str) -> Item:
 
 
 def harness_context(fields: dict[str, Any]) -> str | None:
+    """The context as the harness puts it; None where a field for it is missing."""
     activity, ctx_a, ctx_b = (fields.get(name) for name in ("activity_label", "ctx_a", "ctx_b"))
-    if not all(isinstance(field, str) for field in (activity, ctx_a, ctx_b)):
+    if not (isinstance(activity, str) and isinstance(ctx_a, str) and isinstance(ctx_b, str)):
         return None
     return clean(f"{activity}: {ctx_a} {ctx_b.capitalize()}")
 
@@ -173,6 +179,20 @@ def load_items(file: Path | None = None, limit: int | None = None, flag: str = "
     if not items:
         raise InputError(f"{flag} {file}: the file is empty")
     return spread(items, limit)
+
+
+def items_for_training(every: int, file: Path | None, limit: int | None) -> list[Item]:
+    """The items that training scores `every` so many steps. If the Hub has none for it, training goes on
+    without them, and says so once; a local file that was asked for must be there."""
+    if not every:
+        return []
+    try:
+        return load_items(file, limit, "--hellaswag_data")
+    except CommandError as error:
+        if file is not None:
+            raise
+        print(f"training without HellaSwag: {error}")
+        return []
 
 
 def spread(items: list[Item], limit: int | None) -> list[Item]:
@@ -238,7 +258,7 @@ def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
 
 
 @torch.no_grad()
-def score_batch(model: Any, batch: list[Rendered]) -> torch.Tensor:
+def score_batch(model: LanguageModel, batch: list[Rendered]) -> torch.Tensor:
     """The summed loss of every ending, in nats: (n_items, 4) float32. The device is never waited for.
 
     Of every context the first n_read tokens, which even the shortest has, are read once. A row is the rest of
@@ -266,7 +286,7 @@ def score_batch(model: Any, batch: list[Rendered]) -> torch.Tensor:
 
 
 def score_rows(
-    model: Any, rows: list[list[int]], starts: list[int], caches: list[Any] | None
+    model: LanguageModel, rows: list[list[int]], starts: list[int], caches: list[KVCache] | None
 ) -> torch.Tensor:
     """The summed loss of each row's tokens from its start on, (n_rows,) float32, behind what `caches` have
     read.
@@ -275,13 +295,13 @@ def score_rows(
     are computed only where a token is scored.
     """
     device = next(model.parameters()).device
-    tokens = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
-    scored = np.zeros(tokens.shape, dtype=bool)
-    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
-        tokens[i, : len(row)], scored[i, start : len(row)] = row, True
-    tokens, row, position = to_device(device, tokens, *np.nonzero(scored))
-    hidden = model.hidden_states(tokens[:, :-1], caches)[row, position - 1]  # (n_scored, C)
-    targets = tokens[row, position]
+    padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
+    scored = np.zeros(padded.shape, dtype=bool)
+    for i, (tokens, start) in enumerate(zip(rows, starts, strict=True)):
+        padded[i, : len(tokens)], scored[i, start : len(tokens)] = tokens, True
+    idx, row, position = to_device(device, padded, *np.nonzero(scored))
+    hidden = model.hidden_states(idx[:, :-1], caches)[row, position - 1]  # (n_scored, C)
+    targets = idx[row, position]
     sums = torch.zeros(len(rows), device=device)
     for first in range(0, len(targets), LOGITS_AT_ONCE):
         part = slice(first, first + LOGITS_AT_ONCE)
@@ -291,27 +311,30 @@ def score_rows(
 
 
 def evaluate(
-    model: Any,
+    model: LanguageModel,
     items: list[Item],
     encoding: tiktoken.Encoding,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World | None = None,
+    *,
     progress: bool = False,
     protocol: Protocol = "tutorial",
-    doing: Callable[[int, int], None] = lambda done, total: None,
+    on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
-    """Score `model` (a GPT) on `items`, divided among the ranks; every rank gets the whole score. `progress`
-    shows a bar, `doing` is told how many of how many items are done.
+    """Score `model` on `items`, divided among the processes of `world`, if there are several; every one gets
+    the whole score. `progress` shows a bar, `on_part` is told how many of how many items are done.
 
     An item longer than the model's block size loses the beginning of its context, and is counted.
     """
     device = next(model.parameters()).device
-    own = [fit(render(item, encoding, protocol), model.config.block_size) for item in items[rank::world_size]]
-    order, sums = [], []
+    world = world or World(0, 1, device)
+    own_items = items[world.rank :: world.size]
+    own = [fit(render(item, encoding, protocol), model.config.block_size) for item in own_items]
+    order: list[Rendered] = []
+    sums: list[torch.Tensor] = []
     right, n_counted, shown_at = 0, 0, time.monotonic()
     with tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True) as bar:
         for batch in batches(own):
-            doing(len(order), len(own))
+            on_part(len(order), len(own))
             order += batch
             sums.append(score_batch(model, batch))
             bar.update(len(batch))
@@ -337,10 +360,7 @@ def evaluate(
         sum(one.truncated for one in own),
         len(own),
     ])  # fmt: skip
-    if world_size > 1:
-        counts = counts.to(device if device.type == "cuda" else "cpu")
-        dist.all_reduce(counts)
-    correct, correct_norm, truncated, n = counts.tolist()
+    correct, correct_norm, truncated, n = world.sum(counts).tolist()
     return Score(n, correct / n, correct_norm / n, truncated, predictions, protocol)
 
 
@@ -348,7 +368,7 @@ def evaluate(
 
 
 def main(config: ScoreConfig) -> None:
-    from train_gpt2 import GPT, check_vocabulary, find_model
+    from train_gpt2 import GPT
 
     if config.limit is not None and config.limit < 1:
         raise InputError(f"--limit {config.limit}: must be at least 1")
@@ -366,11 +386,10 @@ def main(config: ScoreConfig) -> None:
     width = max(map(len, config.model))
     for name in config.model:
         model = GPT.from_pretrained(name).to(device)
-        encoding = get_encoding(model.config.encoding)
-        check_vocabulary(model.config, encoding)
+        encoding = get_encoding(model.config.encoding, model.config.vocab_size)
         if device.type == "cpu" and dtype == torch.float32:
             pack_for_cpu(model, ("lm_head",))  # it meets 128 rows at a time, where that is faster
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        with autocast_to(device, dtype):
             score = evaluate(model, items, encoding, progress=True, protocol=config.protocol)
         print(f"{name:{width}}  HellaSwag {score}", flush=True)
     if config.save_predictions:
@@ -379,4 +398,4 @@ def main(config: ScoreConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, ScoreConfig)
+    run_command(main, ScoreConfig, usual_flag="--model")

@@ -6,23 +6,15 @@ Pictures of runs and of models.
     python plot.py positions gpt2 --out wpe.png           # the position embeddings of a model
 """
 
-import itertools
-import json
-import math
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+from support.cli import InputError, run_command
+from support.curves import draw_runs, save_picture
+
+import numpy as np
 import tyro
-
-from shards import InputError, run_command
-
-# Published values, drawn only beside runs that can be compared with them.
-GPT2_VAL_LOSS = 3.2924  # OpenAI's 124M on FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
-GPT2_HELLASWAG = 0.2955  # OpenAI's 124M, acc_norm, tutorial protocol (build-nanogpt, hellaswag.py)
-GPT3_HELLASWAG = 0.337  # GPT-3 Small (GPT-3 paper, table H.1)
-ALL_HELLASWAG_ITEMS = 10_042
 
 
 @dataclass(frozen=True)
@@ -41,157 +33,7 @@ class Positions:
     out: Path = Path("wpe.png")  # the picture
 
 
-def read_log(file: Path) -> dict[str, list[tuple[int, float]]]:
-    """The events of a log.txt by kind ("train", "val", "hella"): (step, value) pairs in order. A last line
-    that is not yet whole, of a run still going or copied meanwhile, is left out."""
-    events: dict[str, list[tuple[int, float]]] = {"train": [], "val": [], "hella": []}
-    try:
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{file}: not the log of a run ({error.strerror})") from error
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
-        try:
-            step, kind, value = line.split()
-            events[kind].append((int(step), float(value)))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{file}, line {number}: not 'STEP train|val|hella VALUE'") from error
-    return events
-
-
-def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a run; empty for runs without one (the tutorial's)."""
-    try:
-        return json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    except OSError:
-        return {}
-    except ValueError as error:
-        raise InputError(f"{folder / 'run.json'}: damaged ({error})") from error
-
-
-def comparable_loss(run: dict[str, Any]) -> bool:
-    """Whether the loss of a run, given as its run.json, can stand beside OpenAI's: same data, same tokens."""
-    dataset = run.get("data", {}).get("dataset")
-    return run.get("encoding") == "gpt2" and dataset == "HuggingFaceFW/fineweb-edu"
-
-
-def comparable_hellaswag(run: dict[str, Any]) -> bool:
-    """Whether its HellaSwag scores can: same tokens, all items."""
-    return run.get("encoding") == "gpt2" and run.get("hellaswag_items") == ALL_HELLASWAG_ITEMS
-
-
-def smooth(values: list[float], span: int) -> list[float]:
-    """Mean over `span` values before and after each: at the start, where all falls, over as few after as
-    before; at the end over what there is."""
-    sums = [0.0, *itertools.accumulate(values)]
-    out = []
-    for i in range(len(values)):
-        first, end = i - min(span, i), min(len(values), i + min(span, i) + 1)
-        out.append((sums[end] - sums[first]) / (end - first))
-    return out
-
-
-def draw_runs(folders: list[Path], out: Path) -> None:
-    """Draw the runs in `folders` into the picture `out`. Raises InputError for a folder that holds no run."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
-
-    runs = [(folder, read_log(folder / "log.txt"), read_run(folder)) for folder in folders]
-    scores = any(events["hella"] for _, events, _ in runs)
-    figure = Figure(figsize=(13 if scores else 8, 5.5), dpi=120, layout="constrained")
-    axes = figure.subplots(1, 2 if scores else 1, squeeze=False)[0]
-    loss_axis, hella_axis = axes[0], axes[-1]
-    for i, (folder, events, run) in enumerate(runs):
-        scale = run.get("train_config", {}).get("total_batch_size") or 1  # tokens per step
-        name = f"{folder.resolve().name}, " if len(runs) > 1 else ""
-        draw_losses(loss_axis, events, scale, f"C{i}", name)
-        if events["hella"]:
-            draw_scores(hella_axis, events["hella"], scale, f"C{i}", name, run.get("hellaswag_items"))
-    # OpenAI's numbers stand beside runs on the same data, in the same tokens, on the same items
-    if all(comparable_loss(run) for _, _, run in runs):
-        published(loss_axis, GPT2_VAL_LOSS, "OpenAI's GPT-2 (124M)", "firebrick")
-    if scores:
-        if all(comparable_hellaswag(run) for _, _, run in runs):
-            published(hella_axis, GPT2_HELLASWAG, "OpenAI's GPT-2 (124M)", "firebrick", "left")
-            published(hella_axis, GPT3_HELLASWAG, "GPT-3 of the same size", "seagreen", "left")
-        published(hella_axis, 0.25, "chance", "gray")
-        hella_axis.set_title("HellaSwag accuracy", fontsize=15)
-    # the axis spans the losses after the first 2% of the steps: before, they only fall
-    late = [v for _, events, _ in runs for kind in ("train", "val")
-            for v in [v for _, v in events[kind]][len(events[kind]) // 50 :] if math.isfinite(v)]  # fmt: skip
-    if late:
-        margin = 0.05 * (max(late) - min(late)) + 0.02
-        loss_axis.set_ylim(min(late) - margin, max(late) + margin)
-    per = {"byte" if run.get("encoding") == "bytes" else "token" for _, _, run in runs}
-    loss_axis.set_title(f"loss, nats per {' or '.join(sorted(per))}", fontsize=15)
-    if len(per) > 1:
-        print("note: these losses can't be compared, some are per byte and some per token", file=sys.stderr)
-    units = {"tokens" if "train_config" in run else "steps" for _, _, run in runs}
-    for axis in axes:
-        axis.set_xlabel(" / ".join(sorted(units)) + " trained on", fontsize=13)
-        axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1M, 10G
-        axis.tick_params(labelsize=12)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=12, frameon=False)
-    figure.supxlabel("\n".join(caption(folder, run) for folder, _, run in runs), fontsize=10, color="dimgray")
-    save(figure, out)
-
-
-def draw_losses(axis: Any, events: dict[str, Any], scale: int, color: str, name: str) -> None:
-    """Training loss, smoothed over a fortieth of the run, with the raw behind it; validation loss as
-    points."""
-    if events["train"]:
-        steps, losses = zip(*events["train"], strict=True)
-        tokens = [(step + 1) * scale for step in steps]
-        smoothed = smooth(losses, len(losses) // 80)
-        axis.plot(tokens, losses, color=color, alpha=0.18, linewidth=0.7)
-        axis.plot(tokens, smoothed, color=color, linewidth=2, alpha=0.7, label=f"{name}training")
-    if events["val"]:
-        steps, losses = zip(*events["val"], strict=True)
-        tokens = [step * scale for step in steps]
-        marks = {"marker": "o", "markersize": 6, "markeredgecolor": "black", "markeredgewidth": 0.8}
-        label = f"{name}validation: {losses[-1]:.3f}"
-        axis.plot(tokens, losses, color=color, linewidth=1.2, label=label, **marks)
-
-
-def draw_scores(
-    axis: Any, scores: list[tuple[int, float]], scale: int, color: str, name: str, n: int | None
-) -> None:
-    """HellaSwag's acc_norm with the band of its standard error, if the number of items is known."""
-    steps, values = zip(*scores, strict=True)
-    tokens = [step * scale for step in steps]
-    error = [math.sqrt(value * (1 - value) / n) if n else 0.0 for value in values]
-    label = f"{name}{values[-1]:.3f}" + (f" ± {error[-1]:.3f}, {n:,} items" if n else "")
-    axis.plot(tokens, values, "o-", color=color, markersize=5, linewidth=2, label=label)
-    low, high = ([v + sign * e for v, e in zip(values, error, strict=True)] for sign in (-1, 1))
-    axis.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
-
-
-def published(axis: Any, value: float, label: str, color: str, side: str = "right") -> None:
-    """A line across, with its name on it, at the side where no curve is."""
-    axis.axhline(value, color=color, linestyle="--", linewidth=1.4)
-    axis.annotate(f"{label}: {value:.4g}", (side == "right", value), xytext=(0, 3),
-                  xycoords=("axes fraction", "data"),
-                  textcoords="offset points", ha=side, color=color, fontsize=12)  # fmt: skip
-
-
-def caption(folder: Path, run: dict[str, Any]) -> str:
-    """What made these curves: name, size, hardware and, when it is over, the time."""
-    facts = [folder.resolve().name]
-    if "parameters" in run:
-        facts.append(f"{run['parameters'] / 1e6:,.1f}M parameters")
-    if "device" in run:
-        facts.append(
-            f"{run['world_size']} x {run['device']}" if run.get("world_size", 1) > 1 else run["device"]
-        )
-    if result := run.get("result"):
-        hours = result["training_hours"] + result["other_hours"]
-        facts.append(f"{hours:.1f} hours" if hours >= 1 else f"{60 * hours:.1f} minutes")
-    return ", ".join(facts)
-
-
-def draw_positions(weights: Any, out: Path, name: str) -> None:
+def draw_positions(weights: np.ndarray, out: Path, name: str) -> None:
     """Draw a position embedding matrix, (block_size, n_embd), into the picture `out`."""
     from matplotlib.figure import Figure
 
@@ -205,15 +47,7 @@ def draw_positions(weights: Any, out: Path, name: str) -> None:
     curves.set(title="three channels", xlabel="position", ylabel="value")
     curves.grid(alpha=0.25)
     curves.legend(fontsize=9)
-    save(figure, out)
-
-
-def save(figure: Any, out: Path) -> None:
-    if out.suffix.lower() not in (".png", ".svg", ".pdf", ".jpg"):
-        raise InputError(f"--out {out}: name a .png, .svg, .pdf or .jpg file")
-    temporary = out.with_name(f".{out.name}.tmp")
-    figure.savefig(temporary, format=out.suffix[1:].lower())
-    temporary.replace(out)  # whoever looks at the picture sees a whole one
+    save_picture(figure, out)
 
 
 def main(config: Run | Positions) -> None:
@@ -232,4 +66,4 @@ def main(config: Run | Positions) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, Run | Positions)
+    run_command(main, Run | Positions, usual_flag="run")

@@ -13,11 +13,12 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
+from support.cli import InputError, run_command
+from support.device import autocast_to, choose_device, pack_for_cpu
+from support.encodings import get_encoding
+from support.sampling import PROMPT, stream
 
-from device import choose_device, pack_for_cpu
-from shards import InputError, get_encoding, run_command
-from train_gpt2 import GPT, PROMPT, check_vocabulary
+import torch
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class SampleConfig:
 
 
 def main(config: SampleConfig) -> None:
+    from train_gpt2 import GPT
+
     for name, least in (("num_samples", 1), ("max_new_tokens", 0), ("top_k", 0), ("temperature", 0)):
         if (value := getattr(config, name)) is not None and value < least:
             raise InputError(f"--{name} {value}: must be at least {least}")
@@ -53,8 +56,7 @@ def main(config: SampleConfig) -> None:
         raise InputError(f"--stream with --num_samples {n_texts}: it shows one text as it is written")
     device = choose_device(config.device)
     model = GPT.from_pretrained(config.model).to(device)
-    encoding = get_encoding(model.config.encoding)
-    check_vocabulary(model.config, encoding)
+    encoding = get_encoding(model.config.encoding, model.config.vocab_size)
     n_new = config.max_new_tokens
     if n_new is None:
         n_new = 120 if encoding.name == "bytes" else 30  # about the same length of text
@@ -76,8 +78,9 @@ def main(config: SampleConfig) -> None:
         print("> " + prompt, end="", flush=True)
     dtype = getattr(torch, config.dtype)
     started, n_steps = time.perf_counter(), 0
-    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        for step in model.stream(
+    with autocast_to(device, dtype):
+        for step in stream(
+            model,
             torch.tensor([tokens] * n_texts, device=device),
             n_new,
             temperature=config.temperature,
@@ -105,4 +108,4 @@ def main(config: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, SampleConfig)
+    run_command(main, SampleConfig, usual_flag="--model")

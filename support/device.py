@@ -1,8 +1,4 @@
-"""
-What the device can do, and what fits on it: its precision, attention, compiler, peak rate and memory.
-
-Nothing here knows the training loop; nothing runs when this file is imported.
-"""
+"""What the device can do: its precision, attention, compiler, peak rate, copies and memory."""
 
 import contextlib
 import ctypes
@@ -16,12 +12,12 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from support.cli import InputError
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-
-from shards import InputError
 
 GB = 2**30  # bytes, as the makers of cards count
 HEAD_ROOM = 0.07  # of the memory stays free: for fragments, the communication of processes, evaluation
@@ -67,10 +63,29 @@ def choose_dtype(name: str, device: torch.device, n_embd: int) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
-    able = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
+    able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
     if n_embd >= 768 and (able.get("avx512_bf16") or able.get("amx_bf16")):
         return torch.bfloat16
     return torch.float32
+
+
+def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Inside, matrix products are computed in `dtype`; the weights stay float32 (mixed precision)."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def mixed_precision(device: torch.device, dtype: torch.dtype) -> tuple[torch.autocast, torch.amp.GradScaler]:
+    """For training: `autocast_to` and, for float16 alone, a scaler. float16 has no room for small gradients,
+    so the loss is multiplied before the backward pass, and the gradients divided after it."""
+    return autocast_to(device, dtype), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+
+def set_up_for_training(device: torch.device) -> None:
+    """TF32 for what stays in float32 on a GPU; on a CPU, memory that is kept from step to step."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    elif device.type == "cpu":
+        keep_freed_memory()
 
 
 def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
@@ -142,7 +157,7 @@ def pack_for_cpu(model: nn.Module, names: tuple[str, ...] = ("c_attn", "c_proj",
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in list(model.modules()):
             for name, child in module.named_children():
-                if name in names:
+                if name in names and isinstance(child, nn.Linear):
                     setattr(module, name, PackedLinear(child))
 
 
@@ -164,7 +179,7 @@ def keep_freed_memory() -> None:
 def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
     """Bytes that may be taken: what is free on a GPU, most of what a computer has, at most `limit_gb`. None
     where the system does not say."""
-    size = None
+    size: float | None = None
     if device.type == "cuda":
         size = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     elif hasattr(os, "sysconf"):

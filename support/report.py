@@ -14,31 +14,64 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, Protocol
 
+from support.cli import InputError
+from support.curves import GPT2_HELLASWAG, GPT2_VAL_LOSS, comparable_hellaswag, comparable_loss
+from support.device import choose_attention, device_name, peak_flops
+from support.micro_batch import Fit, Plan
+from support.processes import World
+from support.run_folder import RunFolder, versions
+from support.shards import Shards
+from support.words import duration, plural, printable
+
+import torch
 from tqdm import tqdm
-
-import plot
-from device import choose_attention, device_name, peak_flops
-from run_folder import versions
-from shards import InputError
 
 # Validation losses of a healthy run of the default recipe (build-nanogpt, pull request 30).
 HEALTHY_LOSS = {250: 6.16, 1000: 4.15, 1250: 3.95}
 TOLERANCE = 0.03  # a loss higher by more than this share is not healthy
 MANY_EPOCHS = 20
+A_LONG_TIME = 48 * 3600  # seconds
+LITTLE_DATA = 1_000_000  # training tokens: fewer teach no language
+Facts = dict[str, Any]  # run.json: plain values, all that a reader needs to know, or to repeat the run
+
+
+class Score(Protocol):
+    """HellaSwag's accuracies over n items."""
+
+    @property
+    def n(self) -> int: ...
+    @property
+    def acc(self) -> float: ...
+    @property
+    def acc_norm(self) -> float: ...
+    def standard_error(self, accuracy: float) -> float: ...
 
 
 def gather_facts(
-    config: Any, model: Any, shards: Any, layout: Any, *, dtype: Any, compile_note: str,
-    memory: str, micro_batch_size: int, val_tokens: int, hellaswag_items: int,
-) -> dict[str, Any]:  # fmt: skip
-    """What run.json records: all that a reader needs to know, or to repeat the run."""
+    config: dict[str, Any],
+    defaults: dict[str, Any],
+    model_config: dict[str, Any],
+    shards: Shards,
+    world: World,
+    plan: Plan,
+    fit: Fit,
+    dtype: torch.dtype,
+    **numbers: int,
+) -> Facts:
+    """What run.json records. `config` is train_gpt2.py's configuration, `defaults` what it is without
+    flags."""
+    rows = config["total_batch_size"] // config["sequence_length"]
+    accumulate = rows // (fit.rows * world.size)
+    recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
+              "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
+    backends = ", ".join(backend.name.lower() for backend in choose_attention(world.device))
     return {
-        "train_config": asdict(config),
-        "model_config": asdict(model.config),
-        "parameters": model.config.n_parameters,
+        "train_config": config,
+        "model_config": model_config,
+        "default_recipe": all(config[name] == defaults[name] for name in recipe),
+        **numbers,
         "encoding": shards.encoding,
         "data": {
             "dataset": shards.dataset,
@@ -46,53 +79,62 @@ def gather_facts(
             "train_tokens": shards.count("train"),
             "train_shards": len(shards.files["train"]),
         },
-        "device": device_name(layout.device),
-        "world_size": layout.world_size,
-        "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {compile_note}",
-        "attention": "the first that works of "
-        + ", ".join(backend.name.lower() for backend in choose_attention(layout.device)),
-        "memory": memory + (", the blocks recomputed" if model.recompute else ""),
-        "micro_batch_size": micro_batch_size,
-        "loss_chunks": model.loss_chunks,
-        "grad_accum_steps": config.total_batch_size
-        // (micro_batch_size * config.sequence_length * layout.world_size),
-        "val_tokens": val_tokens,
-        "hellaswag_items": hellaswag_items,
+        "device": device_name(world.device),
+        "world_size": world.size,
+        "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {fit.compile_note}",
+        "attention": f"the first that works of {backends}",
+        "memory": plan.memory + (", the blocks recomputed" if config["recompute"] else ""),
+        "micro_batch_size": fit.rows,
+        "loss_chunks": fit.loss_chunks,
+        "grad_accum_steps": accumulate,
+        "warm_up_step_seconds": fit.seconds and fit.seconds * accumulate,
         "versions": versions(),
     }
 
 
-def describe(config: Any, facts: dict[str, Any]) -> str:
+def describe(facts: Facts, dollars_so_far: float) -> str:
     """What a person about to spend 50 hours wants to know, as a table."""
-    tokens, data, model = config.max_steps * config.total_batch_size, facts["data"], facts["model_config"]
+    config, data, model = facts["train_config"], facts["data"], facts["model_config"]
+    tokens = config["max_steps"] * config["total_batch_size"]
     rows = {
-        "device": f"{facts['device']}; {plural(facts['world_size'], 'process', 'es')}",
+        "device": f"{facts['device']}; {plural(facts['world_size'], 'process')}",
         "precision": facts["precision"],
         "attention": facts["attention"],
         "memory": facts["memory"],
         "model": f"{facts['parameters']:,} parameters: {model['n_layer']} layers, {model['n_head']} heads, "
         f"width {model['n_embd']}, block size {model['block_size']}, vocabulary {model['vocab_size']:,} "
         f"({model['encoding']})",
-        "data": f"{config.data_dir}: {data['train_tokens']:,} training tokens, {data['train_shards']} shards",
-        "training": f"{config.max_steps:,} steps, {tokens:,} tokens, "
+        "data": f"{config['data_dir']}: {data['train_tokens']:,} training tokens, "
+        + plural(data["train_shards"], "shard"),
+        "training": f"{plural(config['max_steps'], 'step')}, {tokens:,} tokens, "
         f"{tokens / data['train_tokens']:.2f} epochs",
-        "batch": f"{config.total_batch_size:,} tokens a step = {facts['micro_batch_size']} rows x "
-        f"{config.sequence_length} tokens x {plural(facts['world_size'], 'process', 'es')} x "
-        f"{plural(facts['grad_accum_steps'], 'micro-step', 's')}",
-        "validation": f"{facts['val_tokens']:,} tokens every {config.val_every} steps",
-        "HellaSwag": f"{facts['hellaswag_items']:,} items every {config.hellaswag_every} steps",
-        "run folder": str(config.log_dir),
+        "batch": f"{config['total_batch_size']:,} tokens a step = {plural(facts['micro_batch_size'], 'row')} "
+        f"x {config['sequence_length']} tokens x {plural(facts['world_size'], 'process')} x "
+        f"{plural(facts['grad_accum_steps'], 'micro-step')}",
+        "validation": f"{facts['val_tokens']:,} tokens every {plural(config['val_every'], 'step')}",
+        "HellaSwag": f"{facts['hellaswag_items']:,} items every {plural(config['hellaswag_every'], 'step')}",
+        "run folder": str(config["log_dir"]),
     }
-    if not config.val_every:
+    if not config["val_every"]:
         rows["validation"] = "off"
     if not facts["hellaswag_items"]:
         rows["HellaSwag"] = "off"
-    if config.dollars_per_hour:
-        rows["cost"] = f"${config.dollars_per_hour:,.2f} an hour, ${facts['dollars_so_far']:,.2f} so far"
-    if config.warmup_steps >= config.max_steps:
-        rows["note"] = f"the warm-up ({config.warmup_steps} steps) is as long as the run; see --warmup_steps"
+    if facts["warm_up_step_seconds"]:
+        left = facts["warm_up_step_seconds"] * config["max_steps"]
+        rows["time"] = f"about {duration(left)} of training, judging by the warm-up"
+        if left > A_LONG_TIME and facts["device"].startswith("cpu"):
+            rows["time"] += "; for a CPU there is --demo"
+    if price := config["dollars_per_hour"]:
+        rows["cost"] = f"${price:,.2f} an hour, ${dollars_so_far:,.2f} so far"
+    if config["warmup_steps"] >= config["max_steps"] > 0:
+        rows["note"] = (
+            f"the learning rate still rises when the run ends: the warm-up takes {config['warmup_steps']} "
+            "steps; see --warmup_steps"
+        )
     elif tokens > MANY_EPOCHS * data["train_tokens"]:
         rows["note"] = f"more than {MANY_EPOCHS} epochs: a model may learn the text by heart; see --max_steps"
+    elif data["train_tokens"] < LITTLE_DATA:
+        rows["note"] = f"less than {LITTLE_DATA:,} tokens: too little to learn a language from"
     lines = [f"{name + ':':12} {value}" for name, value in rows.items()]
     if sys.stdout.isatty():
         width = max(60, shutil.get_terminal_size().columns - 1)
@@ -101,18 +143,11 @@ def describe(config: Any, facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def readable(text: str) -> str:
-    """A model's text for a terminal: its line breaks indented, other white space as a space, what else can't
-    be shown as "�"."""
-    lines = text.replace("\r\n", "\n").split("\n")
-    return "\n    ".join(
-        "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in line)
-        for line in lines
-    )
-
-
-def plural(n: int, word: str, ending: str) -> str:
-    return f"{n} {word}{ending if n > 1 else ''}"
+def tensor_table(tensors: dict[str, torch.Tensor]) -> str:
+    """A model's state dictionary: names, shapes, numbers."""
+    rows = [f"{name:36} {list(t.shape)!s:16} {t.numel():>12,}" for name, t in tensors.items()]
+    total = sum(t.numel() for name, t in tensors.items() if name != "lm_head.weight")
+    return "\n".join([*rows, f"{total:,} parameters; lm_head.weight is transformer.wte.weight"])
 
 
 def check_tracker(name: str | None) -> None:
@@ -121,54 +156,65 @@ def check_tracker(name: str | None) -> None:
         raise InputError(f"--tracker {name}: it is not installed; pip install {name}")
 
 
-def duration(seconds: float) -> str:
-    """12 days, 13 h 20 min, 11 min, 2 min 33 s, 45 s."""
-    seconds = round(seconds)
-    if seconds < 90:
-        return f"{seconds} s"
-    if seconds < 600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    hours, minutes = divmod(round(seconds / 60), 60)
-    if hours >= 100:
-        return f"{hours / 24:,.0f} days"
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
-
-
 class Progress:
-    """The main process's voice: on a terminal one bar, with events above it; elsewhere the tutorial's lines,
-    at most one a second. What it is told also goes to the tracker, if there is one."""
+    """The main process's voice, and its clock. On a terminal there is one bar, with events above it;
+    elsewhere the tutorial's lines, at most one a second. What happens also goes to log.txt and to the
+    tracker, if there is one."""
 
-    def __init__(self, config: Any, layout: Any):
-        self.config, self.is_main = config, layout.is_main
+    def __init__(self, world: World, tracker: str | None):
+        self.is_main, self.world_size = world.is_main, world.size
         self.on_terminal = sys.stderr.isatty()
-        self.peak = peak_flops(device_name(layout.device))  # of each device; None where it is not known
-        self.world_size = layout.world_size
+        self.peak = peak_flops(device_name(world.device))  # of each device; None where it is not known
         self.last_line = -math.inf
         self.step_seconds: deque[float] = deque(maxlen=20)  # of the last steps
         self.n_steps = 0  # trained since the start
         self.warned = self.estimated = False
         self.began = self.shown = 0.0  # when what may take long began, and was last told of
+        world.from_main(lambda: check_tracker(tracker))
+        self.run: RunFolder  # see `start`
         self.tracker: Any = None  # the module wandb or trackio, which share what is used of them here
+        self.config: dict[str, Any] = {}
+        self.facts: Facts = {}
+        self.started = time.perf_counter()
+        self.training_seconds = 0.0  # since the start
+        self.before = {"training": 0.0, "other": 0.0, "tokens": 0}  # the interruption
 
-    def start(self, first_step: int, facts: dict[str, Any], flops_per_token: int) -> None:
-        self.facts, self.flops_per_token = facts, flops_per_token
+    @property
+    def spent(self) -> dict[str, float]:
+        """Seconds of training and of everything else, and tokens trained on, in all parts of the run."""
+        other = time.perf_counter() - self.started - self.training_seconds
+        return {
+            "training": self.before["training"] + self.training_seconds,
+            "other": self.before["other"] + other,
+            "tokens": self.before["tokens"] + self.n_steps * self.config.get("total_batch_size", 0),
+        }
+
+    def start(self, first_step: int, facts: Facts, run: RunFolder) -> None:
+        """Say what is about to happen, and write it to run.json."""
+        self.run, self.facts, self.config = run, facts, facts["train_config"]
+        facts |= {"run_id": run.run_id, "interruptions": run.interruptions}
+        run.describe(facts)
+        self.before |= run.trainer.get("spent", {})  # by a run that is resumed
         if facts["precision"].startswith("float32"):
             self.peak = None  # the table's peaks are of 16 bits
-        self.say(describe(self.config, facts))
-        if self.config.tracker and self.is_main:
+        hours = (self.spent["training"] + self.spent["other"]) / 3600
+        self.print(describe(facts, hours * (self.config["dollars_per_hour"] or 0)))
+        if self.config["tracker"] and self.is_main:
             self.track(self.start_tracker)
         silent = not (self.is_main and self.on_terminal)
-        self.bar = tqdm(total=self.config.max_steps, initial=first_step, disable=silent, dynamic_ncols=True,
+        self.bar = tqdm(total=self.config["max_steps"], initial=first_step, disable=silent,
+                        dynamic_ncols=True,
                         bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
 
     def start_tracker(self) -> None:
-        self.tracker = importlib.import_module(self.config.tracker)
+        name = self.config["tracker"]
+        self.tracker = importlib.import_module(name)
         run_id = self.facts["run_id"]  # the name tells runs apart, and finds one again after --resume
-        options = {"id": run_id} if self.config.tracker == "wandb" else {}
-        name = f"{self.config.log_dir.resolve().name}-{run_id}"
-        self.tracker.init(project="gpt2", name=name, config=self.facts, resume="allow", **options)
+        options = {"id": run_id} if name == "wandb" else {}
+        label = f"{self.config['log_dir'].resolve().name}-{run_id}"
+        self.tracker.init(project="gpt2", name=label, config=self.facts, resume="allow", **options)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """One event, above the bar."""
         if self.is_main:
             tqdm.write(text)
@@ -181,22 +227,39 @@ class Progress:
             send()
         except Exception as error:
             self.tracker = None
-            self.say(f"--tracker {self.config.tracker} failed, training goes on without it: {error}")
+            self.print(f"--tracker {self.config['tracker']} failed, training goes on without it: {error}")
 
-    def measured(self, step: int, values: dict[str, float], text: str) -> None:
-        """An evaluation's values, and how to say them."""
-        self.bar.set_postfix_str("", refresh=False)  # what `doing` has left there
-        self.say(f"step {step}: {text}")
-        if self.tracker:
-            self.track(lambda: self.tracker.log(values, step=step))
-        warning = unhealthy(self.config, self.facts, step, values.get("val/loss", 0.0))
+    def validation(self, step: int, loss: float) -> None:
+        """A validation loss, in nats per token."""
+        self.measured(step, "val", loss, f"validation loss {loss:.4f} on {self.facts['val_tokens']:,} tokens")
+        warning = unhealthy(self.facts, step, loss)
         if warning and not self.warned:
             self.warned = True
-            self.say(warning)
+            self.print(warning)
 
-    def doing(self, what: str, done: int, total: int) -> None:
-        """A sign of life in what may take long, of which `done` of `total` parts are done: on a terminal in
-        the bar, elsewhere a line every minute."""
+    def hellaswag(self, step: int, score: Score) -> None:
+        self.measured(step, "hella", score.acc_norm, f"HellaSwag {score}")
+
+    def measured(self, step: int, kind: str, value: float, text: str) -> None:
+        """An evaluation's value, as log.txt calls it, and in words."""
+        self.bar.set_postfix_str("", refresh=False)  # what `sign_of_life` has left there
+        self.print(f"step {step}: {text}")
+        self.run.event(step, kind, f"{value:.4f}")
+        if self.tracker:
+            name = {"val": "val/loss", "hella": "hellaswag/acc_norm"}[kind]
+            self.track(lambda: self.tracker.log({name: value}, step=step))
+
+    def samples(self, step: int, texts: list[str]) -> None:
+        """What the model writes at `step`."""
+        for text in texts:
+            self.print(f"step {step}: sample: {printable(text)}")
+
+    def part_of(self, what: str) -> Callable[[int, int], None]:
+        """A function to tell of each part of what may take long: parts done, parts in all."""
+        return lambda done, total: self.sign_of_life(what, done, total)
+
+    def sign_of_life(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` parts are done: on a terminal in the bar, elsewhere a line every minute."""
         now = time.monotonic()
         if done == 0:
             self.began = self.shown = now
@@ -204,36 +267,39 @@ class Progress:
             return
         self.shown = now
         text = f"{what} {done}/{total}, {duration((now - self.began) / done * (total - done))} left"
-        self.bar.set_postfix_str(text) if self.on_terminal else self.say(text)
+        self.bar.set_postfix_str(text) if self.on_terminal else self.print(text)
 
     def micro_step(self, step: int, done: int, total: int) -> None:
         """`done` of the `total` micro-steps of a step are done."""
         if self.step_seconds and self.step_seconds[-1] < 60:  # then the last step's values are worth more
             return
-        self.doing(f"step {step}: micro-step", done, total)
+        self.sign_of_life(f"step {step}: micro-step", done, total)
         elapsed = time.monotonic() - self.began
         if done and elapsed > 30 and not self.estimated:
-            self.estimate(elapsed / done * total, self.config.max_steps - step)
+            self.estimate(elapsed / done * total, self.config["max_steps"] - step)
 
     def estimate(self, seconds: float, steps: int) -> None:
         """What `steps` steps of so many seconds will take, said once."""
         self.estimated = True
-        cost = self.config.dollars_per_hour and self.config.dollars_per_hour * seconds * steps / 3600
-        self.say(f"training will take about {duration(seconds * steps)}" + (f", ${cost:,.2f}" if cost else "")
-                 + f" ({duration(seconds) if seconds >= 10 else f'{seconds:.2f} s'} a step)")  # fmt: skip
+        cost = (self.config["dollars_per_hour"] or 0) * seconds * steps / 3600
+        self.print(f"training will take about {duration(seconds * steps)}"
+                   + (f", ${cost:,.2f}" if cost else "")
+                   + f" ({duration(seconds) if seconds >= 10 else f'{seconds:.2f} s'} a step)")  # fmt: skip
 
     def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
         """One training step, in nats and seconds."""
+        self.n_steps += 1
+        self.training_seconds += seconds
+        self.step_seconds.append(seconds)
         if not self.is_main:
             return
-        self.n_steps += 1
-        self.step_seconds.append(seconds)
-        rate = self.config.total_batch_size / seconds
-        mfu = rate * self.flops_per_token / (self.peak * self.world_size) if self.peak else None
+        self.run.event(step, "train", f"{loss:.6f}")
+        rate = self.config["total_batch_size"] / seconds
+        mfu = rate * self.facts["flops_per_token"] / (self.peak * self.world_size) if self.peak else None
         typical = statistics.median(self.step_seconds)
-        left = self.config.max_steps - step - 1
+        left = self.config["max_steps"] - step - 1
         if self.on_terminal:
-            every = self.config.val_every
+            every = self.config["val_every"]
             until = min(left, every - 1 - step % every) if every else 0
             wide = shutil.get_terminal_size().columns >= 110
             parts = [
@@ -248,35 +314,35 @@ class Progress:
             self.bar.update()
         elif time.monotonic() - self.last_line >= 1:
             self.last_line = time.monotonic()
-            self.say(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-                     f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}"
-                     + (f" | mfu: {mfu:.1%}" if mfu else ""))  # fmt: skip
+            self.print(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                       f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}"
+                       + (f" | mfu: {mfu:.1%}" if mfu else ""))  # fmt: skip
         if self.tracker:
             values = {"train/loss": loss, "train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
             self.track(lambda: self.tracker.log(values | ({"mfu": mfu} if mfu else {}), step=step))
         if (self.n_steps == 5 or seconds > 30) and not self.estimated:  # the first is slower: it allocates
             self.estimate(min(self.step_seconds), left)
 
-    def close(self) -> None:
+    def close(self, text: str) -> None:
+        """The last word."""
         self.bar.close()
         if self.tracker:
             self.track(self.tracker.finish)
+        self.print(text)
+
+    def finish(self, step: int, val_loss: float, score: Score | None) -> None:
+        """Print what came out, and write it to run.json."""
+        self.facts["result"] = result_of(self.facts, step, self.spent, val_loss, score)
+        self.run.describe(self.facts)
+        self.run.draw()  # with the time in its caption
+        where = f"done: {plural(step, 'step')}; the run is in {self.config['log_dir']}"
+        self.close(f"{where}\n{closing_table(self.facts)}")
 
 
-def is_default_recipe(config: Any, facts: dict[str, Any]) -> bool:
-    """Whether a run can be held against published ones: this recipe, this data."""
-    recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
-              "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
-    same = all(
-        getattr(config, field.name) == field.default for field in fields(config) if field.name in recipe
-    )
-    return same and plot.comparable_loss(facts)
-
-
-def unhealthy(config: Any, facts: dict[str, Any], step: int, val_loss: float) -> str | None:
+def unhealthy(facts: Facts, step: int, val_loss: float) -> str | None:
     """A warning when a run of the default recipe leaves the band of healthy ones; None if all is well, or
     nothing is known."""
-    if step not in HEALTHY_LOSS or not is_default_recipe(config, facts):
+    if step not in HEALTHY_LOSS or not (facts["default_recipe"] and comparable_loss(facts)):
         return None
     if val_loss <= (1 + TOLERANCE) * HEALTHY_LOSS[step]:
         return None
@@ -289,10 +355,11 @@ def unhealthy(config: Any, facts: dict[str, Any], step: int, val_loss: float) ->
 
 
 def result_of(
-    config: Any, facts: dict[str, Any], step: int, spent: dict[str, float], val_loss: float, score: Any
+    facts: Facts, step: int, spent: dict[str, float], val_loss: float, score: Score | None
 ) -> dict[str, Any]:
     """What run.json keeps of the end: losses in nats, times in hours."""
-    tokens, hours = step * config.total_batch_size, (spent["training"] + spent["other"]) / 3600
+    config = facts["train_config"]
+    tokens, hours = step * config["total_batch_size"], (spent["training"] + spent["other"]) / 3600
     return {
         "validation_loss": None if math.isnan(val_loss) else round(val_loss, 4),
         "hellaswag": score and {"acc": score.acc, "acc_norm": score.acc_norm, "items": score.n,
@@ -301,33 +368,33 @@ def result_of(
         "training_hours": spent["training"] / 3600,
         "other_hours": spent["other"] / 3600,
         "tokens_per_second": spent["tokens"] / spent["training"] if spent["training"] else None,
-        "dollars": config.dollars_per_hour and config.dollars_per_hour * hours,
+        "dollars": config["dollars_per_hour"] and config["dollars_per_hour"] * hours,
         "interruptions": facts["interruptions"],
     }  # fmt: skip
 
 
-def closing_table(config: Any, facts: dict[str, Any], result: dict[str, Any]) -> str:
+def closing_table(facts: Facts) -> str:
     """The end of a run, beside published figures where the comparison is fair."""
-    rows, default = [], is_default_recipe(config, facts)
+    config, result = facts["train_config"], facts["result"]
+    rows, default = [], facts["default_recipe"] and comparable_loss(facts)
     if result["validation_loss"] is not None:
-        fair = f"OpenAI's GPT-2 {plot.GPT2_VAL_LOSS}" + (", healthy runs 3.02 to 3.09" if default else "")
-        rows.append(
-            ("validation loss", f"{result['validation_loss']:.4f}", plot.comparable_loss(facts) and fair)
-        )
+        fair = f"OpenAI's GPT-2 {GPT2_VAL_LOSS}" + (", healthy runs 3.02 to 3.09" if default else "")
+        value = f"{result['validation_loss']:.4f}"
+        rows.append(("validation loss", value, fair if comparable_loss(facts) else ""))
     if score := result["hellaswag"]:
-        fair = f"OpenAI's GPT-2 {plot.GPT2_HELLASWAG}" + (", healthy runs .300 to .313" if default else "")
+        fair = f"OpenAI's GPT-2 {GPT2_HELLASWAG}" + (", healthy runs .300 to .313" if default else "")
         value = f"{score['acc_norm']:.4f} +- {score['standard_error']:.4f} on {score['items']:,} items"
-        rows.append(("HellaSwag", value, plot.comparable_hellaswag(facts) and fair))
-    hours = 3600 * result["training_hours"], 3600 * result["other_hours"]
-    rows.append(("tokens", f"{result['tokens']:,}", None))
-    rows.append(("time", f"{duration(hours[0])} of training, {duration(hours[1])} of everything else", None))
+        rows.append(("HellaSwag", value, fair if comparable_hellaswag(facts) else ""))
+    training, other = duration(3600 * result["training_hours"]), duration(3600 * result["other_hours"])
+    rows.append(("tokens", f"{result['tokens']:,}", ""))
+    rows.append(("time", f"{training} of training, {other} of everything else", ""))
     if result["tokens_per_second"]:
-        rows.append(("speed", f"{result['tokens_per_second']:,.0f} tokens/s, the mean of all steps", None))
+        rows.append(("speed", f"{result['tokens_per_second']:,.0f} tokens/s, the mean of all steps", ""))
     if result["dollars"] is not None:
-        rows.append(("cost", f"${result['dollars']:,.2f}", None))
-    rows.append(("interruptions", str(result["interruptions"]), None))
+        rows.append(("cost", f"${result['dollars']:,.2f}", ""))
+    rows.append(("interruptions", str(result["interruptions"]), ""))
     table = [f"{name + ':':17}{value}" + (f" ({fair})" if fair else "") for name, value, fair in rows]
-    folder = shlex.quote(str(config.log_dir))
-    next_steps = [f"python sample.py --model {folder}"] if config.checkpoint_every else []
+    folder = shlex.quote(str(config["log_dir"]))
+    next_steps = [f"python sample.py --model {folder}"] if config["checkpoint_every"] else []
     next_steps.append(f"python plot.py run {folder}")
     return "\n".join([*table, f"next:            {'; '.join(next_steps)}"])

@@ -19,28 +19,40 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
+
+from support.cli import InputError, RunFault, in_words
+from support.curves import draw_runs, read_run
+from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
+from support.processes import World
 
 import safetensors
 import torch
-
-import plot
-from shards import InputError, RunFault, lock_folder, sha256, to_json, write_file
+import torch.distributed as dist
 
 SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: what a slow machine may lose
 LOG_LINE = re.compile(rb"(\d+) (train|val|hella) \S+\n")
 
 
+class Model(Protocol):
+    """What is saved: a GPT."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def save_pretrained(self, folder: Path) -> None: ...
+
+
 class RunFolder:
     """The folder of a run. Only the main process writes."""
 
-    def __init__(self, path: Path, is_main: bool, say: Callable[[str], None]):
-        self.path, self.is_main, self.say = path, is_main, say
+    def __init__(self, path: Path, is_main: bool, print: Callable[[str], None], keep_every: int = 0):
+        self.path, self.is_main, self.print, self.keep_every = path, is_main, print, keep_every
         self.unwritten = b""  # lines of log.txt that a full disk refused
         self.saved_at = time.monotonic()
+        self.recipe: dict[str, Any] = {}  # all that decides the run's numbers
         self.checkpoint: Path | None = None  # to go on from
         self.trainer: dict[str, Any] = {}  # the contents of its trainer.pt
         self.run_id = uuid.uuid4().hex[:8]  # the same after every --resume
@@ -52,15 +64,17 @@ class RunFolder:
         Raises InputError when another process trains in the folder, when it holds a run that is not to be
         resumed, or was made with another recipe, or has only damaged checkpoints.
         """
+        self.recipe = recipe
         begun = self.holds_a_run()
         if begun and not resume:
             raise InputError(
-                f"{self.path} already holds a run; go on with --resume, or choose another --log_dir"
+                f"{self.path} already holds a run; go on with --resume, choose another --log_dir, or delete "
+                "the folder to start over"
             )
         self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
         if begun:
             with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                before = plot.read_run(self.path)
+                before = read_run(self.path)
                 self.run_id, self.interruptions = before["run_id"], before["interruptions"]
             self.interruptions += 1
         damaged = self.find_checkpoint()
@@ -85,7 +99,7 @@ class RunFolder:
         log = self.path / "log.txt"
         lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
         harmless = all(LOG_LINE.fullmatch(line) and b" train " not in line for line in lines)
-        return bool(list_checkpoints(self.path)) or not harmless or "result" in plot.read_run(self.path)
+        return bool(list_checkpoints(self.path)) or not harmless or "result" in read_run(self.path)
 
     def find_checkpoint(self) -> list[str]:
         """Set `checkpoint` and `trainer` to the newest sound checkpoint. Returns the names of damaged ones
@@ -106,12 +120,36 @@ class RunFolder:
                 UnpicklingError,
             ) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.say(f"DAMAGED: {folder}: {reason}; passing over it")
+                self.print(f"DAMAGED: {folder}: {reason}; passing over it")
                 damaged.append(folder.name)
                 continue
             self.checkpoint, self.trainer = folder, trainer
             break
         return damaged
+
+    def restore(
+        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, first_step: int, world: World
+    ) -> None:
+        """Put back the state of training that the checkpoint holds, and make log.txt end where it does.
+
+        Only the main process has read the checkpoint: the others get the optimizer's moments over the
+        network, so hosts need no disk in common.
+        """
+        self.cut_log(first_step)
+        if first_step == 0:
+            return
+        if world.is_main:
+            optimizer.load_state_dict(self.trainer["optimizer"])
+        if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if it was not needed then
+            scaler.load_state_dict(scaler_state)
+        torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
+        if world.size > 1:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                state = optimizer.state[parameter]
+                state.setdefault("step", torch.zeros((), device=parameter.device))
+                for name in ("step", "exp_avg", "exp_avg_sq"):
+                    dist.broadcast(state.setdefault(name, torch.zeros_like(parameter)), src=0)
+        self.print(f"resuming at step {first_step} from {self.checkpoint}")
 
     def cut_log(self, step: int) -> None:
         """Keep what log.txt says of the steps before `step`: they are not run again, the others are. What a
@@ -151,32 +189,40 @@ class RunFolder:
         """loss.png, redrawn. A picture is never worth a run: if it fails, that is said."""
         if self.is_main:
             try:
-                plot.draw_runs([self.path], self.path / "loss.png")
+                draw_runs([self.path], self.path / "loss.png")
             except Exception as error:
-                self.say(f"loss.png could not be drawn: {error}")
+                self.print(f"loss.png could not be drawn: {error}")
 
-    def save(self, step: int, raw_model: Any, trainer: dict[str, Any], keep_every: int) -> bool:
-        """Write checkpoint_<step>: a Hugging Face folder, plus `trainer` (tensors and plain values) as
-        trainer.pt, plus SHA256SUMS. It is complete on disk before it gets its name. Older ones go, but for
-        the last two and every `keep_every` steps.
+    def save(
+        self,
+        step: int,
+        raw_model: Model,
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler,
+        state: dict[str, Any],
+    ) -> bool:
+        """Write checkpoint_<step>: a Hugging Face folder, plus trainer.pt with all that --resume needs
+        (tensors and plain values, `state` among them), plus SHA256SUMS. It is complete on disk before it gets
+        its name. Older ones go, but for the last two and every `keep_every` steps.
 
-        Returns whether it worked. If not (a full disk), nothing is left of it, the reason is said, and the
+        Returns whether it worked. If not (a full disk), nothing is left of it, the reason is printed, and the
         checkpoints before it are as they were.
         """
+        self.saved_at = time.monotonic()
+        if not self.is_main:
+            return True
         final = self.path / f"checkpoint_{step:05d}"
         temporary = self.path / f"{final.name}.tmp"
-        self.saved_at = time.monotonic()
+        trainer = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                   **state, "rng": torch.get_rng_state(), "recipe": self.recipe}  # fmt: skip
         try:
-            tensors = [
-                *raw_model.parameters(),
-                *(t for s in trainer["optimizer"]["state"].values() for t in s.values()),
-            ]
+            tensors = [*raw_model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
             needed = sum(t.numel() * t.element_size() for t in tensors) + 10_000_000
             if (free := shutil.disk_usage(self.path).free) < needed:
                 raise OSError(f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed")
             self.write_log()
             raw_model.save_pretrained(temporary)
-            torch.save({"step": step, **trainer}, temporary / "trainer.pt")
+            torch.save(trainer, temporary / "trainer.pt")
             sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
             (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8", newline="\n")
             for path in (*temporary.iterdir(), temporary, self.path / "log.txt"):
@@ -185,17 +231,17 @@ class RunFolder:
             flush_to_disk(self.path)
         except (OSError, RuntimeError, safetensors.SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
-            self.say(f"step {step}: NOT SAVED: {error}; the checkpoints before it are intact")
+            self.print(f"step {step}: NOT SAVED: {in_words(error)}; the checkpoints before it are intact")
             return False
         for old in list_checkpoints(self.path)[:-2]:
-            if not keep_every or step_of(old) % keep_every:
+            if not self.keep_every or step_of(old) % self.keep_every:
                 shutil.rmtree(old, ignore_errors=True)
-        self.say(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
+        self.print(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
         return True
 
-    def overdue(self, config: Any) -> bool:
+    def overdue(self) -> bool:
         """Whether the last save, or try, was too long ago for a slow machine."""
-        return config.checkpoint_every > 0 and time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
+        return time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
 
     def require(self, step: int) -> None:
         """Raises RunFault unless there is a checkpoint of `step`: the end of a run must not be lost
@@ -223,23 +269,15 @@ def check_sums(folder: Path) -> None:
             raise ValueError(f"{name} is not what SHA256SUMS says")
 
 
-def flush_to_disk(path: Path) -> None:
-    """fsync a file or, where the system can (not on Windows), a folder."""
-    if path.is_dir() and os.name == "nt":
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """InputError, listing every difference, unless the run in `log_dir` goes on as it began."""
     different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if different:
         changes = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in different)
-        raise InputError(f"{log_dir} can't be resumed with another recipe: {changes}")
+        hint = ""
+        if "max_steps" in different:
+            hint = f"; to train longer, start a new run from its weights: --init_from {log_dir} --log_dir NEW"
+        raise InputError(f"{log_dir} can't be resumed with another recipe: {changes}{hint}")
 
 
 def versions() -> dict[str, str | None]:

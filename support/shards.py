@@ -1,237 +1,264 @@
 """
-Token shards, and what every script here shares: how it starts and how it fails, the encodings.
+Token shards: their record, writing, reading, checking.
 
-A shard is a 1-D uint16 `.npy` file of token ids, or one of llm.c's `.bin` files. A folder of them, made by
-fineweb.py or elsewhere, is read with `load_shards`; `shards.json` beside them, if there is one, says what
-they were made from and how they can be verified.
+A shard is a 1-D uint16 `.npy` file of token ids, or one of llm.c's `.bin` files. `shards.json` beside a
+folder's shards says what they were made from and how they can be verified; shards without it load too.
 """
 
-import contextlib
-import errno
 import hashlib
-import inspect
-import io
 import json
 import os
-import platform
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
+
+from support.cli import InputError, RunFault, in_words
+from support.documents import Piece
+from support.encodings import get_encoding
+from support.files import sha256, to_json, write_file
+from support.tokens import encode_stream
+from support.words import plural
 
 import numpy as np
 import tiktoken
-import tyro
 
-VERSION = "1.0"
-END_OF_TEXT = "<|endoftext|>"
 PARTIAL = "shards.partial.json"  # the record of a job of fineweb.py that is not finished
 
-
 # -----------------------------------------------------------------------------
-# how every script starts, and what it says when its input is bad
+# the record
 
 
-class CommandError(Exception):
-    """What ends a script with one line: the file or flag, what is wrong, what to do. `alone`: of the
-    processes that torchrun started, only this one may have found it."""
+class Place(TypedDict):
+    """Where a token of the stream comes from."""
 
-    def __init__(self, message: str, alone: bool = False):
-        super().__init__(message)
-        self.alone = alone
-
-
-class InputError(CommandError, ValueError):
-    """Bad input: exit status 2."""
+    file: str
+    document: int  # in the file, from 0
+    token: int  # tokens of the document before it, with <|endoftext|>
 
 
-class RunFault(CommandError):
-    """A fault while running: exit status 1."""
+class ShardEntry(TypedDict):
+    """A shard in the record; of shards made elsewhere only the first three facts are known."""
+
+    file: str
+    tokens: int
+    sha256: str
+    ends_at: NotRequired[Place]  # where the next shard begins
+    documents: NotRequired[int]  # that end in it
+    remarks: NotRequired[dict[str, int]]
 
 
-def run_command(main: Callable[[Any], None], config: Any, default: Any = None) -> None:
-    """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`
-    with it; `default` is an instance that holds other defaults than the dataclass. --version says which this
-    is, --help lists the flags, under headings that stand as comments in the dataclass.
+class Record(TypedDict):
+    """shards.json."""
 
-    Bad input ends with one line on standard error and exit status 2, a fault while running (a full disk, no
-    permission) with one line and status 1, Ctrl-C with 130; never with a traceback.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a text may hold what a terminal can't show
-            stream.reconfigure(errors="backslashreplace")
-    if "--version" in sys.argv[1:]:
-        print(f"{Path(sys.argv[0]).name} {VERSION}, Python {platform.python_version()}")
-        return
-    options = {} if default is None else {"default": default}
-    try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            print(help_of(config, options), end="")
-        else:
-            main(tyro.cli(config, use_underscores=True, **options))
-        sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, as `head` does, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (CommandError, OSError) as error:
-        # under torchrun, what all processes found is said once on each host
-        if getattr(error, "alone", True) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    encoding: str
+    vocab_size: int
+    source: dict[str, Any]
+    settings: dict[str, Any]
+    documents: int
+    tokens: int
+    remarks: dict[str, int]
+    shards: list[ShardEntry]
 
 
-def help_of(config: Any, options: dict[str, Any]) -> str:
-    """tyro's --help, in which a comment "# -- the model" above a field of `config` has become a heading, and
-    a default of None, whose meaning each flag explains, is not mentioned."""
-    with contextlib.redirect_stdout(io.StringIO()) as text:
-        try:
-            tyro.cli(config, use_underscores=True, **options)
-        except SystemExit as end:
-            if end.code:  # not a call for help, but `--prompt -h`
-                raise
-    source = inspect.getsource(config) if inspect.isclass(config) else ""
-    headings = {name: heading for heading, name in re.findall(r"# -- (.+)\n +(\w+):", source)}
-    help = re.sub(r"\{None\}\|(\w+)(?=  )", r"\1       ", text.getvalue()).replace("{None}|", "")
-    help = re.sub(r"\s+\(default:(\s+None)?\s*\)", "", help)
-    help = re.sub(r"  -h, --help( .* )show.*exit", r"\g<0>\n  --version \1say which this is and exit", help)
-    for name, heading in headings.items():
-        help = re.sub(rf"^  --{name}\b", f"\n {heading}\n\\g<0>", help, flags=re.MULTILINE)
-    return re.sub(r" +$", "", help, flags=re.MULTILINE)
-
-
-# -----------------------------------------------------------------------------
-# files
-
-
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def to_json(value: Any) -> str:
-    return json.dumps(value, indent=2, default=str) + "\n"
-
-
-def write_file(path: Path, write: Callable[[Any], None]) -> None:
-    """Call `write(file)` on a temporary file, flush it to disk, then give it its final name: all or
-    nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def lock_folder(folder: Path, flag: str) -> Any:
-    """Make `folder` (named by `flag`) if need be, and lock it; the lock ends with the returned file, or with
-    the process, however it ends. InputError if another process holds it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - the caller holds it
-    except OSError as error:
-        reason = "is a file, not a folder" if folder.is_file() else error.strerror
-        raise InputError(f"{flag} {folder}: {reason}") from error
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            file.seek(0x7FFFFFF0)  # beyond the text, which others may read
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.seek(0)
-        raise InputError(f"{folder} is in use by {file.read() or 'another process'}") from error
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    return file
-
-
-@contextlib.contextmanager
-def hub_errors(wanted: str) -> Iterator[None]:
-    """Turns the many ways a download fails into one line that says what was wanted: InputError when it will
-    never be there, RunFault when it may be the next time."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import logging
-
-    logging.set_verbosity_error()  # it tells of every attempt to reach the network, in several lines each
-    try:
-        yield
-    except Exception as error:
-        network = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
-        from_client = type(error).__module__.startswith(("http", "requests"))
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        if isinstance(error, CommandError) or full or not (from_client or isinstance(error, network)):
-            raise
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        kind = RunFault if may_pass(error) else InputError
-        raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {first_line}") from error
-
-
-def may_pass(error: BaseException | None) -> bool:
-    """Whether a failed request may succeed later: no connection, a time-out, 408, 429, 5xx. Not another
-    status, nor a name that the Hub does not know."""
-    from datasets.exceptions import DatasetsError
-    from huggingface_hub.errors import HFValidationError
-
-    if isinstance(error, DatasetsError | HFValidationError):
-        return False
-    while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status is not None:
-            return status >= 500 or status in (408, 429)
-        error = error.__cause__ or error.__context__
-    return True
-
-
-# -----------------------------------------------------------------------------
-# encodings
-
-
-def get_encoding(name: str) -> tiktoken.Encoding:
-    """The encoding called `name`: "gpt2" (50,257 tokens) or "bytes" (256 single bytes and <|endoftext|>).
-
-    Raises InputError for another name, or when tiktoken can't download GPT-2's vocabulary.
-    """
-    if name == "bytes":
-        single_bytes = {bytes([i]): i for i in range(256)}
-        return tiktoken.Encoding(
-            "bytes", pat_str="(?s:.)", mergeable_ranks=single_bytes, special_tokens={END_OF_TEXT: 256}
-        )
-    if name != "gpt2":
-        raise InputError(f"encoding {name!r} is unknown; there are 'gpt2' and 'bytes'")
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' exceptions are OSErrors
-        raise InputError(
-            "tiktoken could not download GPT-2's vocabulary (vocab.bpe and encoder.json). Without a network, "
-            "copy tiktoken's cache folder from a machine that has it and set TIKTOKEN_CACHE_DIR to it, or "
-            f"use --encoding bytes where shards are made. What it said: {str(error).splitlines()[0][:150]}"
-        ) from error
-
-
-# -----------------------------------------------------------------------------
-# shards
-
-
-def new_record(
-    encoding: tiktoken.Encoding, source: dict[str, Any], settings: dict[str, Any]
-) -> dict[str, Any]:
+def new_record(encoding: tiktoken.Encoding, source: dict[str, Any], settings: dict[str, Any]) -> Record:
     """shards.json before there is any shard."""
     return {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "source": source, "settings": settings,
             "documents": 0, "tokens": 0, "remarks": {}, "shards": []}  # fmt: skip
+
+
+def read_record(file: Path) -> Record:
+    """The record that fineweb.py left in shards.json, or in PARTIAL. InputError if it is damaged."""
+    try:
+        record: Record = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(record["tokens"], int) or not isinstance(record["encoding"], str):
+            raise TypeError
+        if not isinstance(record["source"], dict) or not isinstance(record["settings"], dict):
+            raise TypeError
+        for entry in record["shards"]:
+            if not isinstance(entry["tokens"], int) or not isinstance(entry["file"] + entry["sha256"], str):
+                raise TypeError
+            if file.name == PARTIAL and not {"file", "document", "token"} <= entry["ends_at"].keys():
+                raise TypeError
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(
+            f"{file}: damaged; remove it and the shards beside it, and write them again with fineweb.py"
+        ) from error
+    return record
+
+
+def find_record(folder: Path) -> Record | None:
+    """What an earlier job in `folder` recorded, finished or not. Raises InputError when there are shards but
+    no record."""
+    for name in ("shards.json", PARTIAL):
+        if (folder / name).exists():
+            record = read_record(folder / name)
+            return record if record["shards"] else None  # none: it had only begun
+    if list(folder.glob("*.npy")):
+        raise InputError(
+            f"{folder} holds shards made elsewhere, of which there is no record; see what they are with "
+            f"--check {folder}, or choose another --output_dir"
+        )
+    return None
+
+
+def compare_records(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """InputError, with the difference, unless the shards in `folder` are made of the same input with the same
+    settings."""
+    differences = []
+    for name in now:
+        if isinstance(now[name], list):
+            changed = [item for item in then.get(name) or [] if item not in now[name]]
+            changed += [item for item in now[name] if item not in (then.get(name) or [])]
+            if changed:
+                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+                differences.append(f"{name} differ in {changed[0]}{more}")
+                continue
+        if then.get(name) != now[name]:
+            differences.append(f"{name} was {then.get(name)}, is {now[name]}")
+    if differences:
+        raise InputError(
+            f"{folder} was made with other settings: {'; '.join(differences)}; choose another "
+            "--output_dir, or remove that one"
+        )
+
+
+# -----------------------------------------------------------------------------
+# writing
+
+
+class ShardWriter:
+    """Cuts the stream of tokens into shards in `folder`.
+
+    A shard ends after exactly `shard_size` tokens, in the middle of a document if need be; only the last is
+    shorter. Each is recorded, with the place where the input goes on and the documents that end in it, in
+    shards.partial.json, which becomes shards.json at the end. A `record` that lists finished shards is gone
+    on with: the stream must begin with the document that their last `ends_at` names.
+    """
+
+    def __init__(self, folder: Path, record: Record, on_shard: Callable[[str], None] = lambda file: None):
+        self.folder, self.record, self.on_shard = folder, record, on_shard
+        settings, shards = record["settings"], record["shards"]
+        self.left = (settings["max_tokens"] or sys.maxsize) - sum(shard["tokens"] for shard in shards)
+        try:
+            self.buffer = np.empty(min(settings["shard_size"], self.left), np.uint16)  # the shard in progress
+        except (MemoryError, ValueError) as error:
+            raise InputError(
+                f"--shard_size {settings['shard_size']}: a shard is held in memory while it is filled, and "
+                f"{settings['shard_size'] / 5e8:,.0f} GB are not to be had"
+            ) from error
+        self.filled, self.skip = 0, shards[-1]["ends_at"]["token"] if shards else 0
+        self.ends_at: Place = {"file": "", "document": 0, "token": 0}  # where the next token comes from
+        self.documents = 0
+        self.remarks: Counter[str] = Counter()
+        self.of_document: set[str] = set()
+        self.write_record()  # before the first shard, which would else belong to nobody
+        (folder / "shards.json").unlink(missing_ok=True)  # of a finished job that lost a shard
+
+    def add(self, piece: Piece, tokens: np.ndarray, remarks: set[str]) -> int:
+        """Take what `encode_stream` yields; returns how many of the tokens were new, up to max_tokens."""
+        before = self.left
+        if piece.begins:
+            self.ends_at = {"file": piece.file, "document": piece.document, "token": 0}
+            self.of_document = set()
+        self.of_document |= remarks
+        done = min(self.skip, len(tokens))  # in a finished shard already
+        self.skip -= done
+        self.ends_at["token"] += done
+        while done < len(tokens) and self.left:
+            if self.filled == len(self.buffer):
+                self.finish_shard()
+            n = min(len(tokens) - done, len(self.buffer) - self.filled, self.left)
+            self.buffer[self.filled : self.filled + n] = tokens[done : done + n]
+            self.filled, self.left, done = self.filled + n, self.left - n, done + n
+            self.ends_at["token"] += n
+        if piece.ends and done == len(tokens):
+            self.ends_at = {"file": piece.file, "document": piece.document + 1, "token": 0}
+            self.documents += piece.text is not None
+            self.remarks.update(self.of_document)
+        return before - self.left
+
+    def finish_shard(self) -> None:
+        shards = self.record["shards"]
+        path = self.folder / f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
+        try:
+            write_file(path, lambda file: np.save(file, self.buffer[: self.filled]))
+        except OSError as error:
+            raise RunFault(
+                f"{path} could not be written ({error.strerror or in_words(error)}); make room, then the "
+                "same command goes on"
+            ) from error
+        shards.append({"file": path.name, "tokens": self.filled, "sha256": sha256(path),
+                       "ends_at": self.ends_at.copy(), "documents": self.documents,
+                       "remarks": dict(sorted(self.remarks.items()))})  # fmt: skip
+        self.filled, self.documents, self.remarks = 0, 0, Counter()
+        self.write_record()
+        self.on_shard(self.ends_at["file"])
+
+    def write_record(self) -> None:
+        shards = self.record["shards"]
+        self.record["documents"] = sum(shard["documents"] for shard in shards)
+        self.record["tokens"] = sum(shard["tokens"] for shard in shards)
+        self.record["remarks"] = dict(sum((Counter(shard["remarks"]) for shard in shards), Counter()))
+        write_file(self.folder / PARTIAL, lambda file: file.write(to_json(self.record).encode()))
+
+    def finish(self) -> None:
+        """Write the last shard and shards.json. Raises InputError when the input has no text, or not more
+        tokens than the validation shard takes."""
+        if self.filled:
+            self.finish_shard()
+        if len(self.record["shards"]) < 2:
+            for shard in self.record["shards"]:
+                (self.folder / shard["file"]).unlink()
+            (self.folder / PARTIAL).unlink()
+            n_tokens = self.record["tokens"]
+            if n_tokens <= self.record["documents"]:  # nothing but an <|endoftext|> for each
+                raise InputError("the input holds no text")
+            raise InputError(
+                f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation "
+                "split, and leave none to train on; choose a smaller --shard_size, for example "
+                f"{max(2, n_tokens // 10)}"
+            )
+        os.replace(self.folder / PARTIAL, self.folder / "shards.json")
+
+
+def write_shards(
+    stream: Iterable[Piece],
+    writer: ShardWriter,
+    workers: int = 1,
+    on_piece: Callable[[int, Piece], None] = lambda n_tokens, piece: None,
+) -> Record:
+    """Tokenize `stream` into the writer's shards; returns the contents of shards.json. `on_piece` is told of
+    each piece, and how many of its tokens were new."""
+    encoding = get_encoding(writer.record["encoding"])
+    for piece, tokens, remarks in encode_stream(stream, encoding, workers):
+        on_piece(writer.add(piece, tokens, remarks), piece)
+        if not writer.left:
+            break
+    writer.finish()
+    return writer.record
+
+
+def drop_damaged(folder: Path, record: Record) -> bool:
+    """Take the first shard that is not whole, and all that follow it, off the record; returns whether there
+    was one."""
+    for i, shard in enumerate(record["shards"]):
+        try:
+            if len(open_shard(folder / shard["file"])) == shard["tokens"]:
+                continue
+        except InputError:
+            pass
+        print(f"{folder / shard['file']} is missing or damaged: going on from there")
+        del record["shards"][i:]
+        return True
+    return False
+
+
+# -----------------------------------------------------------------------------
+# reading
 
 
 @dataclass(frozen=True)
@@ -255,6 +282,7 @@ def open_shard(file: Path) -> np.ndarray:
     Raises InputError, naming the file, unless it is exactly that.
     """
     remedy = "write it again with fineweb.py"
+    tokens: np.ndarray
     try:
         if file.suffix == ".bin":
             header = np.fromfile(file, dtype="<i4", count=256)
@@ -276,26 +304,6 @@ def open_shard(file: Path) -> np.ndarray:
     return tokens
 
 
-def read_record(file: Path) -> dict[str, Any]:
-    """The record that fineweb.py left in shards.json, or in PARTIAL. InputError if it is damaged."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(record["tokens"], int) or not isinstance(record["encoding"], str):
-            raise TypeError
-        if not isinstance(record["source"], dict) or not isinstance(record["settings"], dict):
-            raise TypeError
-        for entry in record["shards"]:
-            if not isinstance(entry["tokens"], int) or not isinstance(entry["file"] + entry["sha256"], str):
-                raise TypeError
-            if file.name == PARTIAL and not {"file", "document", "token"} <= entry["ends_at"].keys():
-                raise TypeError
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(
-            f"{file}: damaged; remove it and the shards beside it, and write them again with fineweb.py"
-        ) from error
-    return record
-
-
 def split_of(file: Path) -> str | None:
     """The split that a shard's name names as a word of its own; "train" in edufineweb_train_000001.npy."""
     found = re.search(r"(?<![a-z])(train|val)(ing|idation)?(?![a-z])", file.name.lower())
@@ -314,21 +322,20 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
             "with --data_dir, or try `python train_gpt2.py --demo`"
         )
     files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
-    record: dict[str, Any] = {}
     if (folder / PARTIAL).exists():
         raise InputError(
             f"{folder} is not finished: run the same fineweb.py command again to go on, or remove {PARTIAL} "
             "to use what there is"
         )
+    record, entries = None, {}
     if (folder / "shards.json").exists():
         record = read_record(folder / "shards.json")
-        expected = {entry["file"]: entry["tokens"] for entry in record["shards"]}
-        sums = {entry["file"]: entry["sha256"] for entry in record["shards"]}
-        if missing := expected.keys() - {file.name for file in files}:
+        entries = {entry["file"]: entry for entry in record["shards"]}
+        if missing := entries.keys() - {file.name for file in files}:
             raise InputError(
                 f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
             )
-        files = [file for file in files if file.name in expected]
+        files = [file for file in files if file.name in entries]
     splits = {split: [file for file in files if split_of(file) == split] for split in ("train", "val")}
     tokens = {split: [open_shard(file) for file in splits[split]] for split in splits}
     digest = hashlib.sha256()
@@ -339,30 +346,28 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
                 "name); write the shards with fineweb.py"
             )
         for file, shard in zip(splits[split], tokens[split], strict=True):
-            if record and len(shard) != expected[file.name]:
+            if record and len(shard) != entries[file.name]["tokens"]:
                 raise InputError(
-                    f"{file}: holds {len(shard):,} tokens, shards.json says {expected[file.name]:,}; "
-                    "run fineweb.py again"
+                    f"{file}: holds {len(shard):,} tokens, shards.json says "
+                    f"{entries[file.name]['tokens']:,}; run fineweb.py again"
                 )
-            if record and verify and sha256(file) != sums[file.name]:
+            if record and verify and sha256(file) != entries[file.name]["sha256"]:
                 raise InputError(
                     f"{file}: its SHA-256 is not the one in shards.json; remove it and run fineweb.py again"
                 )
             digest.update(f"{file.name} {len(shard)}\n".encode())
-    digest.update(json.dumps([entry["sha256"] for entry in record.get("shards", [])]).encode())
-    return Shards(
-        folder,
-        splits,
-        tokens,
-        record.get("encoding", "gpt2"),
-        record.get("source", {}).get("dataset"),
-        digest.hexdigest(),
-    )
+    digest.update(json.dumps([entry["sha256"] for entry in record["shards"]] if record else []).encode())
+    encoding, dataset = (record["encoding"], record["source"].get("dataset")) if record else ("gpt2", None)
+    return Shards(folder, splits, tokens, encoding, dataset, digest.hexdigest())
+
+
+# -----------------------------------------------------------------------------
+# checking
 
 
 def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
-    """Verify the shards in `folder`, whoever made them, and say what they hold. Raises InputError, naming the
-    shard, when one is damaged or holds ids beyond the encoding's."""
+    """Verify the shards in `folder`, whoever made them, and print what they hold. Raises InputError, naming
+    the shard, when one is damaged or holds ids beyond the encoding's."""
     if not folder.is_dir():
         raise InputError(f"--check {folder}: no such folder")
     shards = load_shards(folder, verify=True)
@@ -380,8 +385,8 @@ def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
                         f"{encoding.n_vocab:,} of the {encoding.name} encoding"
                     )
         words = encoding.decode(shards.tokens[split][0][:30].tolist())
-        n_shards = len(shards.files[split])
-        print(f"{split:6} {shards.count(split):14,} tokens in {n_shards:3} shards, beginning {words!r}")
+        n_shards = plural(len(shards.files[split]), "shard")
+        print(f"{split:6} {shards.count(split):14,} tokens in {n_shards:>10}, beginning {words!r}")
     if has_record:
         print("sound: headers, sizes, ids and the SHA-256 of every shard")
     elif write_json:
@@ -391,6 +396,6 @@ def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
                 record["shards"].append({"file": file.name, "tokens": len(tokens), "sha256": sha256(file)})
             record["tokens"] += shards.count(split)
         write_file(folder / "shards.json", lambda file: file.write(to_json(record).encode()))
-        print("sound: headers, sizes and ids; their sums are in shards.json now")
+        print("sound: headers, sizes and ids; shards.json now holds their sums")
     else:
         print("sound: headers, sizes and ids; --write_shards_json records their sums for the next time")

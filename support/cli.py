@@ -1,0 +1,163 @@
+"""How every script starts, parses its flags, and fails: in one line, with a status that means something."""
+
+import contextlib
+import inspect
+import io
+import os
+import platform
+import re
+import sys
+import types
+from collections.abc import Callable, Collection
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+from support import VERSION
+
+import tyro
+
+# -----------------------------------------------------------------------------
+# errors
+
+
+class CommandError(Exception):
+    """Ends a script with one line: the file or flag, what is wrong, what to do.
+
+    `this_process_only` says that, of the processes torchrun started, this one alone may have met it, so it
+    prints the line itself; what all of them meet, one per host prints.
+    """
+
+    def __init__(self, message: str, this_process_only: bool = False):
+        super().__init__(message)
+        self.this_process_only = this_process_only
+
+
+class InputError(CommandError, ValueError):
+    """Bad input: exit status 2."""
+
+
+class RunFault(CommandError):
+    """A fault while running: exit status 1."""
+
+
+def in_words(error: BaseException) -> str:
+    """The error for a reader; of an operating system's error the file and the reason, without its number."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
+def check_numbers(config: Any, positive: Collection[str] = ()) -> None:
+    """Raises InputError for a negative number among the fields of a dataclass, or nan; for those named in
+    `positive` also for 0."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, int | float):
+            continue
+        if not (value > 0 if field.name in positive else value >= 0):  # written so that nan fails too
+            bound = "more than" if field.name in positive else "at least"
+            raise InputError(f"--{field.name} {value}: must be {bound} 0")
+
+
+# -----------------------------------------------------------------------------
+# the command
+
+
+def run_command(
+    main: Callable[[Any], None], config: Any, *, default: Any = None, usual_flag: str = "--help"
+) -> None:
+    """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`.
+
+    --version prints the project's version; --help lists the flags under headings, which stand as comments
+    "# -- the model" in the dataclass. Bad input ends with one line on standard error and exit status 2; a
+    fault while running (a full disk, no permission) with one line and status 1; Ctrl-C with 130. Nothing that
+    a user can cause ends with a traceback.
+
+    Args:
+        default: an instance whose values replace the dataclass's defaults.
+        usual_flag: what a bare word on the command line probably lacks, for the hint.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a text may hold what a terminal can't show
+            stream.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:]
+    if "--version" in arguments:
+        print(f"{Path(sys.argv[0]).name} {VERSION}, Python {platform.python_version()}")
+        return
+    options = {} if default is None else {"default": default}
+    try:
+        check_first_word(config, arguments, usual_flag)
+        if {"-h", "--help"} & set(arguments):
+            print(help_of(config, options), end="")
+        else:
+            main(parse(config, options))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output, as `head` does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (CommandError, OSError) as error:
+        if getattr(error, "this_process_only", True) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {in_words(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(config: Any, options: dict[str, Any], arguments: list[str] | None = None) -> Any:
+    """An instance of `config` made from the command line, or from `arguments`."""
+    with registry:
+        return tyro.cli(config, args=arguments, use_underscores=True, **options)
+
+
+def check_first_word(config: Any, arguments: list[str], usual_flag: str) -> None:
+    """Raises InputError for a value that stands where a flag or a subcommand belongs."""
+    commands = [command.__name__.lower() for command in get_args(config)]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
+        raise InputError(f"{arguments[0]!r} lacks its flag; did you mean {usual_flag} {arguments[0]}?")
+
+
+def whole_number(text: str) -> int:
+    """An integer as people write it: 19073, 524_288, 1e6."""
+    try:
+        return int(text)
+    except ValueError:
+        if float(text).is_integer():
+            return int(float(text))
+        raise ValueError(f"{text!r} is not a whole number") from None
+
+
+registry = tyro.constructors.ConstructorRegistry()
+
+
+@registry.primitive_rule
+def integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+    if info.type is not int:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="INT",
+        instance_from_str=lambda words: whole_number(words[0]),
+        is_instance=lambda value: isinstance(value, int),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def help_of(config: Any, options: dict[str, Any]) -> str:
+    """tyro's --help with our headings. A default of None is left out: each flag says what it means."""
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        try:
+            parse(config, options)
+        except SystemExit as end:
+            if end.code:  # not a call for help, but `--prompt -h`
+                raise
+    source = "" if isinstance(config, types.UnionType) else inspect.getsource(config)
+    headings = {name: heading for heading, name in re.findall(r"# -- (.+)\n +(\w+):", source)}
+    help = re.sub(r"\{None\}\|(\w+)(?=  )", r"\1       ", text.getvalue()).replace("{None}|", "")
+    help = re.sub(r"\s+\(default:(\s+None)?\s*\)", "", help)
+    help = re.sub(r"  -h, --help( .* )show.*exit", r"\g<0>\n  --version \1show the version and exit", help)
+    help = re.sub(r"""'([^'\n]*)'"'"'([^'\n]*)'""", r'''"\1'\2"''', help)  # a shell's way to quote an '
+    for name, heading in headings.items():
+        help = re.sub(rf"^  --{name}\b", f"\n {heading}\n\\g<0>", help, flags=re.MULTILINE)
+    return re.sub(r" +$", "", help, flags=re.MULTILINE)

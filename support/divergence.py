@@ -1,0 +1,41 @@
+"""When a step must not update the weights."""
+
+import math
+
+from support.cli import RunFault
+from support.processes import World
+
+import torch
+import torch.distributed as dist
+
+
+def check_finite(
+    step: int, loss: float, norm: float, own_loss: torch.Tensor, scaler: torch.amp.GradScaler, world: World
+) -> None:
+    """Raises RunFault, in every process, if a step's loss or gradient norm is not finite.
+
+    float16 gradients overflow now and then. The scaler, which multiplies the loss to lift small gradients
+    into float16's range, skips such a step by itself and halves its scale. Only at a scale of 1 is an
+    overflow a fault.
+
+    Args:
+        loss: the mean over all processes.
+        own_loss: this process's, a scalar.
+    """
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    if math.isfinite(loss) and scaler.is_enabled() and scaler.get_scale() > 1:
+        return
+    losses = [own_loss.cpu()]
+    if world.size > 1:
+        gathered = [torch.zeros_like(own_loss) for _ in range(world.size)]
+        dist.all_gather(gathered, own_loss)
+        losses = gathered
+    what = f"the gradient norm is {norm}, the losses are finite"
+    for rank, value in reversed(list(enumerate(losses))):
+        if not torch.isfinite(value):
+            what = f"the loss of rank {rank} is {value.item()}"
+    raise RunFault(
+        f"step {step}: {what}; the weights were not updated and the last checkpoint is intact. Resume with "
+        "--dtype float32 to see if the precision is to blame; otherwise the learning rate is too high"
+    )

@@ -1,0 +1,232 @@
+"""The Hugging Face Hub: downloads that are retried, resumed and checked."""
+
+import contextlib
+import errno
+import functools
+import posixpath
+import re
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from support.cli import CommandError, InputError, RunFault
+from support.documents import KINDS, File
+from support.files import sha256
+
+from tqdm import tqdm
+
+RETRY_AFTER = (1, 5, 30, 120)  # seconds to wait before each new attempt to reach the Hub
+T = TypeVar("T")
+
+# -----------------------------------------------------------------------------
+# what can go wrong
+
+
+@contextlib.contextmanager
+def hub_errors(wanted: str) -> Iterator[None]:
+    """Turns the many ways a download fails into one line that says what was wanted: InputError when it will
+    never be there, RunFault when it may be the next time."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # it tells of every attempt to reach the network, in several lines each
+    try:
+        yield
+    except Exception as error:
+        network = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
+        from_client = type(error).__module__.startswith(("http", "requests"))
+        full = getattr(error, "errno", None) == errno.ENOSPC
+        if isinstance(error, CommandError) or full or not (from_client or isinstance(error, network)):
+            raise
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        kind = RunFault if may_pass(error) else InputError
+        raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {first_line}") from error
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether a failed request may succeed later: no connection, a time-out, 408, 429, 5xx. Not another
+    status, nor a name that the Hub does not know."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HFValidationError
+
+    if isinstance(error, DatasetsError | HFValidationError):
+        return False
+    while error is not None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        if status is not None:
+            return status >= 500 or status in (408, 429)
+        error = error.__cause__ or error.__context__
+    return True
+
+
+def retried(wanted: str, fetch: Callable[[], T]) -> T:
+    """`fetch()`, tried again after RETRY_AFTER seconds when it fails for a reason that may pass."""
+    for n, wait in enumerate(RETRY_AFTER):
+        try:
+            with hub_errors(wanted):
+                return fetch()
+        except RunFault as fault:
+            tqdm.write(f"{fault if n == 0 else 'still not'}; trying again in {wait} s", file=sys.stderr)
+            time.sleep(wait)
+    try:
+        with hub_errors(wanted):
+            return fetch()
+    except RunFault as fault:
+        raise RunFault(f"{fault}; nothing is lost, the same command goes on") from fault
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the Hub can be reached. Asked once, with little patience: huggingface_hub itself tries for half
+    a minute, for every file."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5)
+    except Exception:  # whatever the HTTP client of this release raises
+        return False
+    return True
+
+
+# -----------------------------------------------------------------------------
+# models
+
+
+@functools.cache
+def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
+    """config.json and model.safetensors of a model on the Hub, fetched if they are not on this disk yet.
+
+    Raises InputError or RunFault, in which `wanted` names the model.
+    """
+    from huggingface_hub import hf_hub_download
+
+    with hub_errors(wanted):
+        config_file, weights_file = (
+            Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
+            for file in ("config.json", "model.safetensors")
+        )
+    return config_file, weights_file
+
+
+# -----------------------------------------------------------------------------
+# datasets
+
+
+def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str, list[File]]:
+    """The commit that `revision` stands for, and the files of the dataset's train split in the order in which
+    `datasets.load_dataset` reads them.
+
+    Raises InputError when there is no such dataset, configuration, revision or split, or none of its files
+    can be read here; RunFault when the Hub can't be reached.
+    """
+    from datasets import load_dataset_builder
+    from huggingface_hub import HfApi
+
+    wanted = f"the file list of {dataset}, configuration {config}, at {revision}"
+    try:
+        builder = retried(wanted, lambda: load_dataset_builder(dataset, name=config, revision=revision))
+    except (ValueError, RuntimeError) as error:  # an unknown configuration; a dataset that is a script
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{dataset}: {str(error).splitlines()[0]}") from error
+    splits = builder.config.data_files or {}
+    if "train" not in splits:
+        raise InputError(f"{dataset}: no train split, only {', '.join(map(str, splits)) or 'nothing'}")
+    commit, names = "", []
+    for url in splits["train"]:
+        found = re.fullmatch(r"hf://datasets/(.+?)@([^/]+)/(.+)", url)
+        if not found:
+            raise InputError(
+                f"{dataset}: its files are not on the Hub; download them and name them with --input"
+            )
+        commit = found[2]
+        names.append(found[3])
+    if unreadable := [name for name in names if not name.endswith(KINDS)]:
+        raise InputError(
+            f"{dataset}: {unreadable[0]} can't be read here; what can ends in {', '.join(KINDS)}"
+        )
+    folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
+
+    def list_files() -> list[File]:
+        tree = HfApi().list_repo_tree(
+            dataset, folder or None, recursive=True, revision=commit, repo_type="dataset"
+        )
+        entries = {entry.path: entry for entry in tree}
+        files = []
+        for name in names:
+            lfs = getattr(entries[name], "lfs", None)  # of what git does not hold itself
+            files.append(File(name, getattr(entries[name], "size", 0), None, lfs.sha256 if lfs else None))
+        return files
+
+    return commit, retried(wanted, list_files)
+
+
+class Downloads:
+    """A dataset's files on this disk: the one being read and, downloading meanwhile, the next."""
+
+    def __init__(self, dataset: str, commit: str, files: list[File], folder: Path, keep: bool, ahead: bool):
+        self.dataset, self.commit, self.files, self.folder = dataset, commit, files, folder
+        self.keep, self.ahead = keep, ahead
+        self.downloads: dict[int, Future[Path]] = {}  # by the file's place in `files`
+        for leftover in folder.rglob("*.incomplete"):  # of a killed job: huggingface_hub would begin another
+            leftover.unlink()
+
+    def path(self, i: int) -> Path:
+        """Where file `i` is, once it is there. Raises what `fetch` raises."""
+        self.start(i)
+        return self.downloads[i].result()
+
+    def start(self, i: int) -> None:
+        if i in self.downloads:
+            return
+        download = self.downloads[i] = Future()
+
+        def work() -> None:
+            try:
+                download.set_result(self.fetch(self.files[i]))
+            except BaseException as error:
+                download.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()  # daemon: it must not outlive an interrupted job
+
+    def look_ahead(self, i: int) -> None:
+        """While file `i` is read: start the next, as soon as the one before is gone."""
+        if self.ahead and i + 1 < len(self.files) and not any(j < i for j in self.downloads):
+            self.start(i + 1)
+
+    def drop_before(self, name: str) -> None:
+        """The shards of all files before the one called `name` are safe."""
+        for i, file in enumerate(self.files):
+            if file.name == name:
+                break
+            self.downloads.pop(i, None)
+            if not self.keep:
+                (self.folder / file.name).unlink(missing_ok=True)
+
+    def fetch(self, file: File) -> Path:
+        """Download a file (when the connection is cut, huggingface_hub goes on where it was) and compare its
+        size and SHA-256 with the Hub's. Raises InputError when the Hub has no such file, RunFault when it
+        can't be had soundly."""
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import disable_progress_bars
+
+        if not sys.stderr.isatty():
+            disable_progress_bars()
+            print(f"downloading {file.name} ({file.size / 1e9:.2f} GB)", flush=True)
+
+        def attempt() -> Path:
+            path = Path(
+                hf_hub_download(
+                    self.dataset, file.name, repo_type="dataset", revision=self.commit, local_dir=self.folder
+                )
+            )
+            if path.stat().st_size == file.size and file.sha256 in (None, sha256(path)):
+                return path
+            path.unlink()
+            raise OSError("what came is not what the Hub says it has (size or SHA-256)")
+
+        return retried(file.name, attempt)

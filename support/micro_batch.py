@@ -1,0 +1,297 @@
+"""
+The most rows that fit into memory at once, the micro-batch, found by real steps before training begins.
+
+The sum of a step's tokens stays what the recipe says: with fewer rows at once, a step has more micro-steps.
+"""
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, TypeVar
+
+from support.cli import InputError
+from support.device import GB, device_name, fast_attention, head_room, is_out_of_memory, memory_limit
+from support.processes import World
+from support.words import plural
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+LOSS_CHUNKS = 8  # where memory is short, the logits of a micro-batch exist an eighth at a time
+ENOUGH_TOKENS = 2**13  # from this many tokens on, a larger micro-batch gains less than chunks would cost
+MOST_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # of a micro-batch, at most
+
+
+class Architecture(Protocol):
+    """The sizes of a model: a GPTConfig."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
+    @property
+    def n_parameters(self) -> int: ...
+
+
+class Plan(NamedTuple):
+    """What may be tried."""
+
+    sizes: list[int]  # rows of a micro-batch, most first
+    sequence_length: int
+    memory_limit_gb: float | None
+    memory: str  # what the model takes of it, in words
+
+
+def plan_micro_batch(
+    total_batch_size: int,
+    sequence_length: int,
+    micro_batch_size: int | None,
+    memory_limit_gb: float | None,
+    model: Architecture,
+    world: World,
+) -> Plan:
+    """What may be tried for a step of `total_batch_size` tokens in rows of `sequence_length`. Raises
+    InputError when the batch can't be divided, the model can't fit, or the processes differ."""
+    sizes = micro_batch_sizes(
+        total_batch_size, sequence_length, micro_batch_size, memory_limit_gb, model, world
+    )
+    world.require_same(micro_batch_sizes=tuple(sizes))
+    return Plan(sizes, sequence_length, memory_limit_gb, check_memory(model, memory_limit_gb, world))
+
+
+def micro_batch_sizes(
+    total_batch_size: int,
+    sequence_length: int,
+    micro_batch_size: int | None,
+    memory_limit_gb: float | None,
+    model: Architecture,
+    world: World,
+) -> list[int]:
+    """The rows per forward pass and process that may be tried, most first; just one if `micro_batch_size`
+    names it. Where a full memory raises no error but slows the computer down, or ends the process (CPU, MPS),
+    a cautious estimate leaves out what is too large.
+
+    Raises InputError, with numbers that work, if the batch can't be divided.
+    """
+    T, W = sequence_length, world.size
+    if total_batch_size % (T * W):
+        raise InputError(
+            f"--total_batch_size {total_batch_size} can't be divided into rows of {T} tokens for "
+            f"{plural(W, 'process')}; {max(1, round(total_batch_size / (T * W))) * T * W} can"
+        )
+    rows = total_batch_size // (T * W)  # of one process, one step
+    divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
+    if micro_batch_size is not None:
+        if micro_batch_size not in divisors:
+            raise InputError(
+                f"--micro_batch_size {micro_batch_size} does not divide the {rows} rows that each "
+                f"process has in a step; these do: {', '.join(map(str, reversed(divisors)))}"
+            )
+        return [micro_batch_size]
+    sizes = [n for n in divisors if n * T <= MOST_TOKENS[world.device.type]] or [1]
+    limit = None if world.device.type == "cuda" else memory_limit(world.device, memory_limit_gb)
+    if limit is not None:
+        # In float32, per position: the logits three times over, and 17 vectors of n_embd in each layer. All
+        # that twice, for what the C library keeps.
+        per_row = 2 * 4 * T * (3 * model.vocab_size + 17 * model.n_layer * model.n_embd)
+        room = limit - 16 * model.n_parameters
+        sizes = [n for n in sizes if n * per_row <= room] or [1]
+    return sizes
+
+
+def check_memory(model: Architecture, memory_limit_gb: float | None, world: World) -> str:
+    """What weights, gradients and AdamW's two moments take, in words; InputError if they alone can't fit."""
+    each = 4 * model.n_parameters / GB  # float32
+    need = f"{4 * each:.2f} GB for weights, gradients and the optimizer's two moments"
+    limits = world.from_all(memory_limit(world.device, memory_limit_gb))
+    limit = min((limit for limit in limits if limit is not None), default=None)
+    if limit is not None and 4 * each * GB > limit:
+        raise InputError(
+            f"a model of {model.n_parameters:,} parameters needs {need}, {each:.2f} GB each; "
+            f"{device_name(world.device)} has {limit / GB:.2f} GB for it: choose a smaller --model"
+        )
+    return need
+
+
+def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], enough: int) -> tuple[int, int]:
+    """The most rows that fit, and in how many chunks their loss is computed.
+
+    Chunks cost some time, so they are tried only where a micro-batch without them is smaller than `enough`
+    rows. Raises InputError if nothing fits.
+
+    Args:
+        sizes: rows to try, most first.
+        fits: (rows, chunks) -> whether a step works with them.
+    """
+    rows = next((size for size in sizes if fits(size, 1)), 0)
+    if rows < min(enough, sizes[0]):
+        chunked = next((size for size in sizes if size > rows and fits(size, LOSS_CHUNKS)), 0)
+        if chunked:
+            return chunked, LOSS_CHUNKS
+        if rows:
+            fits(rows, 1)  # again: what was compiled for it went with the failures that came after
+    if not rows:
+        raise InputError(
+            f"out of memory with a micro-batch of {plural(sizes[-1], 'row')}; a smaller --micro_batch_size, "
+            "--recompute, a shorter --sequence_length or a smaller --model takes less"
+        )
+    return rows, 1
+
+
+class Fit(NamedTuple):
+    """What was found by trying."""
+
+    model: nn.Module  # as it is trained: compiled, wrapped
+    rows: int  # of a micro-batch, per process
+    loss_chunks: int
+    seconds: float | None  # of a micro-step; None where nothing had to be tried
+    compile_note: str  # on whether the model is compiled, and why not
+
+
+class Chunked(Protocol):
+    """What is trained: a GPT, which computes its loss in `loss_chunks`."""
+
+    loss_chunks: int
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+
+M = TypeVar("M", bound=Chunked)
+
+
+def fit_to_device(
+    plan: Plan,
+    raw_model: M,
+    wrap: Callable[[M, bool, World], nn.Module],
+    compiling: tuple[bool, str],
+    autocast: torch.autocast,
+    world: World,
+    print: Callable[[str], None],
+    make_optimizer: Callable[[], torch.optim.Optimizer],
+) -> Fit:
+    """Find the micro-batch, compiled if that is possible, and set the model's `loss_chunks`.
+
+    Args:
+        raw_model: the plain model.
+        wrap: (raw_model, compiled or not, world) -> the same model as it is trained.
+        compiling: whether to compile, and a word on why; where it fails, training goes on without.
+        make_optimizer: one with a learning rate of 0: what is tried leaves the weights as they are.
+
+    Raises InputError if nothing fits.
+    """
+    compiled, note = compiling
+
+    def try_step(rows: int, chunks: int) -> float:
+        """All that a step and a validation batch compile and allocate. Returns a micro-step's seconds."""
+        raw_model.loss_chunks = chunks
+        x, y = torch.zeros((2, rows, plan.sequence_length), dtype=torch.int64, device=world.device)
+        optimizer, seconds = make_optimizer(), 0.0
+        with fast_attention(world.device):
+            for _ in range(2):  # the second time with gradients to add to, and the optimizer's moments there
+                start = time.perf_counter()
+                with autocast:
+                    _, loss = model(x, y)
+                loss.backward()
+                loss.item()  # waits for the device
+                seconds = time.perf_counter() - start
+                for parameter in raw_model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.zero_()  # an overflow would reach the weights even so
+                optimizer.step()
+            with torch.no_grad(), autocast:
+                model(x, y)[1].item()
+        return seconds
+
+    started = time.perf_counter()
+    model = wrap(raw_model, compiled, world)
+    if compiled:
+        try:
+            fit = search(plan, model, try_step, True, world, print)
+        except CompilationFault as fault:
+            print(f"torch.compile failed, training goes on without it ({fault})")
+            compiled, note = False, f"off: it failed ({fault})"
+            del model  # and with its wrapper the space for exchanging gradients
+            free_memory(world.device)
+            model = wrap(raw_model, False, world)
+    if not compiled:
+        if len(plan.sizes) == 1 and world.device.type != "cuda":
+            return Fit(model, plan.sizes[0], 1, None, note)  # nothing to find out
+        fit = search(plan, model, try_step, False, world, print)
+    # of unlike GPUs, the smallest decides
+    all_rows, all_chunks, all_seconds = zip(*world.from_all(fit), strict=True)
+    rows, chunks = min(all_rows), max(all_chunks)
+    raw_model.loss_chunks = chunks
+    print(
+        f"warm-up: {time.perf_counter() - started:.1f} s, micro-batches of {plural(rows, 'row')}"
+        + (f", the loss in {chunks} chunks" if chunks > 1 else "")
+    )
+    return Fit(model, rows, chunks, max(all_seconds), note)
+
+
+class CompilationFault(Exception):
+    """torch.compile failed in one of the processes."""
+
+
+def search(
+    plan: Plan,
+    model: nn.Module,
+    try_step: Callable[[int, int], float],
+    compiled: bool,
+    world: World,
+    print: Callable[[str], None],
+) -> tuple[int, int, float]:
+    """The rows that fit here, the chunks of their loss, and the seconds of a micro-step.
+
+    Raises InputError, in every process, if nothing fits in one of them, and CompilationFault if the compiler
+    fails in one.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = False  # each process tries for itself
+    limit = memory_limit(world.device, plan.memory_limit_gb)
+    enough = max(1, ENOUGH_TOKENS // plan.sequence_length)
+    seconds = 0.0
+
+    def fits(rows: int, chunks: int) -> bool:
+        nonlocal seconds
+        reason = None
+        with head_room(world.device, limit, plan.memory_limit_gb):
+            try:
+                seconds = try_step(rows, chunks)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = str(error).splitlines()[0][:100]
+            finally:
+                model.zero_grad(set_to_none=True)
+        if reason:
+            in_chunks = ", loss in chunks" if chunks > 1 else ""
+            print(f"a micro-batch of {plural(rows, 'row')}{in_chunks}: {reason}")
+            free_memory(world.device)
+            if compiled:
+                torch.compiler.reset()  # a function is compiled for so many shapes only
+        return reason is None
+
+    print(f"warm-up: a step with a micro-batch of {plural(plan.sizes[0], 'row')}, the largest to try")
+    found = 0, 0
+    own_fault: InputError | CompilationFault | None = None
+    try:
+        found = find_micro_batch_size(plan.sizes, fits, enough)
+    except InputError as error:
+        own_fault = error
+    except Exception as error:  # whatever the compiler does not like; uncompiled, a true fault comes back
+        if not compiled:
+            raise
+        own_fault = CompilationFault(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
+    faults = [fault for fault in world.from_all(own_fault) if fault]
+    if faults:  # in every process, so that none waits for another; bad input first
+        raise min(faults, key=lambda fault: not isinstance(fault, InputError))
+    return *found, seconds
+
+
+def free_memory(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

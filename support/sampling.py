@@ -1,0 +1,100 @@
+"""How a model writes: the next token drawn from its probabilities, again and again."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from support.kv_cache import KVCache
+
+import torch
+from torch.nn import functional as F
+
+PROMPT = "Hello, I'm a language model,"  # the lecture's
+
+
+class Sizes(Protocol):
+    @property
+    def block_size(self) -> int: ...
+
+
+class LanguageModel(Protocol):
+    """What writing and scoring need of a model: a GPT."""
+
+    @property
+    def config(self) -> Sizes: ...
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+
+    def new_caches(self, length: int) -> list[KVCache]:
+        """A cache for each layer, with space for `length` tokens."""
+
+    def hidden_states(self, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
+        """(B, T) token ids to (B, T, n_embd), after what `caches` have read."""
+
+    def head(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states (..., n_embd) to logits (..., vocab_size)."""
+
+
+@torch.no_grad()
+def stream(
+    model: LanguageModel,
+    idx: torch.Tensor,
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = 50,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[torch.Tensor]:
+    """Continue each row of `idx`, one token after another.
+
+    Args:
+        idx: (B, T) int64, T at least 1.
+        temperature, top_k, top_p: see `choose_token`.
+        seed: same seed, same text; None draws from PyTorch's global generator.
+
+    Yields:
+        (B, 1) int64: the next token of each row, max_new_tokens times. A text longer than block_size is
+        continued from its last block_size tokens; since all their positions change with every token,
+        nothing can be kept then, and each costs as much as reading the whole window.
+    """
+    generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
+    block_size = model.config.block_size
+    tokens = unread = idx[:, -block_size:]
+    caches = model.new_caches(min(tokens.size(1) + max_new_tokens, block_size))
+    for _ in range(max_new_tokens):
+        if caches[0].n_read + unread.size(1) <= block_size:
+            last = model.hidden_states(unread, caches)[:, -1]  # (B, C)
+        else:
+            last = model.hidden_states(tokens[:, -block_size:])[:, -1]
+        unread = choose_token(model.head(last).float(), temperature, top_k, top_p, generator)
+        tokens = torch.cat((tokens, unread), dim=1)
+        yield unread
+
+
+def choose_token(
+    logits: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draw the next token of each row: (B, vocab_size) float32 to (B, 1) int64.
+
+    Args:
+        temperature: divides the logits; 0 takes the most likely token.
+        top_k: draw among the k most likely tokens; None: among all.
+        top_p: draw among the fewest tokens that have this probability together (nucleus sampling: Holtzman et
+            al., "The Curious Case of Neural Text Degeneration", section 3.1); 1: among all.
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # 0 at most: no overflow
+    tokens = None
+    if top_k is not None or top_p < 1:
+        logits, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # most likely first
+    probabilities = F.softmax(logits, dim=-1)
+    if top_p < 1:
+        likelier = probabilities.cumsum(dim=-1) - probabilities  # what the tokens before have together
+        probabilities = probabilities.masked_fill(likelier >= top_p, 0)
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return choice if tokens is None else tokens.gather(-1, choice)

@@ -1,0 +1,97 @@
+"""A stream of documents as a stream of tokens, in threads."""
+
+import contextlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from support.cli import InputError
+from support.documents import LONGEST_WORD, Piece
+from support.encodings import END_OF_TEXT
+
+import numpy as np
+import tiktoken
+
+TASK = 250_000  # characters that a thread takes at a time
+REMARKS = {
+    "null": "null rows skipped",
+    "empty": "empty documents (only their <|endoftext|> is written)",
+    "replaced": "documents with bytes that are not UTF-8 or with lone surrogates (U+FFFD stands for each)",
+    "end_of_text": "documents that contain the characters <|endoftext|> (kept as text)",
+    "cut": f"words of more than {LONGEST_WORD:,} characters (tokenized in parts)",
+}
+Encoded = tuple[Piece, np.ndarray, set[str]]  # a piece, its tokens (n,) uint16, and keys of REMARKS
+
+
+def encode_stream(stream: Iterable[Piece], encoding: tiktoken.Encoding, workers: int) -> Iterator[Encoded]:
+    """Each piece with its tokens and remarks, in input order.
+
+    Threads are enough: tiktoken lets go of Python's lock while it works. Each has at most three tasks
+    waiting, so memory is bounded however large the input.
+    """
+    with ThreadPoolExecutor(workers) as pool:
+        in_flight: deque[Future[list[Encoded]]] = deque()
+        try:
+            for task in in_tasks(stream):
+                in_flight.append(pool.submit(encode_task, encoding, task))
+                if len(in_flight) > 3 * workers:
+                    yield from in_flight.popleft().result()
+            while in_flight:
+                yield from in_flight.popleft().result()
+        finally:  # the reader may stop early (--max_tokens): drop what nobody waits for
+            pool.shutdown(cancel_futures=True)
+
+
+def in_tasks(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """The pieces in lists of about TASK characters."""
+    task: list[Piece] = []
+    characters = 0
+    for piece in stream:
+        task.append(piece)
+        characters += len(piece.text or "") + 1
+        if characters >= TASK:
+            yield task
+            task, characters = [], 0
+    if task:
+        yield task
+
+
+def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[Encoded]:
+    """What `encode_piece` makes of each piece. Where none is remarkable, one call does for all: threads wait
+    for Python's lock at the end of a call, and there are too many documents for that."""
+    texts = [piece.text for piece in pieces if piece.text and piece.begins and piece.ends]
+    if len(texts) == len(pieces) and not any(END_OF_TEXT in text for text in texts):
+        joined = "".join(END_OF_TEXT + text for text in texts)
+        with contextlib.suppress(UnicodeEncodeError):
+            tokens = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(np.uint16)
+            documents = np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[1:])
+            return [(piece, tokens, set()) for piece, tokens in zip(pieces, documents, strict=True)]
+    return [(piece, *encode_piece(encoding, piece)) for piece in pieces]
+
+
+def encode_piece(encoding: tiktoken.Encoding, piece: Piece) -> tuple[np.ndarray, set[str]]:
+    """The tokens of a piece, (n,) uint16, behind an <|endoftext|> if a document begins; and what there is to
+    remark on, as keys of REMARKS.
+
+    Raises InputError for what tiktoken can't tokenize: a million characters of exotic white space.
+    """
+    if piece.text is None:
+        return np.empty(0, np.uint16), {"null"}
+    text, remarks = piece.text, {"cut"} if piece.cut else set()
+    try:
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+    except UnicodeEncodeError:  # lone surrogates become U+FFFD, as in tiktoken's encode_ordinary
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        remarks.add("replaced")
+    except ValueError as error:
+        raise InputError(
+            f"{piece.file}, document {piece.document + 1}: tiktoken can't tokenize it ({error})"
+        ) from error
+    if END_OF_TEXT in text:
+        remarks.add("end_of_text")
+    if piece.begins:
+        tokens = np.concatenate((np.array([encoding.eot_token], tokens.dtype), tokens))
+        if piece.ends and not text:
+            remarks.add("empty")
+    return tokens.astype(np.uint16), remarks
