@@ -16,12 +16,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.processes import World
+from support.run_folder import SAVE_AT_LEAST_EVERY, RunFolder, list_checkpoints
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
+
 import torch
 import tyro
-
-import train_gpt2
-from run_folder import SAVE_AT_LEAST_EVERY, RunFolder, list_checkpoints
-from train_gpt2 import GPT, GPTConfig, Layout, TrainConfig, configure_optimizer
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,8 @@ class Config:
 
 
 def main(config: Config) -> None:
-    layout = Layout(0, 1, torch.device("cpu"))
-    model = GPT(
-        GPTConfig(encoding="bytes")
-    ).pad_vocabulary()  # bytes: the tokenizer's files need a vocabulary
+    world = World(0, 1, torch.device("cpu"))
+    model = GPT(GPTConfig()).pad_vocabulary()
     optimizer = configure_optimizer(model, TrainConfig())
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -49,19 +47,12 @@ def main(config: Config) -> None:
     (root / "log.txt").touch()
     for i in range(config.n):
         start = time.perf_counter()
-        state = {
-            "optimizer": optimizer.state_dict(),
-            "scaler": scaler.state_dict(),
-            "loss": 0.0,
-            "rng": torch.get_rng_state(),
-            "recipe": {},
-        }
-        assert folder.save(i, model, state, 0)
+        assert folder.save(i, model, optimizer, scaler, {"loss": 0.0})
         saves.append(time.perf_counter() - start)
         start = time.perf_counter()
         folder.find_checkpoint()
         loaded = GPT.from_pretrained(folder.checkpoint).pad_vocabulary()
-        train_gpt2.restore(configure_optimizer(loaded, TrainConfig()), scaler, folder.trainer, layout)
+        folder.restore(configure_optimizer(loaded, TrainConfig()), scaler, i, world)
         resumes.append(time.perf_counter() - start)
     size = sum(file.stat().st_size for file in list_checkpoints(root)[-1].iterdir())
     shutil.rmtree(root)

@@ -17,14 +17,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from hellaswag import Item, evaluate, load_items
+from support.device import device_name, pack_for_cpu
+from support.encodings import get_encoding
+from train_gpt2 import GPT, GPTConfig
+
 import torch
 import tyro
 from torch.nn import functional as F
-
-from device import device_name, pack_for_cpu
-from hellaswag import Item, evaluate, load_items
-from shards import get_encoding
-from train_gpt2 import GPT, GPTConfig
 
 
 @dataclass(frozen=True)

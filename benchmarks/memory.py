@@ -17,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.training import spread
+from support.device import autocast_to, choose_device, choose_dtype, device_name, keep_freed_memory
+from support.micro_batch import LOSS_CHUNKS, try_step
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
+
 import torch
 import tyro
-
-from benchmarks.training import spread
-from device import choose_device, device_name, keep_freed_memory
-from train_gpt2 import GPT, LOSS_CHUNKS, GPTConfig, Layout, TrainConfig, warm_up
 
 WAYS = {"plain": (1, False), "loss in chunks": (LOSS_CHUNKS, False), "chunks, recompute": (LOSS_CHUNKS, True)}
 
@@ -48,12 +49,17 @@ def measure(config: Config, rows: int, way: str, pipe: Any) -> None:
     model = GPT(GPTConfig(n_layer=config.n_layer)).pad_vocabulary().to(device)
     model.loss_chunks, model.recompute = WAYS[way]
     run = torch.compile(model, dynamic=False) if config.compile else model
-    layout, train = Layout(0, 1, device), TrainConfig(sequence_length=config.sequence_length)
+    autocast = autocast_to(device, choose_dtype("auto", device, model.config.n_embd))
+
+    def step() -> None:
+        optimizer = configure_optimizer(model, TrainConfig(max_lr=0.0))
+        try_step(run, optimizer, rows, config.sequence_length, autocast, device)
+
     if device.type == "cuda":
-        warm_up(run, model, train, rows, layout)
+        step()
         model.zero_grad(set_to_none=True)
     start = time.perf_counter()
-    warm_up(run, model, train, rows, layout)
+    step()
     seconds = time.perf_counter() - start
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if device.type == "cuda":

@@ -14,14 +14,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.training import spread
+from support.device import (
+    choose_device,
+    choose_dtype,
+    device_name,
+    fast_attention,
+    keep_freed_memory,
+    to_device,
+)
+from support.shards import load_shards
+from train_gpt2 import GPT, GPTConfig, TokenLoader, TrainConfig, configure_optimizer
+
 import numpy as np
 import torch
 import tyro
-
-from benchmarks.training import spread
-from device import choose_device, choose_dtype, device_name, fast_attention, keep_freed_memory, to_device
-from shards import load_shards
-from train_gpt2 import GPT, GPTConfig, TokenLoader, TrainConfig, configure_optimizer
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.device import device_name, pack_for_cpu
+from train_gpt2 import GPT, GPTConfig
+
 import torch
 import transformers
 import tyro
-
-from device import device_name, pack_for_cpu
-from train_gpt2 import GPT, GPTConfig
 
 
 @dataclass(frozen=True)

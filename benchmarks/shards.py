@@ -27,14 +27,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fineweb import local_files, read_files
+from support.encodings import get_encoding
+from support.files import sha256, write_file
+from support.shards import ShardWriter, new_record, write_shards
+from support.tokens import encode_stream
+
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import tiktoken
 import tyro
-
-from fineweb import ShardWriter, encode_stream, local_files, read_files, write_shards
-from shards import get_encoding, new_record, sha256, write_file
 
 SHARD_SIZE = 10_000_000  # tokens
 

@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from support.device import choose_device, choose_dtype, device_name, fast_attention, keep_freed_memory
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
+
 import torch
 import transformers
 import tyro
 from torch.nn import functional as F
-
-from device import choose_device, choose_dtype, device_name, fast_attention, keep_freed_memory
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 
 @dataclass(frozen=True)

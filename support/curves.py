@@ -34,7 +34,7 @@ def read_log(file: Path) -> dict[str, Points]:
         folder = file.parent
         runs = [path for path in sorted(folder.glob("*")) if (path / file.name).exists()]
         hint = f"; did you mean {' or '.join(map(str, runs[:3]))}?" if runs else ""
-        raise InputError(f"{folder} holds no run: {file}: {error.strerror}{hint}") from error
+        raise InputError(f"{folder} holds no run ({in_words(error)}){hint}") from error
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
             step, kind, value = line.split()

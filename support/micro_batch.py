@@ -6,7 +6,7 @@ The sum of a step's tokens stays what the recipe says: with fewer rows at once, 
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, TypeVar
 
 from support.cli import InputError
@@ -156,8 +156,6 @@ class Chunked(Protocol):
 
     loss_chunks: int
 
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
 
 M = TypeVar("M", bound=Chunked)
 
@@ -183,33 +181,11 @@ def fit_to_device(
     Raises InputError if nothing fits.
     """
     compiled, note = compiling
-
-    def try_step(rows: int, chunks: int) -> float:
-        """All that a step and a validation batch compile and allocate. Returns a micro-step's seconds."""
-        raw_model.loss_chunks = chunks
-        x, y = torch.zeros((2, rows, plan.sequence_length), dtype=torch.int64, device=world.device)
-        optimizer, seconds = make_optimizer(), 0.0
-        with fast_attention(world.device):
-            for _ in range(2):  # the second time with gradients to add to, and the optimizer's moments there
-                start = time.perf_counter()
-                with autocast:
-                    _, loss = model(x, y)
-                loss.backward()
-                loss.item()  # waits for the device
-                seconds = time.perf_counter() - start
-                for parameter in raw_model.parameters():
-                    if parameter.grad is not None:
-                        parameter.grad.zero_()  # an overflow would reach the weights even so
-                optimizer.step()
-            with torch.no_grad(), autocast:
-                model(x, y)[1].item()
-        return seconds
-
     started = time.perf_counter()
     model = wrap(raw_model, compiled, world)
     if compiled:
         try:
-            fit = search(plan, model, try_step, True, world, print)
+            fit = search(plan, model, raw_model, True, autocast, world, print, make_optimizer)
         except CompilationFault as fault:
             print(f"torch.compile failed, training goes on without it ({fault})")
             compiled, note = False, f"off: it failed ({fault})"
@@ -219,7 +195,7 @@ def fit_to_device(
     if not compiled:
         if len(plan.sizes) == 1 and world.device.type != "cuda":
             return Fit(model, plan.sizes[0], 1, None, note)  # nothing to find out
-        fit = search(plan, model, try_step, False, world, print)
+        fit = search(plan, model, raw_model, False, autocast, world, print, make_optimizer)
     # of unlike GPUs, the smallest decides
     all_rows, all_chunks, all_seconds = zip(*world.from_all(fit), strict=True)
     rows, chunks = min(all_rows), max(all_chunks)
@@ -238,10 +214,12 @@ class CompilationFault(Exception):
 def search(
     plan: Plan,
     model: nn.Module,
-    try_step: Callable[[int, int], float],
+    raw_model: Chunked,
     compiled: bool,
+    autocast: torch.autocast,
     world: World,
     print: Callable[[str], None],
+    make_optimizer: Callable[[], torch.optim.Optimizer],
 ) -> tuple[int, int, float]:
     """The rows that fit here, the chunks of their loss, and the seconds of a micro-step.
 
@@ -259,7 +237,9 @@ def search(
         reason = None
         with head_room(world.device, limit, plan.memory_limit_gb):
             try:
-                seconds = try_step(rows, chunks)
+                raw_model.loss_chunks = chunks
+                optimizer = make_optimizer()
+                seconds = try_step(model, optimizer, rows, plan.sequence_length, autocast, world.device)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -289,6 +269,35 @@ def search(
     if faults:  # in every process, so that none waits for another; bad input first
         raise min(faults, key=lambda fault: not isinstance(fault, InputError))
     return *found, seconds
+
+
+def try_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rows: int,
+    sequence_length: int,
+    autocast: torch.autocast,
+    device: torch.device,
+) -> float:
+    """All that a step and a validation batch compile and allocate. The optimizer's learning rate is 0, so the
+    weights stay as they are. Returns the seconds of a micro-step."""
+    x, y = torch.zeros((2, rows, sequence_length), dtype=torch.int64, device=device)
+    seconds = 0.0
+    with fast_attention(device):
+        for _ in range(2):  # the second time with gradients to add to, and the optimizer's moments there
+            start = time.perf_counter()
+            with autocast:
+                _, loss = model(x, y)
+            loss.backward()
+            loss.item()  # waits for the device
+            seconds = time.perf_counter() - start
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    parameter.grad.zero_()  # an overflow would reach the weights even so
+            optimizer.step()
+        with torch.no_grad(), autocast:
+            model(x, y)[1].item()
+    return seconds
 
 
 def free_memory(device: torch.device) -> None:

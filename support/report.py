@@ -64,13 +64,11 @@ def gather_facts(
     flags."""
     rows = config["total_batch_size"] // config["sequence_length"]
     accumulate = rows // (fit.rows * world.size)
-    recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
-              "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
     backends = ", ".join(backend.name.lower() for backend in choose_attention(world.device))
     return {
         "train_config": config,
         "model_config": model_config,
-        "default_recipe": all(config[name] == defaults[name] for name in recipe),
+        "default_recipe": is_default_recipe(config, defaults),
         **numbers,
         "encoding": shards.encoding,
         "data": {
@@ -90,6 +88,13 @@ def gather_facts(
         "warm_up_step_seconds": fit.seconds and fit.seconds * accumulate,
         "versions": versions(),
     }
+
+
+def is_default_recipe(config: dict[str, Any], defaults: dict[str, Any]) -> bool:
+    """Whether a run's losses can be held against published ones, data apart."""
+    recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
+              "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
+    return all(config[name] == defaults[name] for name in recipe)
 
 
 def describe(facts: Facts, dollars_so_far: float) -> str:

@@ -11,12 +11,13 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from support.documents import Piece
+from support.encodings import get_encoding
+from support.shards import ShardWriter, new_record, write_shards
+
 import numpy as np
 import pytest
 import torch
-
-from fineweb import Piece, ShardWriter, write_shards
-from shards import get_encoding, new_record
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # as in the processes that tests start: the same bits
@@ -24,18 +25,10 @@ torch.set_num_threads(1)  # as in the processes that tests start: the same bits
 
 @pytest.fixture(scope="session")
 def gpt2_data() -> Path:
-    """The folder of real data: FineWeb-like parquet files, HellaSwag items, tiktoken's cache."""
+    """The folder of real data: FineWeb-like parquet files, HellaSwag items, tiktoken's own files."""
     if "GPT2_TEST_DATA" not in os.environ:
         pytest.skip("GPT2_TEST_DATA names no folder with the real test data")
     return Path(os.environ["GPT2_TEST_DATA"])
-
-
-@pytest.fixture(scope="session")
-def gpt2_encoding():
-    """GPT-2's encoding, where tiktoken can have it without a network."""
-    if "TIKTOKEN_CACHE_DIR" not in os.environ:
-        pytest.skip("TIKTOKEN_CACHE_DIR names no folder with tiktoken's cached vocabularies")
-    return get_encoding("gpt2")
 
 
 def run(

@@ -22,11 +22,11 @@ import signal
 import time
 from pathlib import Path
 
-import torch
-
-import run_folder
 import train_gpt2
-from shards import run_command
+from support import run_folder
+from support.cli import run_command
+
+import torch
 
 faults = dict(fault.split("=", 1) for fault in os.environ["FAULTS"].split())
 rank = os.environ.get("RANK", "0")

@@ -17,10 +17,11 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 import train_gpt2
-from shards import run_command, sha256
+from support.cli import run_command
+from support.files import sha256
+
+import torch
 
 
 def start(folder: Path, flags: list[str]) -> int:

@@ -1,10 +1,10 @@
 """What only a GPU can show; every test skips without one."""
 
+from conftest import TINY, run
+from support.curves import read_log
+
 import pytest
 import torch
-from conftest import TINY, run
-
-from plot import read_log
 
 pytestmark = [
     pytest.mark.cuda,

@@ -3,13 +3,14 @@
 import json
 import shutil
 
+from conftest import make_shards
+from support.cli import InputError
+from support.shards import load_shards, open_shard
+from train_gpt2 import TokenLoader
+
 import numpy as np
 import pytest
 import torch
-from conftest import make_shards
-
-from shards import InputError, load_shards, open_shard
-from train_gpt2 import TokenLoader
 
 T = 8
 

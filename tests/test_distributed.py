@@ -1,10 +1,10 @@
 """One process or several: the same batch, the same gradients, the same losses."""
 
+from conftest import ROOT, TINY, call, run, torchrun
+from support.curves import read_log
+
 import pytest
 import torch
-from conftest import ROOT, TINY, call, run, torchrun
-
-from plot import read_log
 
 
 def gradients(tmp_path, text_shards, name, launch, micro_batch_size):

@@ -6,14 +6,13 @@ import os
 import sys
 import types
 
+from conftest import ROOT, TINY, call, run
+from support import device, processes, run_folder
+from support.cli import InputError
+from support.files import lock_folder
+
 import pytest
 import torch
-from conftest import ROOT, TINY, call, run
-
-import device
-import processes
-import run_folder
-from shards import InputError, lock_folder
 
 SCRIPTS = sorted(ROOT.glob("*.py"))
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}

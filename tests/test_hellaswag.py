@@ -3,17 +3,18 @@
 import json
 import math
 
-import pytest
-import torch
-from conftest import call, run, torchrun
-from hub import serve
-
 import hellaswag
+from conftest import call, run, torchrun
 from hellaswag import Item, evaluate, load_items, render, score_batch
-from shards import InputError, get_encoding
+from hub import serve
+from support.cli import InputError
+from support.encodings import get_encoding
 from train_gpt2 import GPT, GPTConfig
 
-BYTES = get_encoding("bytes")
+import pytest
+import torch
+
+BYTES, GPT2 = get_encoding("bytes"), get_encoding("gpt2")
 ITEMS = [
     Item(
         i,
@@ -68,15 +69,10 @@ def test_scores_are_those_worked_out_by_hand(model):
     assert "tutorial protocol" in str(score)
 
 
-def test_the_mask_covers_the_ending_and_its_space(gpt2_encoding):
-    rendered = render(Item(0, "A man is", ("sitting.", "up", "x y z", "!"), 0), gpt2_encoding)
-    assert gpt2_encoding.decode(rendered.context) == "A man is"
-    assert [gpt2_encoding.decode(ending) for ending in rendered.endings] == [
-        " sitting.",
-        " up",
-        " x y z",
-        " !",
-    ]
+def test_the_mask_covers_the_ending_and_its_space():
+    rendered = render(Item(0, "A man is", ("sitting.", "up", "x y z", "!"), 0), GPT2)
+    assert GPT2.decode(rendered.context) == "A man is"
+    assert [GPT2.decode(ending) for ending in rendered.endings] == [" sitting.", " up", " x y z", " !"]
     assert rendered.lengths == [len(ending) for ending in rendered.endings]
 
 
@@ -116,15 +112,15 @@ def test_items_with_one_ind_are_kept_apart(model):
     assert [prediction["label"] for prediction in together] == [item.label for item in items]
 
 
-def test_real_items_load_and_score(gpt2_data, gpt2_encoding):
+def test_real_items_load_and_score(gpt2_data):
     items = load_items(gpt2_data / "hellaswag_val_activitynet.jsonl")
     assert len(items) == 3243
     assert {item.label for item in items} == {0, 1, 2, 3}
     assert len(load_items(gpt2_data / "hellaswag_val_activitynet.jsonl", limit=7)) == 7
     model = GPT(GPTConfig(block_size=256, n_layer=1, n_head=2, n_embd=16))
-    score = evaluate(model, items[:12], gpt2_encoding)
+    score = evaluate(model, items[:12], GPT2)
     for item, prediction in zip(items, score.predictions, strict=False):
-        sums, means = by_hand(model, item, gpt2_encoding)
+        sums, means = by_hand(model, item, GPT2)
         assert prediction["loss_sum"] == pytest.approx(sums, abs=1e-3)
         assert prediction["loss_mean"] == pytest.approx(means, abs=1e-4)
 
@@ -218,7 +214,7 @@ HARNESS = {
 }
 
 
-def test_the_harness_protocol_by_hand(files, model, gpt2_encoding):
+def test_the_harness_protocol_by_hand(files, model):
     """Its own text, cleaned; losses divided by the ending's characters. What lm_eval itself says of real
     items was compared once; see the README."""
     item = hellaswag.to_item({**GOOD, **HARNESS}, "")
@@ -227,9 +223,9 @@ def test_the_harness_protocol_by_hand(files, model, gpt2_encoding):
     endings = ["sits down.", "is a cat. It is", "sleeps", "x"]
     spaced = hellaswag.to_item({**GOOD, **HARNESS, "ctx_b": "the cat [step]"}, "")
     assert spaced.harness_ctx.endswith("The cat ")
-    rendered = hellaswag.render(spaced, gpt2_encoding, "harness")
-    assert gpt2_encoding.decode(rendered.context) == spaced.harness_ctx.rstrip()
-    whole = gpt2_encoding.encode_ordinary(spaced.harness_ctx + " x")
+    rendered = hellaswag.render(spaced, GPT2, "harness")
+    assert GPT2.decode(rendered.context) == spaced.harness_ctx.rstrip()
+    whole = GPT2.encode_ordinary(spaced.harness_ctx + " x")
     assert rendered.context + rendered.endings[3] == whole
     score = evaluate(model, [item], BYTES, protocol="harness")
     sums, _ = by_hand(model, Item(3, context, tuple(endings), 1))

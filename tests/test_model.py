@@ -4,14 +4,18 @@ import json
 import math
 from dataclasses import replace
 
+from support.cli import InputError
+from support.encodings import get_encoding
+from support.huggingface import read_sizes
+from support.sampling import choose_token
+from train_gpt2 import GPT, PRESETS, GPTConfig
+
 import pytest
 import safetensors.torch
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from shards import InputError
-from train_gpt2 import GPT, PRESETS, GPTConfig, choose_token, read_config
-
+GPT2 = get_encoding("gpt2")
 TINY = GPTConfig(block_size=64, vocab_size=300, n_layer=2, n_head=2, n_embd=32)
 
 
@@ -94,7 +98,7 @@ def test_load_save_load_gives_identical_tensors(tmp_path):
     assert first.config == second.config
 
 
-def test_vllm_finds_every_weight_in_its_layout(tmp_path, gpt2_encoding):
+def test_vllm_finds_every_weight_in_its_layout(tmp_path):
     """What vLLM's GPT-2 (model_executor/models/gpt2.py) asks of a folder: these names, transposed back from
     Conv1D, fill its parameters, nothing is missing, and the config has none of what it refuses."""
     from transformers import GPT2Config
@@ -128,20 +132,20 @@ def test_vllm_finds_every_weight_in_its_layout(tmp_path, gpt2_encoding):
     assert not any(refused)
 
 
-def test_a_pipeline_writes_from_the_folder_what_we_write(tmp_path, gpt2_encoding):
+def test_a_pipeline_writes_from_the_folder_what_we_write(tmp_path):
     from transformers import pipeline
 
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=48))
     model.save_pretrained(tmp_path)
-    prompt = gpt2_encoding.encode_ordinary("Hello, I'm a language model,")
+    prompt = GPT2.encode_ordinary("Hello, I'm a language model,")
     ours = model.generate(torch.tensor([prompt]), 10, temperature=0)[0].tolist()
     write = pipeline("text-generation", str(tmp_path))
     theirs = write("Hello, I'm a language model,", max_new_tokens=10, do_sample=False)[0]["generated_text"]
-    assert theirs == gpt2_encoding.decode(ours)
+    assert theirs == GPT2.decode(ours)
 
 
-def test_saved_tokenizer_is_gpt2s(tmp_path, gpt2_encoding):
+def test_saved_tokenizer_is_gpt2s(tmp_path):
     GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     stored = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))["model"]
@@ -154,8 +158,8 @@ def test_saved_tokenizer_is_gpt2s(tmp_path, gpt2_encoding):
         "naïve café 東京 🙂",
         "x = 10**23;",
     ):
-        assert tokenizer(text)["input_ids"] == gpt2_encoding.encode_ordinary(text)
-        assert tokenizer.decode(gpt2_encoding.encode_ordinary(text)) == text
+        assert tokenizer(text)["input_ids"] == GPT2.encode_ordinary(text)
+        assert tokenizer.decode(GPT2.encode_ordinary(text)) == text
     assert tokenizer("<|endoftext|>")["input_ids"] == [50256] == [tokenizer.eos_token_id]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["n_ctx"] == 64
@@ -362,7 +366,7 @@ def test_folders_that_are_no_gpt2_are_named(tmp_path):
         with pytest.raises(InputError, match=message):
             GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_config(tmp_path / "config.json").n_embd == 32
+    assert read_sizes(tmp_path / "config.json")["n_embd"] == 32
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04garbage that might be a pickle")
     with pytest.raises(InputError, match="not a sound safetensors file"):
         GPT.from_pretrained(tmp_path)

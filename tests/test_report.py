@@ -5,19 +5,21 @@ import json
 import sqlite3
 import sys
 import types
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+
+from conftest import TINY, call, run
+from hellaswag import Score
+from support import report, words
+from support.curves import read_log
+from support.processes import World
+from support.run_folder import RunFolder
+from train_gpt2 import TrainConfig
 
 import pytest
 import torch
-from conftest import TINY, call, run
 
-import plot
-import report
-from hellaswag import Score
-from train_gpt2 import Layout, TrainConfig
-
-CPU = Layout(0, 1, torch.device("cpu"))
+CPU = World(0, 1, torch.device("cpu"))
 RUN = (*TINY, "--max_steps=6", "--val_every=3", "--sample_every=0")
 FAIR = {
     "precision": "bfloat16, torch.compile on",
@@ -29,16 +31,24 @@ FAIR = {
 }
 
 
+def facts_of(**changes):
+    """Facts of a run of the default configuration with these changes."""
+    config = asdict(replace(TrainConfig(), **changes))
+    defaults = {"default_recipe": report.is_default_recipe(config, asdict(TrainConfig()))}
+    return {**FAIR, "train_config": config, "flops_per_token": 500_000, "val_tokens": 1024, **defaults}
+
+
 @pytest.fixture
-def progress(monkeypatch):
+def progress(monkeypatch, tmp_path):
+    """A function that makes a Progress which has been started; `said` is what it printed."""
     monkeypatch.setattr(report, "describe", lambda *_: "the table")
     monkeypatch.setattr(report, "peak_flops", lambda _: 1e9)
-    said = []
-    monkeypatch.setattr(report.Progress, "say", lambda _, text: said.append(text))
 
-    def make(**changes):
-        made = report.Progress(replace(TrainConfig(), **changes), CPU)
-        made.said = said
+    def make(facts=None, on_terminal=False, first_step=0, **changes):
+        made = report.Progress(CPU, None)
+        made.on_terminal, made.said = on_terminal, []
+        monkeypatch.setattr(made, "print", made.said.append)
+        made.start(first_step, facts_of(**changes) | (facts or {}), RunFolder(tmp_path, True, print))
         return made
 
     return make
@@ -46,7 +56,6 @@ def progress(monkeypatch):
 
 def test_lines_have_the_tutorials_format_and_mfu(progress):
     lines = progress(total_batch_size=1000)
-    lines.start(0, FAIR, flops_per_token=500_000)
     lines.step(0, 4.0, 1e-3, 1.0, seconds=2.0)
     assert lines.said[-1] == (
         "step     0 | loss: 4.000000 | lr 1.0000e-03 | norm: 1.0000 | dt: 2000.00ms | tok/sec: 500.00 "
@@ -55,32 +64,30 @@ def test_lines_have_the_tutorials_format_and_mfu(progress):
     for step in range(1, 6):
         lines.step(step, 4.0, 1e-3, 1.0, seconds=3600 / 100)
     assert "training will take about 10 h 36 min (2.00 s a step)" in lines.said
-    lines.close()
+    lines.close("")
 
 
 def test_the_bar_shows_what_one_waits_for(progress, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    bar = progress(max_steps=1000, val_every=250, total_batch_size=524_288, dollars_per_hour=0.5)
-    bar.on_terminal = True
-    bar.start(0, FAIR, flops_per_token=500_000)
+    bar = progress(
+        on_terminal=True, max_steps=1000, val_every=250, total_batch_size=524_288, dollars_per_hour=0.5
+    )
     for step in range(5):
         bar.step(step, 3.21, 6e-4, 0.312, seconds=7.2)
     shown = bar.bar.postfix
     assert shown.startswith("loss 3.210 lr 6.0e-04 norm 0.31 72,818 tok/s MFU")
     assert shown.endswith("| evaluation in 29 min | left 1 h 59 min")
     assert "training will take about 1 h 59 min, $0.99 (7.20 s a step)" in bar.said
-    bar.close()
+    bar.close("")
 
 
 def test_on_a_narrow_terminal_the_bar_keeps_loss_speed_and_time(progress, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    bar = progress(max_steps=19_073, total_batch_size=524_288)
-    bar.on_terminal = True
-    bar.start(0, FAIR, flops_per_token=500_000)
+    bar = progress(on_terminal=True, max_steps=19_073, total_batch_size=524_288)
     bar.step(14_700, 3.21, 6e-4, 0.312, seconds=7.2)
     line = bar.bar.postfix
     assert line == "loss 3.210 72,818 tok/s MFU 3641% | left 8 h 45 min"
-    bar.close()
+    bar.close("")
 
 
 def test_what_takes_long_gives_signs_of_life(progress, monkeypatch):
@@ -89,41 +96,61 @@ def test_what_takes_long_gives_signs_of_life(progress, monkeypatch):
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
     lines = progress(max_steps=19_073)
     for done in range(4):
-        lines.doing("step 0: validation", done, 4)
+        lines.sign_of_life("validation", done, 4)
         now += 40
-    assert lines.said == ["step 0: validation 2/4, 80 s left"]
+    assert lines.said[1:] == ["validation 2/4, 80 s left"]
     for done in range(3):
         lines.micro_step(0, done, 512)
         now += 40
-    assert lines.said[1:] == [
+    assert lines.said[2:] == [
         "training will take about 4,521 days (5 h 41 min a step)",
         "step 0: micro-step 2/512, 5 h 40 min left",
     ]
 
 
-def test_many_epochs_are_noted():
-    config = TrainConfig(max_steps=100, warmup_steps=10)
-    facts = {**dict.fromkeys(("device", "precision", "attention", "memory"), ""), "parameters": 1,
-             "model_config": dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), 1)
-             | {"encoding": "gpt2"}, "world_size": 1, "micro_batch_size": 1, "grad_accum_steps": 512,
-             "val_tokens": 1, "hellaswag_items": 0}  # fmt: skip
-    few, many = ({**facts, "data": {"train_tokens": n, "train_shards": 1}} for n in (10_000_000, 2_000_000))
-    assert "note:" not in report.describe(config, few)
-    assert "more than 20 epochs" in report.describe(config, many)
+def table_of(max_steps, train_tokens, **facts):
+    model = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), 1)
+    words = dict.fromkeys(("device", "precision", "attention", "memory"), "")
+    numbers = dict.fromkeys(("parameters", "world_size", "micro_batch_size", "val_tokens"), 1)
+    made = {**facts_of(max_steps=max_steps, warmup_steps=10), **words, **numbers, "hellaswag_items": 0,
+            "grad_accum_steps": 512, "model_config": {**model, "encoding": "gpt2"},
+            "data": {"train_tokens": train_tokens, "train_shards": 1},
+            "warm_up_step_seconds": None}  # fmt: skip
+    return report.describe(made | facts, 0.0)
+
+
+def test_what_may_surprise_is_noted():
+    assert "note:" not in table_of(100, 10_000_000)
+    assert "more than 20 epochs" in table_of(100, 2_000_000)
+    assert "less than 1,000,000 tokens" in table_of(20, 999_999)
+    assert "the learning rate still rises when the run ends: the warm-up takes 10 steps" in table_of(9, 10**7)
+    assert "note:" not in table_of(0, 10**7)
+
+
+def test_a_run_that_a_cpu_can_not_finish_says_so_at_once():
+    hopeless = table_of(19_073, 10**10, warm_up_step_seconds=20_000.0, device="cpu (x86_64, 2 cores)")
+    assert "about 4,415 days of training, judging by the warm-up; for a CPU there is --demo" in hopeless
+    assert "time:" not in table_of(100, 10**7)
 
 
 def test_a_models_text_is_readable():
     text = "One\r\ntwo\t\u00a0\x1b[0m, ¿tres?"
-    assert report.readable(text) == "One\n    two  \ufffd[0m, ¿tres?"
+    assert words.printable(text) == "One\n    two  \ufffd[0m, ¿tres?"
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"),
+    ("seconds", "text"),
     [(3, "3 s"), (100, "1 min 40 s"), (600, "10 min"), (3600, "1 h 00 min"), (48 * 3600 + 61, "48 h 01 min"),
      (62 * 86400, "62 days")],
 )  # fmt: skip
-def test_durations(seconds, words):
-    assert report.duration(seconds) == words
+def test_durations(seconds, text):
+    assert words.duration(seconds) == text
+
+
+def test_one_is_not_many():
+    counted = [words.plural(n, noun) for n, noun in ((1, "row"), (2, "row"), (0, "step"), (1, "process"))]
+    assert counted == ["1 row", "2 rows", "0 steps", "1 process"]
+    assert words.plural(1000, "process") == "1,000 processes"
 
 
 @pytest.mark.parametrize(
@@ -141,20 +168,19 @@ def test_durations(seconds, words):
     ],
 )
 def test_an_unhealthy_loss_is_said_once(progress, changes, facts, step, loss, warns):
-    lines = progress(**changes)
-    lines.start(0, FAIR | facts, flops_per_token=1)
+    lines = progress(facts, **changes)
     for _ in range(2):
-        lines.measured(step, {"val/loss": loss}, f"validation loss {loss}")
+        lines.validation(step, loss)
     assert sum("WARNING: healthy runs" in text for text in lines.said) == warns
-    lines.close()
+    lines.close("")
 
 
 def test_the_closing_table_compares_where_it_is_fair():
-    config = TrainConfig(dollars_per_hour=2.0)
+    facts = facts_of(dollars_per_hour=2.0)
     spent = {"training": 9 * 3600.0, "other": 3600.0, "tokens": 9_999_745_024}
     score = Score(10_042, 0.29, 0.305, 0, [])
-    result = report.result_of(config, FAIR, 19_073, spent, 3.0512, score)
-    table = report.closing_table(config, FAIR, result)
+    facts["result"] = result = report.result_of(facts, 19_073, spent, 3.0512, score)
+    table = report.closing_table(facts)
     assert "3.0512 (OpenAI's GPT-2 3.2924, healthy runs 3.02 to 3.09)" in table
     assert "0.3050 +- 0.0046 on 10,042 items (OpenAI's GPT-2 0.2955, healthy runs .300 to .313)" in table
     assert "9,999,745,024" in table
@@ -162,13 +188,12 @@ def test_the_closing_table_compares_where_it_is_fair():
     assert "308,634 tokens/s" in table
     assert "$20.00" in table
     assert "interruptions:   2" in table
-    other_recipe = report.closing_table(replace(config, max_steps=200), FAIR, result)
-    assert "3.0512 (OpenAI's GPT-2 3.2924)" in other_recipe
-    elsewhere = report.closing_table(config, FAIR | {"encoding": "bytes"}, result)
-    assert "OpenAI" not in elsewhere
+    other_recipe = facts_of(dollars_per_hour=2.0, max_steps=200) | {"result": result}
+    assert "3.0512 (OpenAI's GPT-2 3.2924)" in report.closing_table(other_recipe)
+    assert "OpenAI" not in report.closing_table(facts | {"encoding": "bytes"})
     assert json.loads(json.dumps(result)) == result
-    nothing = report.result_of(TrainConfig(), FAIR, 5, spent, float("nan"), None)
-    assert "validation" not in report.closing_table(config, FAIR, nothing)
+    nothing = report.result_of(facts, 5, spent, float("nan"), None)
+    assert "validation" not in report.closing_table(facts | {"result": nothing})
 
 
 # ------------------------------------------------------------------ trackers
@@ -198,7 +223,7 @@ def test_a_tracker_gets_the_values(tmp_path, text_shards, monkeypatch):
     assert [step for step, kind in logged if kind == "val"] == [0, 3, 6]
     assert sorted({step for step, kind in logged if kind == "train"}) == [0, 1, 2, 3, 4, 5]
     losses = [values["train/loss"] for _, values in calls[1:-1] if "train/loss" in values]
-    in_log = [loss for _, loss in plot.read_log(tmp_path / "a_run/log.txt")["train"]]
+    in_log = [loss for _, loss in read_log(tmp_path / "a_run/log.txt")["train"]]
     assert losses == pytest.approx(in_log, abs=1e-6)
 
 
@@ -234,7 +259,7 @@ def test_with_trackio_itself(tmp_path, text_shards):
         rows = database.execute("select step, metrics from metrics where run_name like 'a_run-%'").fetchall()
     logged = [(step, json.loads(values)) for step, values in rows]
     for kind, name in (("train", "train/loss"), ("val", "val/loss")):
-        expected = plot.read_log(tmp_path / "a_run/log.txt")[kind]
+        expected = read_log(tmp_path / "a_run/log.txt")[kind]
         assert [(step, values[name]) for step, values in logged if name in values] == [
             (step, pytest.approx(value, abs=1e-4)) for step, value in expected
         ]

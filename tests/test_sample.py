@@ -5,16 +5,19 @@ import re
 import shutil
 from pathlib import Path
 
+import sample
+from conftest import call, run
+from hub import serve
+from sample import SampleConfig, main
+from support.cli import InputError, RunFault
+from support.device import PackedLinear, pack_for_cpu
+from support.encodings import get_encoding
+from support.huggingface import find_model
+from train_gpt2 import GPT, GPTConfig
+
 import pytest
 import torch
 import tyro
-from conftest import call, run
-from hub import serve
-
-from device import PackedLinear, pack_for_cpu
-from sample import SampleConfig, main
-from shards import InputError, RunFault, get_encoding
-from train_gpt2 import GPT, GPTConfig, find_model
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_a_model_that_is_elsewhere_is_pointed_out(model_folder, tmp_path, monkey
     assert find_model("log/demo")[0] == Path("log/demo/checkpoint_00010/config.json")
     asked = []
 
-    def offline(*names):
+    def offline(*names, **_):
         asked.append(names[0])
         raise OSError("no network")
 
@@ -154,17 +157,17 @@ def test_the_defaults_suit_the_encoding(model_folder, monkeypatch):
     """120 bytes are about 30 of GPT-2's tokens; a stream is one text."""
     asked = []
 
-    def stream(self, idx, max_new_tokens, **_):
+    def stream(model, idx, max_new_tokens, **_):
         asked.append((len(idx), max_new_tokens))
         return iter(())
 
-    monkeypatch.setattr(GPT, "stream", stream)
+    monkeypatch.setattr(sample, "stream", stream)
     for flags in ((), ("--stream",), ("--num_samples=2", "--max_new_tokens=7")):
         main(tyro.cli(SampleConfig, args=[f"--model={model_folder}", "--device=cpu", *flags]))
     assert asked == [(5, 120), (1, 120), (2, 7)]
 
 
-def test_openais_weights_come_from_the_hub_by_name(tmp_path, gpt2_encoding):
+def test_openais_weights_come_from_the_hub_by_name(tmp_path):
     """`--model gpt2` as on a machine with a network; the Hub here has random weights under OpenAI's name."""
     torch.manual_seed(0)
     folder = tmp_path / "hub/models/openai-community/gpt2"
@@ -186,7 +189,7 @@ def test_a_model_that_the_hub_does_not_have(tmp_path):
     assert "Traceback" not in missing.stderr
 
 
-def test_a_model_with_another_vocabulary_is_refused(tmp_path, gpt2_encoding):
+def test_a_model_with_another_vocabulary_is_refused(tmp_path):
     GPT(
         GPTConfig(block_size=16, vocab_size=999, n_layer=1, n_head=1, n_embd=8, encoding="bytes")
     ).save_pretrained(tmp_path)

@@ -7,17 +7,19 @@ from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
+from conftest import ROOT, TINY, call, run
+from support import VERSION
+from support.curves import read_log
+from support.files import sha256
+from support.processes import World
+from support.run_folder import list_checkpoints
+from train_gpt2 import DEMO, GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr
+
 import pytest
 import torch
-from conftest import ROOT, TINY, call, run
 from transformers import AutoModelForCausalLM
 
-from plot import read_log
-from run_folder import list_checkpoints
-from shards import VERSION, sha256
-from train_gpt2 import DEMO, GPT, GPTConfig, Layout, TrainConfig, configure_optimizer, get_lr
-
-CPU = Layout(rank=0, world_size=1, device=torch.device("cpu"))
+CPU = World(rank=0, size=1, device=torch.device("cpu"))
 
 
 def test_the_schedule_at_its_edges():
@@ -236,8 +238,7 @@ def test_the_demo_runs(tmp_path):
         "--val_tokens=4096",
         "--sample_every=0",
         cwd=tmp_path,
-        env={"TIKTOKEN_CACHE_DIR": str(tmp_path / "none")},
-    )  # the bytes encoding downloads nothing
+    )
     assert DEMO.log_dir.as_posix() == "log/demo"
     assert "4 steps" in done.stdout
     assert {".lock", "log.txt", "run.json", "loss.png", "checkpoint_00004"} == {
@@ -256,11 +257,15 @@ def test_the_demo_on_ones_own_text(tmp_path, text_shards, monkeypatch):
     assert "the data folder my_byte does not exist" in done.stderr
     assert not Path("my_byte").exists()
     done = call("train_gpt2.py", *flags, f"--data_dir={text_shards}")
-    assert "done: 1 steps" in done.stdout
+    assert "done: 1 step;" in done.stdout
 
 
 def test_importing_the_files_does_nothing(tmp_path):
-    files = ", ".join(file.stem for file in ROOT.glob("*.py"))
+    files = ", ".join(
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py"))
+        if file.stem != "__init__"
+    )
     code = (
         f"import sys, {files}; heavy = {{'transformers', 'datasets', 'matplotlib'}} & set(sys.modules);"
         "assert not heavy, heavy; torch = sys.modules.get('torch');"

@@ -9,11 +9,11 @@ import subprocess
 import sys
 import time
 
-import pytest
 from conftest import ROOT, TINY, run
+from support.curves import read_log
+from support.run_folder import list_checkpoints
 
-from plot import read_log
-from run_folder import list_checkpoints
+import pytest
 
 HOSTS = ("gpt2-host-a", "gpt2-host-b")
 ADDRESSES = ("10.79.31.1", "10.79.31.2")

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
+from conftest import call, run
+from support import curves
+from support.cli import InputError
+from train_gpt2 import GPT, GPTConfig
+
 import matplotlib.figure
 import pytest
-from conftest import call, run
-
-import plot
-from shards import InputError
-from train_gpt2 import GPT, GPTConfig
 
 
 def make_run(folder, encoding="gpt2", dataset="HuggingFaceFW/fineweb-edu", items=10_042):
@@ -36,8 +36,8 @@ def make_run(folder, encoding="gpt2", dataset="HuggingFaceFW/fineweb-edu", items
 
 def labels(monkeypatch, folders, out):
     drawn = []
-    monkeypatch.setattr(plot, "save", lambda figure, _: drawn.append(figure))
-    plot.draw_runs(folders, out)
+    monkeypatch.setattr(curves, "save_picture", lambda figure, _: drawn.append(figure))
+    curves.draw_runs(folders, out)
     assert isinstance(drawn[0], matplotlib.figure.Figure)
     return [[text.get_text() for text in axis.texts] for axis in drawn[0].axes], drawn[0]
 
@@ -91,31 +91,31 @@ def test_positions(tmp_path):
 
 
 def test_smoothing_is_a_running_mean():
-    assert plot.smooth([1, 2, 6, 4, 0], 2) == [1, 3, 2.6, 3, 10 / 3]
-    assert plot.smooth([5, 1], 0) == [5, 1]
-    assert plot.smooth([], 3) == []
+    assert curves.smooth([1, 2, 6, 4, 0], 2) == [1, 3, 2.6, 3, 10 / 3]
+    assert curves.smooth([5, 1], 0) == [5, 1]
+    assert curves.smooth([], 3) == []
 
 
 def test_a_run_still_going_is_drawn(tmp_path):
     run = make_run(tmp_path / "going")
     with open(run / "log.txt", "a") as file:
         file.write("50 tra")  # copied in the middle of a line
-    assert len(plot.read_log(run / "log.txt")["train"]) == 50
+    assert len(curves.read_log(run / "log.txt")["train"]) == 50
     call("plot.py", "run", run)
 
 
 def test_the_caption_says_what_made_the_curves(tmp_path):
     run = {"parameters": 124_439_808, "device": "NVIDIA A100", "world_size": 8,
            "result": {"training_hours": 2.4, "other_hours": 0.1}}  # fmt: skip
-    assert plot.caption(tmp_path / "a_run", run) == "a_run, 124.4M parameters, 8 x NVIDIA A100, 2.5 hours"
-    assert plot.caption(tmp_path / "a_run", {}) == "a_run"
+    assert curves.caption(tmp_path / "a_run", run) == "a_run, 124.4M parameters, 8 x NVIDIA A100, 2.5 hours"
+    assert curves.caption(tmp_path / "a_run", {}) == "a_run"
 
 
 def test_a_bad_log_is_named(tmp_path):
-    with pytest.raises(InputError, match="not the log of a run"):
-        plot.draw_runs([tmp_path], tmp_path / "x.png")
+    with pytest.raises(InputError, match="holds no run"):
+        curves.draw_runs([tmp_path], tmp_path / "x.png")
     (tmp_path / "log.txt").write_text("0 val 10.9\nhello\n")
     with pytest.raises(InputError, match=r"log\.txt, line 2"):
-        plot.draw_runs([tmp_path], tmp_path / "x.png")
+        curves.draw_runs([tmp_path], tmp_path / "x.png")
     done = call("plot.py", "run", tmp_path, "--out=x.docx", check=False)
     assert done.returncode == 2

@@ -1,0 +1,1 @@
+"""Speed and memory, each next to a peer in the same run: `python -m benchmarks.NAME`."""
