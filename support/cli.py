@@ -157,7 +157,7 @@ def help_of(config: Any, options: dict[str, Any]) -> str:
     help = re.sub(r"\{None\}\|(\w+)(?=  )", r"\1       ", text.getvalue()).replace("{None}|", "")
     help = re.sub(r"\s+\(default:(\s+None)?\s*\)", "", help)
     help = re.sub(r"  -h, --help( .* )show.*exit", r"\g<0>\n  --version \1show the version and exit", help)
-    help = re.sub(r"""'([^'\n]*)'"'"'([^'\n]*)'""", r'''"\1'\2"''', help)  # a shell's way to quote an '
+    help = help.replace("""'"'"'""", "'")  # a shell's way to quote an apostrophe
     for name, heading in headings.items():
         help = re.sub(rf"^  --{name}\b", f"\n {heading}\n\\g<0>", help, flags=re.MULTILINE)
     return re.sub(r" +$", "", help, flags=re.MULTILINE)

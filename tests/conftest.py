@@ -31,12 +31,19 @@ def gpt2_data() -> Path:
     return Path(os.environ["GPT2_TEST_DATA"])
 
 
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpt2_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("real_data")
+
+
 def run(
     *arguments, cwd: Path = ROOT, check: bool = True, env: dict[str, str] | None = None, timeout: float = 120
 ):
-    """Run a Python script in a fresh process with two threads; returns the finished process, output as
+    """Run a Python script in a fresh process with one thread; returns the finished process, output as
     text."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
+    inherited = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", **(env or {})}
     done = subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=cwd,

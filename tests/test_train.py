@@ -10,11 +10,23 @@ from pathlib import Path
 from conftest import ROOT, TINY, call, run
 from support import VERSION
 from support.curves import read_log
+from support.device import autocast_to
 from support.files import sha256
 from support.processes import World
 from support.run_folder import list_checkpoints
-from train_gpt2 import DEMO, GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr
+from support.shards import load_shards
+from train_gpt2 import (
+    DEMO,
+    GPT,
+    GPTConfig,
+    TokenLoader,
+    TrainConfig,
+    configure_optimizer,
+    estimate_val_loss,
+    get_lr,
+)
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -70,6 +82,87 @@ def test_the_optimizer_is_adamw_as_published():
         update = (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.95**t)) + 1e-8)
         w -= 0.1 * (update + 0.1 * w)
         assert model.weight.item() == pytest.approx(w, rel=1e-5)
+
+
+def plain_training(text_shards, steps, clip):
+    """The same few steps, written out: the whole batch at once, gradients clipped by hand, AdamW one tensor
+    at a time. Returns the weights, and the losses."""
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=2, n_head=2, n_embd=32, encoding="bytes"))
+    tokens = np.load(text_shards / "edufineweb_train_000001.npy").astype(np.int64)
+    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
+    losses = []
+    for step in range(steps):
+        rows = np.stack([tokens[i * 32 : i * 32 + 33] for i in range(8 * step, 8 * step + 8)])
+        rows = torch.from_numpy(rows)
+        logits = model(rows[:, :-1])[0]
+        loss = -torch.log_softmax(logits, dim=-1).gather(-1, rows[:, 1:, None]).mean()
+        losses.append(loss.item())
+        model.zero_grad()
+        loss.backward()
+        norm = math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters()))
+        shrink = min(1.0, clip / (norm + 1e-6))
+        lr = 3e-3 * (step + 1) / 4  # --warmup_steps=4
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                g, (m, v) = p.grad * shrink, moments[name]
+                m.mul_(0.9).add_(g, alpha=0.1)
+                v.mul_(0.95).addcmul_(g, g, value=0.05)
+                update = (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+                decay = 0.1 if p.dim() >= 2 else 0.0
+                p.sub_(lr * (update + decay * p))
+    return model.state_dict(), losses
+
+
+@pytest.mark.parametrize("clip", [0.4, 1e9])
+def test_training_is_what_it_says_step_by_step(clip, text_shards, tmp_path):
+    """Four steps of the script, in micro-batches, beside the same written out. The norm changes from
+    step to step, so clipping at 0.4 shows in the weights, though AdamW does not care for a constant factor."""
+    flags = ("--max_steps=4", "--warmup_steps=4", "--no_shuffle", "--micro_batch_size=2", "--val_every=0")
+    flags = (*flags, "--sample_every=0", f"--grad_clip={clip}", f"--data_dir={text_shards}")
+    call("train_gpt2.py", *TINY, *flags, f"--log_dir={tmp_path}")
+    expected, losses = plain_training(text_shards, 4, clip)
+    assert [loss for _, loss in read_log(tmp_path / "log.txt")["train"]] == pytest.approx(losses, abs=2e-6)
+    trained = GPT.from_pretrained(tmp_path).state_dict()
+    worst = max((trained[name] - expected[name]).abs().max().item() for name in expected)
+    other, _ = plain_training(text_shards, 4, 0.4 if clip > 1 else 1e9)
+    apart = max((other[name] - expected[name]).abs().max().item() for name in expected)
+    assert worst < 2e-5
+    assert apart > 20 * worst  # with the other clipping the weights are elsewhere
+
+
+@pytest.mark.parametrize(("batch_size", "n_windows"), [(4, 10), (1, 3), (3, 3), (8, 5)])
+def test_every_window_of_the_validation_counts_the_same(batch_size, n_windows, text_shards):
+    """Also those of a last batch that is not full; against the mean of the windows, one at a time."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=32, encoding="bytes"))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5)  # far from uniform: the windows' losses differ
+    loader = TokenLoader(load_shards(text_shards), "val", 32, batch_size=batch_size, shuffle=False)
+    loader.n_windows = n_windows
+    alone = []
+    for i in range(n_windows):
+        x, y = loader.windows(i, 1)
+        with torch.no_grad():
+            alone.append(model(x, y)[1].item())
+    autocast = autocast_to(CPU.device, torch.float32)
+    parts = []
+    loss = estimate_val_loss(model, loader, CPU, autocast, lambda done, total: parts.append((done, total)))
+    assert loss == pytest.approx(sum(alone) / n_windows, abs=1e-5)
+    assert max(alone) - min(alone) > 0.1
+    n_batches = math.ceil(n_windows / batch_size)
+    assert parts == [(i, n_batches) for i in range(n_batches)]
+    halves = [estimate_part(model, loader, rank, autocast) for rank in range(2)]
+    assert sum(halves) == pytest.approx(loss, abs=1e-5)
+
+
+def estimate_part(model, loader, rank, autocast):
+    """What one of two processes adds to the mean."""
+    world = World(rank, 2, CPU.device)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(World, "sum", lambda _, values: values)
+        return estimate_val_loss(model, loader, world, autocast)
 
 
 @pytest.fixture(scope="module")

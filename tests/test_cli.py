@@ -1,0 +1,105 @@
+"""How every script starts and fails."""
+
+import os
+from pathlib import Path
+
+from conftest import ROOT, call, run
+from fineweb import ShardConfig
+from support.cli import InputError, check_numbers, in_words, parse, whole_number
+from support.files import write_file
+from train_gpt2 import TrainConfig
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("19073", 19073), ("524_288", 524_288), ("1e6", 10**6), ("2.5e3", 2500), ("-3", -3)]
+)
+def test_whole_numbers_as_people_write_them(text, number):
+    assert whole_number(text) == number
+    if number > 0:
+        assert parse(ShardConfig, {}, [f"--shard_size={text}"]).shard_size == number
+
+
+@pytest.mark.parametrize("text", ["1.5", "many", "", "nan", "inf"])
+def test_what_is_no_whole_number(text):
+    with pytest.raises((ValueError, OverflowError)):
+        whole_number(text)
+    done = call("fineweb.py", f"--shard_size={text}", check=False)
+    assert done.returncode == 2
+    assert "--shard_size" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "hint"),
+    [
+        ("sample.py", "--model log/demo"),
+        ("hellaswag.py", "--model log/demo"),
+        ("fineweb.py", "--input log/demo"),
+        ("plot.py", "run log/demo"),
+    ],
+)
+def test_a_word_without_its_flag(script, hint):
+    done = call(script, "log/demo", check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"error: 'log/demo' lacks its flag; did you mean {hint}?\n"
+
+
+def test_help_quotes_as_people_do():
+    assert "(default: 'Hello, I'm a language" in call("sample.py", "--help").stdout
+
+
+def test_a_number_that_can_not_be_meant():
+    for changes in ({"max_lr": float("nan")}, {"max_steps": -1}, {"total_batch_size": 0}):
+        ((name, value),) = changes.items()
+        with pytest.raises(InputError, match=f"--{name} {value}: must be"):
+            check_numbers(TrainConfig(**changes), {"total_batch_size"})
+    check_numbers(TrainConfig(max_steps=0), {"total_batch_size"})
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_can_not_be_written_to(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(OSError, match="Permission denied") as caught:
+        write_file(tmp_path / "a.json", lambda file: file.write(b""))
+    assert in_words(caught.value) == f"{tmp_path / 'a.json'}: Permission denied"
+    tmp_path.chmod(0o700)
+
+
+def test_an_error_of_the_system_names_the_file_and_not_a_number(tmp_path):
+    with pytest.raises(OSError, match="No such file") as caught:
+        write_file(tmp_path / "nowhere/a.json", lambda file: file.write(b""))
+    assert in_words(caught.value) == f"{tmp_path / 'nowhere/a.json'}: No such file or directory"
+
+
+def test_a_picture_in_a_folder_that_is_not_there(tmp_path):
+    (tmp_path / "log.txt").write_text("0 val 10.9\n")
+    done = call("plot.py", "run", tmp_path, f"--out={tmp_path}/no/a.png", check=False)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: --out {tmp_path}/no/a.png: No such file or directory\n",
+    )
+
+
+def test_a_run_elsewhere_is_pointed_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("log/demo").mkdir(parents=True)
+    Path("log/demo/log.txt").write_text("0 val 10.9\n")
+    done = call("plot.py", "run", "log", check=False)
+    assert "log holds no run" in done.stderr
+    assert "did you mean log/demo?" in done.stderr
+
+
+def test_openmp_threads_spin_little_unless_the_user_chose():
+    """libgomp reads the variable when torch is imported; OMP_DISPLAY_ENV makes it print what it read."""
+    show = {"OMP_DISPLAY_ENV": "verbose"}
+    for script in ("train_gpt2", "sample", "hellaswag"):
+        done = run("-c", f"import {script}, torch", cwd=ROOT, env=show)
+        if "GOMP_SPINCOUNT" not in done.stderr:
+            pytest.skip("this PyTorch does not use libgomp")
+        assert "GOMP_SPINCOUNT = '1000'" in done.stderr
+    done = run("-c", "import train_gpt2", cwd=ROOT, env={**show, "GOMP_SPINCOUNT": "7"})
+    assert "GOMP_SPINCOUNT = '7'" in done.stderr
+    done = run("-c", "import train_gpt2", cwd=ROOT, env={**show, "OMP_WAIT_POLICY": "ACTIVE"})
+    assert "GOMP_SPINCOUNT = '1000'" not in done.stderr
