@@ -2,19 +2,19 @@
 Text in, token shards out.
 
     python fineweb.py                           # FineWeb-Edu sample-10BT from the Hub: 100 shards, 20 GB
-    python fineweb.py --max_tokens 300000000    # its first 300 million tokens: a trial
+    python fineweb.py --max_tokens 300000000    # a trial: its first 300 million tokens
     python fineweb.py --input my_text/ --output_dir my_shards --shard_size 1000000
     python fineweb.py --check my_shards         # verify shards, made here or elsewhere
 
-A shard is a 1-D uint16 `.npy` file of token ids. The stream that is cut into shards is, for every document in
-input order, `<|endoftext|>` and then the document's tokens. The first shard is the validation split, the
-others are for training. `shards.json`, written last, says what they were made from.
+A shard is a 1-D uint16 `.npy` file of token ids. All documents, in input order and each preceded by
+`<|endoftext|>`, form one stream of tokens, which is cut into shards. The first shard is the validation split;
+the rest are for training. `shards.json`, written last, records what they were made from.
 
-You may kill the job at any time: the same command goes on after the last finished shard, which
-`shards.partial.json` names, and ends with the same bytes.
+You may kill the job at any time: the same command resumes after the last finished shard, recorded in
+`shards.partial.json`, and produces the same bytes.
 
-The parts: files on the Hub (support/hub.py) or on this disk become documents (support/documents.py), tokens
-(support/tokens.py) and shards (support/shards.py). This file joins them.
+Files on the Hub (support/hub.py) or on disk become documents (support/documents.py), tokens
+(support/tokens.py) and shards (support/shards.py). This file connects these steps.
 """
 
 import math
@@ -49,8 +49,8 @@ from support.words import file_size, plural
 from tqdm import tqdm
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
-BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # of English
-LITTLE = 1_000_000  # bytes of text that are too little to learn English from
+BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # for English text
+LITTLE = 1_000_000  # bytes of text; less is too little to learn English from
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class ShardConfig:
 
 
 def check_flags(config: ShardConfig) -> None:
-    """Raises InputError for flags that can't be meant."""
+    """Raises InputError for flags that make no sense."""
     for name, smallest in (("shard_size", 2), ("workers", 1), ("max_tokens", 1)):
         value = getattr(config, name)
         if value is not None and value < smallest:
@@ -112,8 +112,8 @@ def check_flags(config: ShardConfig) -> None:
 
 
 def check_disk(config: ShardConfig, files: list[File], n_tokens: int) -> str:
-    """What the job takes of the disk, in words; `n_tokens` are written already. Raises InputError when the
-    disk is too small for the rest."""
+    """Describe the job's disk use; `n_tokens` are already written. Raises InputError if the rest does not fit
+    on the disk."""
     text = sum(text_bytes(file, config.text_column) for file in files)
     estimate = text / BYTES_PER_TOKEN[config.encoding]
     estimate = max(min(estimate, config.max_tokens or estimate), n_tokens)
@@ -135,7 +135,7 @@ def check_disk(config: ShardConfig, files: list[File], n_tokens: int) -> str:
 def read_files(
     files: list[File], column: str, ends_at: Place | None, downloads: Downloads | None = None
 ) -> Iterator[Piece]:
-    """The documents of all files, from the one on that `ends_at` (of a finished shard) names."""
+    """The documents of all files, from the one that `ends_at` (of the last finished shard) names."""
     names = [file.name for file in files]
     start = names.index(ends_at["file"]) if ends_at else 0
     for i in range(start, len(files)):
@@ -151,12 +151,12 @@ def read_files(
 
 
 class Progress:
-    """The job in tokens: on a terminal a bar, elsewhere a line every half minute. How many tokens the input
-    has is known at its end; until then it is estimated from the share of its bytes that is read."""
+    """Progress in tokens: a bar on a terminal, elsewhere a line every 30 seconds. The input's total is
+    estimated from the share of its bytes read so far."""
 
     def __init__(self, files: list[File], n_tokens: int, limit: int | None, record: Record):
         self.limit, self.n_tokens, self.record = limit, n_tokens, record
-        self.before: dict[str, tuple[int, int]] = {}  # a file's name: bytes of the files before it, its own
+        self.before: dict[str, tuple[int, int]] = {}  # file name: (bytes before the file, its own)
         self.input_size = 0  # bytes
         for file in files:
             self.before[file.name] = self.input_size, file.size
@@ -187,7 +187,7 @@ class Progress:
 
 
 def closing_line(folder: Path, record: Record, n_new: int, seconds: float) -> str:
-    """What was made, and what there is to remark on."""
+    """A summary of the finished job, with its remarks."""
     held_out, last = record["shards"][0]["tokens"], record["shards"][-1]["tokens"]
     remarks = "".join(f"; {REMARKS[name]}: {count:,}" for name, count in record["remarks"].items())
     return (
@@ -251,7 +251,7 @@ def main(config: ShardConfig) -> None:
         print(f"going on after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
 
     hub = None
-    if from_hub:  # a trial may not need the next file
+    if from_hub:  # with --max_tokens, the next file may not be needed
         ahead = config.max_tokens is None
         hub = Downloads(config.dataset, commit, files, folder / "downloads", config.keep_downloads, ahead)
         hub.drop_before(ends_at["file"] if ends_at else files[0].name)

@@ -5,15 +5,15 @@ Score any GPT-2 on HellaSwag: which of four endings does the model find most lik
     python hellaswag.py --model log --data hellaswag_val.jsonl   # a run's newest checkpoint, a local file
     python hellaswag.py --model gpt2 gpt2-medium log             # a table of several
 
-Two protocols give different numbers; compare like with like. On the 10,042 items of the validation split
-OpenAI's 124M reaches
+The two protocols give different numbers; compare like with like. On the 10,042 validation items, OpenAI's
+124M scores (acc / acc_norm)
 
     tutorial   .2859 / .2955   The context's tokens, then " " + ending. An ending's loss is summed (acc) or
                                averaged over its tokens (acc_norm); the lowest wins.
     harness    .2892 / .3114   lm-evaluation-harness: the activity first, ctx_b capitalised, brackets removed.
                                The loss is summed (acc) or divided by the ending's characters (acc_norm).
 
-A context is read once and goes into a key/value cache; its four endings go on from there.
+Each context is read once, into a key/value cache that its four endings share.
 """
 
 import json
@@ -43,13 +43,12 @@ from tqdm import tqdm
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)
-# Tokens in the rows of a batch, whose keys and values take 74 kB each for the 124M model in float32: 0.6 GB
-# at the most. Then the float32 logits of so many tokens, with their softmax: 0.05 GB.
+# The most tokens in a batch. For the 124M model in float32, the keys and values of each take 74 kB: 0.6 GB.
 TOKENS_PER_BATCH = 8_192
-LOGITS_AT_ONCE = 128
+LOGITS_AT_ONCE = 128  # tokens; their float32 logits and softmax take 0.05 GB
 ROWS_AT_ONCE = 32
-# Tokens by which the contexts of a batch may differ in length. What one has more than the shortest is read
-# four times; where few items are scored, a smaller number makes small, slow batches.
+# The contexts of a batch may differ in length by this many tokens. Tokens beyond the shortest length are read
+# four times; but when few items are scored, a smaller spread makes small, slow batches.
 SPREAD = 2
 Protocol = Literal["tutorial", "harness"]
 
@@ -73,33 +72,33 @@ class Item:
     ctx: str
     endings: tuple[str, str, str, str]
     label: int  # index of the true ending
-    harness_ctx: str | None = None  # the context as the harness puts it, where the fields for it are there
+    harness_ctx: str | None = None  # the context as the harness builds it; None if fields are missing
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """An item in tokens."""
+    """A tokenized item."""
 
     item: Item
     context: list[int]
     endings: list[list[int]]  # four
-    lengths: list[float]  # what the loss of each ending is divided by for acc_norm: its tokens or characters
+    lengths: list[float]  # acc_norm divides each ending's loss by this: its tokens or characters
     truncated: bool = False
 
 
 @dataclass(frozen=True)
 class Score:
-    """Accuracies over `n` items and, from one process alone, what was predicted for each."""
+    """Accuracies over `n` items; `predictions` covers only this process's items."""
 
     n: int
     acc: float  # by summed loss
     acc_norm: float  # by loss over length
-    truncated: int  # items longer than the block size, which `fit` cut
+    truncated: int  # items that `fit` cut to the block size
     predictions: list[dict[str, Any]]
     protocol: Protocol = "tutorial"
 
     def standard_error(self, accuracy: float) -> float:
-        """Of an accuracy over n items (the binomial's, with n - 1 as the harness has it)."""
+        """The binomial standard error of an accuracy over n items, with n - 1 as in the harness."""
         return math.sqrt(accuracy * (1 - accuracy) / max(1, self.n - 1))
 
     def __str__(self) -> str:
@@ -116,7 +115,7 @@ class Score:
 
 
 def to_item(fields: Any, where: str) -> Item:
-    """Check one item and make an Item of it; the Hub's labels are strings."""
+    """Check one item's fields and return an Item; the Hub's labels are strings."""
     try:
         label = fields["label"]
         if (
@@ -137,7 +136,7 @@ def to_item(fields: Any, where: str) -> Item:
 
 
 def harness_context(fields: dict[str, Any]) -> str | None:
-    """The context as the harness puts it; None where a field for it is missing."""
+    """The context as the harness builds it; None if one of its fields is missing."""
     activity, ctx_a, ctx_b = (fields.get(name) for name in ("activity_label", "ctx_a", "ctx_b"))
     if not (isinstance(activity, str) and isinstance(ctx_a, str) and isinstance(ctx_b, str)):
         return None
@@ -145,17 +144,18 @@ def harness_context(fields: dict[str, Any]) -> str | None:
 
 
 def clean(text: str) -> str:
-    """What lm-evaluation-harness makes of a text (its task hellaswag, `preprocess`): WikiHow's [title] ends a
-    sentence, other brackets go."""
+    """Clean a text as lm-evaluation-harness does (`preprocess` of its task hellaswag): WikiHow's [title] ends
+    a sentence; other brackets are removed."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
 def load_items(file: Path | None = None, limit: int | None = None, flag: str = "--data") -> list[Item]:
-    """The items of a JSON-lines file (named by `flag`), or the validation split from the Hub; with a `limit`
-    only so many, spread evenly over all (the split begins with its ActivityNet part, and WikiHow follows).
+    """Load a JSON-lines file (named by `flag`), or the validation split from the Hub. `limit` picks that many
+    items, spread evenly: the split has all ActivityNet items before WikiHow's.
 
-    Raises InputError, naming file and line, for what is not an item; or when the Hub can't be reached.
+    Raises InputError, naming file and line, for anything that is not an item, or CommandError if the Hub
+    fails.
     """
     if file is None:
         print(f"looking for {DATASET} on the Hugging Face Hub", file=sys.stderr)
@@ -182,8 +182,8 @@ def load_items(file: Path | None = None, limit: int | None = None, flag: str = "
 
 
 def items_for_training(every: int, file: Path | None, limit: int | None) -> list[Item]:
-    """The items that training scores `every` so many steps. If the Hub has none for it, training goes on
-    without them, and says so once; a local file that was asked for must be there."""
+    """The items to score during training; none if `every` is 0. If the Hub can't provide them, print a note
+    and return none; a local `file` must load."""
     if not every:
         return []
     try:
@@ -206,7 +206,7 @@ def check_complete(rows: Sized) -> None:
 
 
 def render(item: Item, encoding: tiktoken.Encoding, protocol: Protocol = "tutorial") -> Rendered:
-    """The item in tokens. Raises InputError when it lacks the fields that the harness's protocol needs."""
+    """Tokenize an item. Raises InputError if it lacks the fields that the harness protocol needs."""
     if protocol == "tutorial":
         context = encoding.encode_ordinary(item.ctx)
         endings = [encoding.encode_ordinary(" " + ending) for ending in item.endings]
@@ -217,7 +217,7 @@ def render(item: Item, encoding: tiktoken.Encoding, protocol: Protocol = "tutori
             "--protocol tutorial, or the official items"
         )
     texts = [clean(ending) for ending in item.endings]
-    # white space at the end of the context belongs to the ending, as in the harness
+    # trailing white space of the context belongs to the ending, as in the harness
     query = item.harness_ctx.rstrip()
     context = encoding.encode_ordinary(query)
     endings = [encoding.encode_ordinary(f"{item.harness_ctx} {text}")[len(context) :] for text in texts]
@@ -225,8 +225,8 @@ def render(item: Item, encoding: tiktoken.Encoding, protocol: Protocol = "tutori
 
 
 def fit(rendered: Rendered, block_size: int) -> Rendered:
-    """Cut the beginning of the context until the longest ending fits after it; the last token of an ending is
-    only predicted, never read. An ending that leaves no room for a context loses its own end."""
+    """Cut the beginning of the context so that the longest ending fits after it; an ending's last token is
+    predicted, never read. An ending that leaves no room for a context loses its own end."""
     endings = [ending[:block_size] for ending in rendered.endings]
     room = block_size + 1 - max(map(len, endings))
     truncated = len(rendered.context) > room or endings != rendered.endings
@@ -244,7 +244,7 @@ def fit(rendered: Rendered, block_size: int) -> Rendered:
 
 
 def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
-    """Items of like length: their contexts differ by SPREAD tokens at most."""
+    """Group items of similar length: contexts differ by at most SPREAD tokens."""
     batch: list[Rendered] = []
     for one in sorted(rendered, key=lambda r: (len(r.context), max(map(len, r.endings)))):
         length = len(one.context) + max(len(ending) for other in (*batch, one) for ending in other.endings)
@@ -259,13 +259,13 @@ def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
 
 @torch.no_grad()
 def score_batch(model: LanguageModel, batch: list[Rendered]) -> torch.Tensor:
-    """The summed loss of every ending, in nats: (n_items, 4) float32. The device is never waited for.
+    """The summed loss of every ending, in nats: (n_items, 4) float32. Never waits for the device.
 
-    Of every context the first n_read tokens, which even the shortest has, are read once. A row is the rest of
-    a context and one ending, and goes on from there; rows of like length are read together.
+    The first n_read tokens of each context are read once; the shortest context has one more. Each row
+    continues with the rest of a context and one ending; rows of similar length are read together.
     """
     device = next(model.parameters()).device
-    n_read = min(len(one.context) for one in batch) - 1  # the last token is a row's first: it predicts
+    n_read = min(len(one.context) for one in batch) - 1  # the last token predicts, so it goes into the rows
     caches = None
     if n_read > 0:
         caches = model.new_caches(n_read)
@@ -288,11 +288,10 @@ def score_batch(model: LanguageModel, batch: list[Rendered]) -> torch.Tensor:
 def score_rows(
     model: LanguageModel, rows: list[list[int]], starts: list[int], caches: list[KVCache] | None
 ) -> torch.Tensor:
-    """The summed loss of each row's tokens from its start on, (n_rows,) float32, behind what `caches` have
-    read.
+    """The summed loss of each row from its start on, (n_rows,) float32, given the tokens in `caches`.
 
-    Rows are filled up at the right, where causal attention never looks, so padding changes no score. Logits
-    are computed only where a token is scored.
+    Rows are padded on the right, where causal attention never looks, so padding changes no score. Logits are
+    computed only for scored tokens.
     """
     device = next(model.parameters()).device
     padded = np.zeros((len(rows), max(map(len, rows))), dtype=np.int64)
@@ -320,10 +319,10 @@ def evaluate(
     protocol: Protocol = "tutorial",
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
-    """Score `model` on `items`, divided among the processes of `world`, if there are several; every one gets
-    the whole score. `progress` shows a bar, `on_part` is told how many of how many items are done.
+    """Score `model` on `items`, split among the processes of `world`; each returns the accuracies over all
+    items. `progress` shows a bar; `on_part` is called with the items done and the items in all.
 
-    An item longer than the model's block size loses the beginning of its context, and is counted.
+    An item longer than the block size loses the beginning of its context and is counted as truncated.
     """
     device = next(model.parameters()).device
     world = world or World(0, 1, device)
@@ -338,13 +337,13 @@ def evaluate(
             order += batch
             sums.append(score_batch(model, batch))
             bar.update(len(batch))
-            if progress and time.monotonic() - shown_at > 1:  # a look at the device costs a wait for it
+            if progress and time.monotonic() - shown_at > 1:  # reading the losses waits for the device
                 for one, losses in zip(order[n_counted:], torch.cat(sums)[n_counted:].tolist(), strict=True):
                     means = [loss / length for loss, length in zip(losses, one.lengths, strict=True)]
                     right += means.index(min(means)) == one.item.label
                 n_counted, shown_at = len(order), time.monotonic()
                 bar.set_postfix_str(f"acc_norm {right / n_counted:.4f}")
-    loss_sums = torch.cat(sums).tolist() if sums else []  # the one wait for the device
+    loss_sums = torch.cat(sums).tolist() if sums else []  # waits for the device
     place = {id(item): i for i, item in enumerate(items)}
     scored = sorted(zip(order, loss_sums, strict=True), key=lambda pair: place[id(pair[0].item)])
     predictions = []
@@ -382,13 +381,13 @@ def main(config: ScoreConfig) -> None:
         config.save_predictions.touch()  # fails now, not after the last item
     dtype = getattr(torch, config.dtype)
     for name in config.model:
-        find_model(name)  # all are there, before the first is scored
+        find_model(name)  # fail before scoring the first if one is missing
     width = max(map(len, config.model))
     for name in config.model:
         model = GPT.from_pretrained(name).to(device)
         encoding = get_encoding(model.config.encoding, model.config.vocab_size)
         if device.type == "cpu" and dtype == torch.float32:
-            pack_for_cpu(model, ("lm_head",))  # it meets 128 rows at a time, where that is faster
+            pack_for_cpu(model, ("lm_head",))  # faster for the 128 rows it gets at a time
         with autocast_to(device, dtype):
             score = evaluate(model, items, encoding, progress=True, protocol=config.protocol)
         print(f"{name:{width}}  HellaSwag {score}", flush=True)

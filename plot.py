@@ -1,7 +1,7 @@
 """
-Pictures of runs and of models.
+Plot the curves of runs, or the position embeddings of a model.
 
-    python plot.py run log                                # the curves of a run, drawn to log/loss.png
+    python plot.py run log                                # a run's curves, to log/loss.png
     python plot.py run log other_log --out both.png       # several runs together
     python plot.py positions gpt2 --out wpe.png           # the position embeddings of a model
 """
@@ -34,7 +34,7 @@ class Positions:
 
 
 def draw_positions(weights: np.ndarray, out: Path, name: str) -> None:
-    """Draw a position embedding matrix, (block_size, n_embd), into the picture `out`."""
+    """Plot a position embedding matrix, (block_size, n_embd), to the image file `out`."""
     from matplotlib.figure import Figure
 
     positions, channels = weights.shape
@@ -42,7 +42,7 @@ def draw_positions(weights: np.ndarray, out: Path, name: str) -> None:
     image, curves = figure.subplots(1, 2)
     image.imshow(weights, cmap="gray", aspect="auto", interpolation="nearest")
     image.set(title=f"position embeddings of {name}", xlabel="channel", ylabel="position")
-    for channel in sorted({c * channels // 768 for c in (150, 200, 250)}):  # as in the lecture, for any width
+    for channel in sorted({c * channels // 768 for c in (150, 200, 250)}):  # the lecture's, for any width
         curves.plot(range(positions), weights[:, channel], linewidth=0.9, label=f"channel {channel}")
     curves.set(title="three channels", xlabel="position", ylabel="value")
     curves.grid(alpha=0.25)

@@ -1,9 +1,9 @@
 """
-Let a GPT-2 write.
+Generate text with a GPT-2.
 
     python sample.py --model gpt2 --prompt "Hello, I'm a language model,"
-    python sample.py --model log --stream --max_new_tokens 200   # a run's newest checkpoint, as it writes
-    python sample.py --model log --prompt - < beginning.txt      # from standard input
+    python sample.py --model log --stream --max_new_tokens 200   # a run's newest checkpoint, word by word
+    python sample.py --model log --prompt - < beginning.txt      # the prompt from standard input
 """
 
 import codecs
@@ -73,7 +73,7 @@ def main(config: SampleConfig) -> None:
             file=sys.stderr,
         )
     rows: list[list[int]] = [[] for _ in range(n_texts)]
-    words = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
+    words = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span several tokens
     if config.stream:
         print("> " + prompt, end="", flush=True)
     dtype = getattr(torch, config.dtype)
@@ -90,7 +90,7 @@ def main(config: SampleConfig) -> None:
         ):
             n_steps += 1
             for row, token in zip(rows, step.flatten().tolist(), strict=True):
-                if encoding.eot_token not in row[-1:]:  # a text that has ended stays as it is
+                if encoding.eot_token not in row[-1:]:  # an ended text stays as it is
                     row.append(token)
             if all(row[-1] == encoding.eot_token for row in rows):
                 break

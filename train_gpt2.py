@@ -660,8 +660,9 @@ def main(config: TrainConfig) -> None:
         plan, raw_model, wrap_model, choose_compile(config.compile, device), autocast, world, progress.print,
         lambda: configure_optimizer(raw_model, replace(config, max_lr=0.0)),
     )  # fmt: skip
-    model, train_loader.batch_size, val_loader.batch_size = fit.model, fit.rows, fit.rows
-    grad_accum_steps = config.total_batch_size // (fit.rows * T * W)
+    model, B = fit.model, fit.rows
+    train_loader.batch_size = val_loader.batch_size = B
+    grad_accum_steps = config.total_batch_size // (B * T * W)
     optimizer = configure_optimizer(raw_model, config)
     run.restore(optimizer, scaler, first_step, world)
     facts = gather_facts(
@@ -678,20 +679,18 @@ def main(config: TrainConfig) -> None:
         stopping = stopping and not last_step  # a signal during the last update has nothing left to stop
         if not stopping:
             if config.due(config.val_every, step):
-                val_loss = estimate_val_loss(
-                    model, val_loader, world, autocast, progress.part_of("validation")
-                )
+                val_loss = estimate_val_loss(model, val_loader, world, autocast, progress.of("validation"))
                 progress.validation(step, val_loss)
             if config.due(config.hellaswag_every, step) and items:
                 with autocast:
-                    score = evaluate(raw_model, items, encoding, world, on_part=progress.part_of("HellaSwag"))
+                    score = evaluate(raw_model, items, encoding, world, on_part=progress.of("HellaSwag"))
                 progress.hellaswag(step, score)
             if config.due(config.sample_every, step) and world.is_main:
                 progress.samples(step, write_samples(raw_model, encoding, autocast))
             if config.due(config.val_every, step):
                 run.draw()
-        due = config.due(config.checkpoint_every, step) and (step > first_step or last_step)
-        if due or stopping or (config.checkpoint_every and run.overdue()):
+        save = config.due(config.checkpoint_every, step) or (config.checkpoint_every and run.overdue())
+        if stopping or (save and (step > first_step or last_step)):  # not what was loaded a moment ago
             run.save(step, raw_model, optimizer, scaler, {"loss": train_loss, "spent": progress.spent})
         if last_step or stopping:
             break

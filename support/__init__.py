@@ -1,16 +1,16 @@
 """
-What the five scripts lean on, one idea a file. No script is imported from here.
+The code that the five scripts share, one idea per file. It imports none of the scripts.
 
-One thing happens on import: OpenMP is told how long its threads may spin. On a CPU, each of PyTorch's matrix
-products ends with threads that wait for one another, and by default a waiting thread spins. While another
-program uses the cores, it burns the very time that the thread it waits for needs: training slows down to a
-tenth. 1,000 turns are enough on a quiet machine. OpenMP reads the variable once, when torch is imported; so
-ruff sorts our own imports before torch's (pyproject.toml).
+Importing this package limits how long OpenMP's threads spin. After each of PyTorch's matrix products on a
+CPU, threads wait for one another, and by default a waiting thread spins. If another program uses the cores,
+spinning takes time from the very thread that is waited for: training can slow down tenfold. On a quiet
+machine, 1,000 spins are enough. OpenMP reads the variable once, when torch is imported, so ruff sorts our own
+imports before torch (pyproject.toml).
 """
 
 import os
 
-VERSION = "1.1"  # of the project; the only place
+VERSION = "1.1"  # the project's version, defined only here
 
-if "OMP_WAIT_POLICY" not in os.environ:  # whoever has chosen keeps their choice
+if "OMP_WAIT_POLICY" not in os.environ:  # respect the user's own setting
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

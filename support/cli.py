@@ -1,4 +1,4 @@
-"""How every script starts, parses its flags, and fails: in one line, with a status that means something."""
+"""The command line of all scripts: flags, one-line error messages and exit statuses."""
 
 import contextlib
 import inspect
@@ -24,8 +24,8 @@ import tyro
 class CommandError(Exception):
     """Ends a script with one line: the file or flag, what is wrong, what to do.
 
-    `this_process_only` says that, of the processes torchrun started, this one alone may have met it, so it
-    prints the line itself; what all of them meet, one per host prints.
+    Under torchrun, an error that all processes meet is printed once per host. `this_process_only` marks an
+    error that only this process may have met, so it prints the line itself.
     """
 
     def __init__(self, message: str, this_process_only: bool = False):
@@ -42,15 +42,15 @@ class RunFault(CommandError):
 
 
 def in_words(error: BaseException) -> str:
-    """The error for a reader; of an operating system's error the file and the reason, without its number."""
+    """The error as readable text: for an OSError, the file and the reason without the error number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error)
 
 
 def check_numbers(config: Any, positive: Collection[str] = ()) -> None:
-    """Raises InputError for a negative number among the fields of a dataclass, or nan; for those named in
-    `positive` also for 0."""
+    """Raises InputError if a numeric field of a dataclass is negative or nan, or is 0 though named in
+    `positive`."""
     for field in fields(config):
         value = getattr(config, field.name)
         if not isinstance(value, int | float):
@@ -69,17 +69,17 @@ def run_command(
 ) -> None:
     """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`.
 
-    --version prints the project's version; --help lists the flags under headings, which stand as comments
-    "# -- the model" in the dataclass. Bad input ends with one line on standard error and exit status 2; a
-    fault while running (a full disk, no permission) with one line and status 1; Ctrl-C with 130. Nothing that
-    a user can cause ends with a traceback.
+    --version prints the project's version; --help groups the flags under headings, taken from comments such
+    as "# -- the model" in the dataclass. Bad input ends with one line on standard error and exit status 2; a
+    fault while running (a full disk, no permission) with one line and status 1; Ctrl-C with 130. No user
+    error ends in a traceback.
 
     Args:
         default: an instance whose values replace the dataclass's defaults.
-        usual_flag: what a bare word on the command line probably lacks, for the hint.
+        usual_flag: the flag to suggest for a command line that begins with a bare word.
     """
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a text may hold what a terminal can't show
+        if isinstance(stream, io.TextIOWrapper):  # text may contain characters that the terminal can't show
             stream.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:]
     if "--version" in arguments:
@@ -93,7 +93,7 @@ def run_command(
         else:
             main(parse(config, options))
         sys.stdout.flush()
-    except BrokenPipeError:  # whoever read the output, as `head` does, has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (CommandError, OSError) as error:
@@ -106,20 +106,20 @@ def run_command(
 
 
 def parse(config: Any, options: dict[str, Any], arguments: list[str] | None = None) -> Any:
-    """An instance of `config` made from the command line, or from `arguments`."""
+    """Parse the command line, or `arguments`, into an instance of `config`."""
     with registry:
         return tyro.cli(config, args=arguments, use_underscores=True, **options)
 
 
 def check_first_word(config: Any, arguments: list[str], usual_flag: str) -> None:
-    """Raises InputError for a value that stands where a flag or a subcommand belongs."""
+    """Raises InputError if the first word is neither a flag nor a subcommand."""
     commands = [command.__name__.lower() for command in get_args(config)]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         raise InputError(f"{arguments[0]!r} lacks its flag; did you mean {usual_flag} {arguments[0]}?")
 
 
 def whole_number(text: str) -> int:
-    """An integer as people write it: 19073, 524_288, 1e6."""
+    """Parse an integer as people write it: 19073, 524_288, 1e6."""
     try:
         return int(text)
     except ValueError:
@@ -145,19 +145,19 @@ def integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pri
 
 
 def help_of(config: Any, options: dict[str, Any]) -> str:
-    """tyro's --help with our headings. A default of None is left out: each flag says what it means."""
+    """tyro's --help with our headings, without defaults of None: each flag's text explains its own."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         try:
             parse(config, options)
         except SystemExit as end:
-            if end.code:  # not a call for help, but `--prompt -h`
+            if end.code:  # an error, not a request for help: `--prompt -h`
                 raise
     source = "" if isinstance(config, types.UnionType) else inspect.getsource(config)
     headings = {name: heading for heading, name in re.findall(r"# -- (.+)\n +(\w+):", source)}
     help = re.sub(r"\{None\}\|(\w+)(?=  )", r"\1       ", text.getvalue()).replace("{None}|", "")
     help = re.sub(r"\s+\(default:(\s+None)?\s*\)", "", help)
     help = re.sub(r"  -h, --help( .* )show.*exit", r"\g<0>\n  --version \1show the version and exit", help)
-    help = help.replace("""'"'"'""", "'")  # a shell's way to quote an apostrophe
+    help = help.replace("""'"'"'""", "'")  # an apostrophe quoted for the shell
     for name, heading in headings.items():
         help = re.sub(rf"^  --{name}\b", f"\n {heading}\n\\g<0>", help, flags=re.MULTILINE)
     return re.sub(r" +$", "", help, flags=re.MULTILINE)

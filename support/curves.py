@@ -1,4 +1,4 @@
-"""A run's log read and drawn, with published values beside it where the comparison is fair."""
+"""Read and plot a run's log, with published values where the comparison is fair."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Points = list[tuple[int, float]]  # (step, value), in order
 
-# Published values, drawn only beside runs that can be compared with them.
+# Published values, plotted only beside comparable runs.
 GPT2_VAL_LOSS = 3.2924  # OpenAI's 124M on FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
 GPT2_HELLASWAG = 0.2955  # OpenAI's 124M, acc_norm, tutorial protocol (build-nanogpt, hellaswag.py)
 GPT3_HELLASWAG = 0.337  # GPT-3 Small (GPT-3 paper, table H.1)
@@ -25,8 +25,8 @@ ALL_HELLASWAG_ITEMS = 10_042
 
 
 def read_log(file: Path) -> dict[str, Points]:
-    """The events of a log.txt by kind ("train", "val", "hella"): (step, value) pairs in order. A last line
-    that is not yet whole, of a run still going or copied meanwhile, is left out."""
+    """The events of a log.txt by kind ("train", "val", "hella"): (step, value) pairs in order. An incomplete
+    last line, as in the log of a run in progress, is ignored."""
     events: dict[str, Points] = {"train": [], "val": [], "hella": []}
     try:
         text = file.read_text(encoding="utf-8")
@@ -45,7 +45,7 @@ def read_log(file: Path) -> dict[str, Points]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """run.json of a run; empty for runs without one (the tutorial's)."""
+    """The contents of a run's run.json; empty if it has none (the tutorial's runs)."""
     try:
         return json.loads((folder / "run.json").read_text(encoding="utf-8"))
     except OSError:
@@ -55,19 +55,19 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def comparable_loss(run: dict[str, Any]) -> bool:
-    """Whether the loss of a run, given as its run.json, can stand beside OpenAI's: same data, same tokens."""
+    """Whether a run's loss is comparable with OpenAI's: same data, same tokens. `run` is its run.json."""
     dataset = run.get("data", {}).get("dataset")
     return run.get("encoding") == "gpt2" and dataset == "HuggingFaceFW/fineweb-edu"
 
 
 def comparable_hellaswag(run: dict[str, Any]) -> bool:
-    """Whether its HellaSwag scores can: same tokens, all items."""
+    """Whether a run's HellaSwag scores are comparable with OpenAI's: same tokens, all items."""
     return run.get("encoding") == "gpt2" and run.get("hellaswag_items") == ALL_HELLASWAG_ITEMS
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
-    """Mean over `span` values before and after each: at the start, where all falls, over as few after as
-    before; at the end over what there is."""
+    """A moving average over `span` values on each side. At the start, where values fall fast, the window
+    shrinks on both sides; at the end, only on the right."""
     sums = [0.0, *itertools.accumulate(values)]
     out = []
     for i in range(len(values)):
@@ -77,7 +77,7 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
 
 
 def draw_runs(folders: list[Path], out: Path) -> None:
-    """Draw the runs in `folders` into the picture `out`. Raises InputError for a folder that holds no run."""
+    """Plot the runs in `folders` to the image file `out`. Raises InputError for a folder without a run."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
 
@@ -92,7 +92,7 @@ def draw_runs(folders: list[Path], out: Path) -> None:
         draw_losses(loss_axis, events, scale, f"C{i}", name)
         if events["hella"]:
             draw_scores(hella_axis, events["hella"], scale, f"C{i}", name, run.get("hellaswag_items"))
-    # OpenAI's numbers stand beside runs on the same data, in the same tokens, on the same items
+    # show OpenAI's numbers only beside runs with the same data, tokens and items
     if all(comparable_loss(run) for _, _, run in runs):
         published(loss_axis, GPT2_VAL_LOSS, "OpenAI's GPT-2 (124M)", "firebrick")
     if scores:
@@ -101,7 +101,7 @@ def draw_runs(folders: list[Path], out: Path) -> None:
             published(hella_axis, GPT3_HELLASWAG, "GPT-3 of the same size", "seagreen", "left")
         published(hella_axis, 0.25, "chance", "gray")
         hella_axis.set_title("HellaSwag accuracy", fontsize=15)
-    # the axis spans the losses after the first 2% of the steps: before, they only fall
+    # fit the axis to the losses after the first 2% of the run; before that, they only fall
     late = [v for _, events, _ in runs for kind in ("train", "val")
             for v in [v for _, v in events[kind]][len(events[kind]) // 50 :] if math.isfinite(v)]  # fmt: skip
     if late:
@@ -125,8 +125,8 @@ def draw_runs(folders: list[Path], out: Path) -> None:
 
 
 def draw_losses(axis: "Axes", events: dict[str, Points], scale: int, color: str, name: str) -> None:
-    """Training loss, smoothed over a fortieth of the run, with the raw behind it; validation loss as
-    points."""
+    """Plot training loss, smoothed over 1/40 of the run, with the raw curve behind it, and validation loss
+    with markers."""
     if events["train"]:
         steps, losses = zip(*events["train"], strict=True)
         tokens = [(step + 1) * scale for step in steps]
@@ -142,7 +142,7 @@ def draw_losses(axis: "Axes", events: dict[str, Points], scale: int, color: str,
 
 
 def draw_scores(axis: "Axes", scores: Points, scale: int, color: str, name: str, n: int | None) -> None:
-    """HellaSwag's acc_norm with the band of its standard error, if the number of items is known."""
+    """Plot HellaSwag's acc_norm, with a standard-error band if the number of items is known."""
     steps, values = zip(*scores, strict=True)
     tokens = [step * scale for step in steps]
     error = [math.sqrt(value * (1 - value) / n) if n else 0.0 for value in values]
@@ -153,7 +153,7 @@ def draw_scores(axis: "Axes", scores: Points, scale: int, color: str, name: str,
 
 
 def published(axis: "Axes", value: float, label: str, color: str, side: str = "right") -> None:
-    """A line across, with its name on it, at the side where no curve is."""
+    """Draw a horizontal line, labelled on the side where no curve is."""
     axis.axhline(value, color=color, linestyle="--", linewidth=1.4)
     axis.annotate(f"{label}: {value:.4g}", (side == "right", value), xytext=(0, 3),
                   xycoords=("axes fraction", "data"),
@@ -161,7 +161,7 @@ def published(axis: "Axes", value: float, label: str, color: str, side: str = "r
 
 
 def caption(folder: Path, run: dict[str, Any]) -> str:
-    """What made these curves: name, size, hardware and, when it is over, the time."""
+    """A run's name, size, hardware and, once it is finished, duration."""
     facts = [folder.resolve().name]
     if "parameters" in run:
         facts.append(f"{run['parameters'] / 1e6:,.1f}M parameters")
@@ -176,8 +176,8 @@ def caption(folder: Path, run: dict[str, Any]) -> str:
 
 
 def save_picture(figure: "Figure", out: Path) -> None:
-    """Write `figure` to `out`, whole or not at all. Raises InputError for another kind of file, or a folder
-    that can't be written to."""
+    """Write `figure` to `out`, completely or not at all. Raises InputError for an unknown file type or a
+    folder that can't be written to."""
     kind = out.suffix.lower().removeprefix(".")
     if kind not in ("png", "svg", "pdf", "jpg"):
         raise InputError(f"--out {out}: name a .png, .svg, .pdf or .jpg file")

@@ -1,4 +1,4 @@
-"""The demo's data: the English that every Python brings along, as shards of bytes."""
+"""The demo's data: the documentation text inside the Python installation, as shards of bytes."""
 
 import ast
 import pydoc_data.topics
@@ -15,7 +15,7 @@ from support.shards import ShardWriter, new_record, write_shards
 
 
 def write_demo_shards(output_dir: Path) -> None:
-    """Write `standard_library_prose` to `output_dir` in the bytes encoding, unless the folder is there."""
+    """Write `standard_library_prose` to `output_dir` in the bytes encoding, unless the folder exists."""
     if output_dir.exists():
         return
     python = f"Python {sys.version.split()[0]}"
@@ -43,7 +43,7 @@ def standard_library_prose() -> Iterator[str]:
     for source in sorted(sources):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # old escapes in old modules
+                warnings.simplefilter("ignore")  # invalid escapes in old modules
                 tree = ast.parse(source.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue

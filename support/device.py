@@ -1,4 +1,4 @@
-"""What the device can do: its precision, attention, compiler, peak rate, copies and memory."""
+"""What the device can do: precision, attention, compiler, peak rate, copies and memory."""
 
 import contextlib
 import ctypes
@@ -19,12 +19,12 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-GB = 2**30  # bytes, as the makers of cards count
-HEAD_ROOM = 0.07  # of the memory stays free: for fragments, the communication of processes, evaluation
+GB = 2**30  # bytes, as GPU makers count
+HEAD_ROOM = 0.07  # share of memory kept free for fragmentation, communication and evaluation
 
-# Dense bfloat16 (before Ampere: float16) TFLOP/s of the matrix units, accumulating in float32: NVIDIA's data
-# sheets of each data-centre card; for GeForce cards, appendix A of the GA102, Ada and RTX Blackwell white
-# papers, or where those omit a card, their rule of 512 (Ada) operations per multiprocessor and clock.
+# Dense bfloat16 (before Ampere: float16) TFLOP/s of the tensor cores with float32 accumulation. Sources:
+# NVIDIA's data sheets for data-centre cards; for GeForce, appendix A of the GA102, Ada and RTX Blackwell
+# white papers or, for cards they omit, their rule of 512 (Ada) operations per multiprocessor and clock.
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "A100": 312, "A40": 149.7, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX A6000": 154.8,
@@ -36,7 +36,7 @@ PEAK_TFLOPS = {
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" takes CUDA, else MPS, else the CPU. InputError if it is not there."""
+    """The device called `name`; "auto" picks CUDA, else MPS, else the CPU. InputError if unavailable."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_there in available.items() if is_there)
@@ -56,8 +56,8 @@ def device_name(device: torch.device) -> str:
 
 
 def choose_dtype(name: str, device: torch.device, n_embd: int) -> torch.dtype:
-    """The type of the matrix products: `name`, or for "auto" bfloat16 on GPUs that have it (Ampere and
-    later), float16 on older ones, float32 elsewhere. A CPU gets bfloat16 if it has instructions for it and
+    """The dtype of matrix products: `name`, or for "auto" bfloat16 on GPUs that support it (Ampere and
+    later), float16 on older GPUs, float32 elsewhere. A CPU uses bfloat16 if it has instructions for it and
     the model is wide enough to gain from them."""
     if name != "auto":
         return getattr(torch, name)
@@ -70,18 +70,18 @@ def choose_dtype(name: str, device: torch.device, n_embd: int) -> torch.dtype:
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Inside, matrix products are computed in `dtype`; the weights stay float32 (mixed precision)."""
+    """A context in which matrix products use `dtype`; the weights stay float32 (mixed precision)."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def mixed_precision(device: torch.device, dtype: torch.dtype) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    """For training: `autocast_to` and, for float16 alone, a scaler. float16 has no room for small gradients,
-    so the loss is multiplied before the backward pass, and the gradients divided after it."""
+    """For training: `autocast_to` and a scaler, enabled only for float16. Small gradients underflow in
+    float16, so the loss is multiplied before the backward pass and the gradients are divided after it."""
     return autocast_to(device, dtype), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
 
 def set_up_for_training(device: torch.device) -> None:
-    """TF32 for what stays in float32 on a GPU; on a CPU, memory that is kept from step to step."""
+    """On a GPU, use TF32 for float32 matrix products; on a CPU, keep freed memory between steps."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     elif device.type == "cpu":
@@ -89,7 +89,7 @@ def set_up_for_training(device: torch.device) -> None:
 
 
 def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
-    """Whether to use torch.compile, and a word on why."""
+    """Whether to use torch.compile, and the reason."""
     if not wanted:
         return False, "off"
     if device.type != "cuda":
@@ -104,8 +104,8 @@ def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
 
 
 def choose_attention(device: torch.device) -> list[SDPBackend]:
-    """PyTorch's implementations of attention, the fastest on this device first. cuDNN's is 1.7 to 2.3 times
-    as fast as flash attention 2 on Hopper, and slower on Ampere."""
+    """PyTorch's attention backends, the fastest on this device first. cuDNN is 1.7 to 2.3 times as fast as
+    flash attention 2 on Hopper, but slower on Ampere."""
     cudnn, flash = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
     if device.type != "cuda":
         return [flash, SDPBackend.MATH]
@@ -115,14 +115,14 @@ def choose_attention(device: torch.device) -> list[SDPBackend]:
 
 
 def fast_attention(device: torch.device) -> contextlib.AbstractContextManager:
-    """The device's fastest attention, for shapes that stay the same: cuDNN plans anew for every other shape,
-    so what is read or written at varying length goes without. The backward pass belongs inside too: blocks
-    that are computed again must be computed in the same way."""
+    """A context with the device's fastest attention, for fixed shapes: cuDNN makes a new plan for every
+    shape, so scoring and sampling, whose lengths vary, do without. Run the backward pass inside it too:
+    recomputed blocks must use the same backend."""
     return sdpa_kernel(choose_attention(device), set_priority=True)
 
 
 def peak_flops(name: str) -> float | None:
-    """The peak rate, FLOP/s, of the device that torch.cuda calls `name`; None if the table lacks it."""
+    """The peak FLOP/s of the device that torch.cuda calls `name`; None if it is not in the table."""
     name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
     card = re.sub(r"([- ](SXM\d?|PCIe|PCIE|\d+GB|HBM\w+))+$", "", name)
     if card + " PCIe" in PEAK_TFLOPS and "PCIe" in name:
@@ -131,7 +131,7 @@ def peak_flops(name: str) -> float | None:
 
 
 def to_device(device: torch.device, *values: torch.Tensor | np.ndarray) -> list[torch.Tensor]:
-    """Copies that a GPU fetches from pinned memory by itself, while this process goes on."""
+    """Copy values to the device; to a GPU asynchronously, from pinned memory."""
     tensors = [torch.as_tensor(value) for value in values]
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
@@ -139,8 +139,8 @@ def to_device(device: torch.device, *values: torch.Tensor | np.ndarray) -> list[
 
 
 class PackedLinear(nn.Module):
-    """A linear layer whose weight lies as oneDNN, PyTorch's matrix library on CPUs, likes it best. For the
-    one row or eight of a decoding step that is 1.1 to 5 times as fast; for training's thousands it is not."""
+    """A linear layer with its weight in oneDNN's (PyTorch's CPU matrix library) preferred layout: 1.1 to 5
+    times as fast for the one or eight rows of a decoding step, but not for training's thousands."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -152,8 +152,7 @@ class PackedLinear(nn.Module):
 
 
 def pack_for_cpu(model: nn.Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> None:
-    """Make the linear layers of these names in a float32 model PackedLinear, where this PyTorch has
-    oneDNN."""
+    """Replace a float32 model's linear layers of these names by PackedLinear, if PyTorch has oneDNN."""
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         for module in list(model.modules()):
             for name, child in module.named_children():
@@ -162,8 +161,8 @@ def pack_for_cpu(model: nn.Module, names: tuple[str, ...] = ("c_attn", "c_proj",
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, for the next step. By default it hands large tensors back to the
-    system and gets them anew, page by page, which is a good part of a training step on a CPU. glibc's
+    """Make the C library keep freed memory for the next step. By default it returns large tensors to the
+    system and requests them again, page by page, which takes a good part of a training step on a CPU. glibc's
     mallopt(3): no mmap, no trimming."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -177,8 +176,8 @@ def keep_freed_memory() -> None:
 
 
 def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
-    """Bytes that may be taken: what is free on a GPU, most of what a computer has, at most `limit_gb`. None
-    where the system does not say."""
+    """The bytes that may be used: a GPU's free memory, or most of a computer's; at most `limit_gb`. None if
+    the system does not report it."""
     size: float | None = None
     if device.type == "cuda":
         size = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -190,7 +189,7 @@ def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
 
 @contextlib.contextmanager
 def head_room(device: torch.device, limit: float | None, limit_gb: float | None) -> Iterator[None]:
-    """A GPU has a little less than `limit` bytes for what is tried inside; then all again, or `limit_gb`."""
+    """Inside, cap a GPU's memory slightly below `limit` bytes; then restore all of it, or `limit_gb`."""
     if device.type != "cuda" or limit is None:
         yield
         return
@@ -204,7 +203,7 @@ def head_room(device: torch.device, limit: float | None, limit_gb: float | None)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """CUDA has a class for it; MPS's and the CPU's allocators, on Linux and on Windows, have only words."""
+    """Whether memory ran out: CUDA has a class for it; MPS and CPU allocators only have messages."""
     words = ("out of memory", "Invalid buffer size", "can't allocate memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)

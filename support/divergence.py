@@ -1,4 +1,4 @@
-"""When a step must not update the weights."""
+"""Stop training if the loss or the gradient norm is not finite."""
 
 import math
 
@@ -14,13 +14,13 @@ def check_finite(
 ) -> None:
     """Raises RunFault, in every process, if a step's loss or gradient norm is not finite.
 
-    float16 gradients overflow now and then. The scaler, which multiplies the loss to lift small gradients
-    into float16's range, skips such a step by itself and halves its scale. Only at a scale of 1 is an
-    overflow a fault.
+    float16 gradients overflow occasionally. The scaler, which multiplies the loss to lift small gradients
+    into float16's range, then skips the step and halves its scale. Only at a scale of 1 is an overflow a
+    fault.
 
     Args:
         loss: the mean over all processes.
-        own_loss: this process's, a scalar.
+        own_loss: this process's loss, a scalar.
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return

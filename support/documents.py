@@ -1,8 +1,8 @@
 """
-Text files of any kind as a stream of documents.
+Read text files as a stream of documents.
 
-A document is a row of a .parquet file, a line of a .jsonl file, or a whole .txt file. Long ones come in
-pieces that can be tokenized apart, so that memory stays bounded.
+A document is a row of a .parquet file, a line of a .jsonl file, or a whole .txt file. Long documents are
+split into pieces that can be tokenized separately, so memory stays bounded.
 """
 
 import codecs
@@ -24,20 +24,20 @@ from support.cli import InputError
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")  # one JSON object a line
+LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")  # one JSON object per line
 KINDS = (".parquet", *LINES, ".txt")
-PIECE = 250_000  # characters: about the size of the pieces of a long document
-LONGEST_WORD = 4_000_000  # characters; tiktoken needs some 50 bytes of memory for each character of a word
+PIECE = 250_000  # characters: the approximate size of a piece
+LONGEST_WORD = 4_000_000  # characters; tiktoken needs about 50 bytes of memory per character of a word
 
 
 @dataclass(frozen=True)
 class File:
-    """One file of the input; `path` is None as long as it is only on the Hub."""
+    """An input file; `path` is None while it is only on the Hub."""
 
     name: str
     size: int  # bytes
     path: Path | None = None
-    sha256: str | None = None  # as the Hub has it
+    sha256: str | None = None  # as listed on the Hub
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +46,11 @@ class Piece:
 
     file: str
     document: int  # its row or line in the file, from 0
-    text: str | None  # None: a null
+    text: str | None  # None: a null row
     begins: bool = True
     ends: bool = True
-    cut: bool = False  # within a word
-    share: float = 1.0  # of the file, read so far
+    cut: bool = False  # ends within a word
+    share: float = 1.0  # share of the file read so far
 
 
 # -----------------------------------------------------------------------------
@@ -58,12 +58,12 @@ class Piece:
 
 
 def local_files(patterns: Iterable[str], output_dir: Path | None = None) -> list[File]:
-    """The files that `patterns` name, in their order; those of a folder or a glob are sorted. Each file comes
-    once. What a folder or glob finds in `output_dir` is left out; links to folders are not followed.
+    """The files that `patterns` name, in that order; those of a folder or a glob are sorted. Duplicates and
+    files in `output_dir` are left out; links to folders are not followed.
 
-    Raises InputError for a pattern that finds nothing, and for a file of another kind.
+    Raises InputError for a pattern that matches nothing and for a file of another type.
     """
-    paths: dict[Path, Path] = {}  # by what they are after all links
+    paths: dict[Path, Path] = {}  # keyed by resolved path
     for pattern in patterns:
         found = [Path(pattern)]
         if not found[0].exists():
@@ -92,7 +92,7 @@ def local_files(patterns: Iterable[str], output_dir: Path | None = None) -> list
 
 
 def text_bytes(file: File, column: str) -> float:
-    """About how many bytes of text a file holds. FineWeb-Edu's parquet files hold 1.6 times their size."""
+    """The approximate bytes of text in a file. FineWeb-Edu's parquet files hold 1.6 times their size."""
     if file.path is None or not file.name.endswith(".parquet"):
         return file.size * (1.6 if file.name.endswith(".parquet") else 3 if file.name.endswith(".gz") else 1)
     with open_parquet(file.path, column) as parquet:
@@ -106,10 +106,10 @@ def text_bytes(file: File, column: str) -> float:
 
 
 def read_documents(file: File, path: Path, column: str, first: int = 0) -> Iterator[Piece]:
-    """The documents of a file at `path` in order, from number `first` on.
+    """The documents of the file at `path` in order, starting with number `first`.
 
     Bytes that are not UTF-8 become lone surrogates, which the tokenizer counts and replaces. Raises
-    InputError, naming file and line, for what is not a document.
+    InputError, naming file and line, for anything that is not a document.
     """
     if file.name.endswith(".parquet"):
         yield from read_parquet(file, path, column, first)
@@ -175,12 +175,12 @@ def read_parquet(file: File, path: Path, column: str, first: int) -> Iterator[Pi
 
 @contextlib.contextmanager
 def open_parquet(path: Path, column: str) -> Iterator["ParquetFile"]:
-    """A parquet file that has this column of strings; InputError otherwise, or when reading it fails."""
+    """Open a parquet file. Raises InputError if it lacks this column of strings or reading it fails."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        # not pre_buffer: it holds whole row groups, which may be large
+        # no pre_buffer: it would hold whole row groups, which may be large
         with pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as parquet:
             schema = parquet.schema_arrow
             if schema.names.count(column) != 1:
@@ -203,19 +203,19 @@ def open_parquet(path: Path, column: str) -> Iterator["ParquetFile"]:
 def cut_document(
     file: str, document: int, chunks: Iterable[str], share: Callable[[], float] = lambda: 1.0
 ) -> Iterator[Piece]:
-    """A document, given in any chunks, as pieces that can be tokenized apart.
+    """Split a document, given in chunks of any size, into pieces that can be tokenized separately.
 
-    It is cut before a space or newline that follows something else. No token of GPT-2 crosses that: in its
-    pattern white space begins a token or stands alone, and what precedes never depends on it. Long white
-    space (a million spaces exceed what tiktoken can do) is cut before its last character, which belongs to
-    the word.
+    Cuts fall before a space or newline that follows a non-white-space character. No GPT-2 token crosses such
+    a cut: in GPT-2's pattern, white space begins a token or stands alone, and never affects what precedes it.
+    Long white space (a million spaces are too much for tiktoken) is cut before its last character, which
+    belongs to the next word.
     """
     boundary = re.compile(r"(?<=\S)(?=[ \n])|(?<=[ \t\r\n])(?=[ \t\r\n]\S)")
     rest, begins = "", True
     for chunk in chunks:
         rest += chunk
         if len(rest) >= PIECE:
-            # near the end, or at the first chance after much of one kind
+            # near the end; anywhere if the text is long without a boundary
             near_end = len(rest) - 1000 if len(rest) < 2 * PIECE else 1
             found = boundary.search(rest, near_end) or boundary.search(rest, 1)
             if found or len(rest) > LONGEST_WORD:

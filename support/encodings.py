@@ -1,4 +1,4 @@
-"""GPT-2's tokens, and bytes as tokens. Neither needs a download: GPT-2's vocabulary lies beside this file."""
+"""GPT-2's encoding and the byte encoding. Neither needs a download: the vocabulary is beside this file."""
 
 import functools
 import gzip
@@ -12,13 +12,13 @@ import tiktoken
 END_OF_TEXT = "<|endoftext|>"
 GPT2_VOCAB_SIZE = 50_257  # 256 bytes + 50,000 merges + <|endoftext|> (GPT-2 paper, section 2.2)
 MERGES = Path(__file__).with_name("gpt2_merges.txt.gz")  # OpenAI's vocab.bpe
-MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # as tiktoken has it
+MERGES_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"  # the same as tiktoken's
 
 
 def get_encoding(name: str, vocab_size: int | None = None) -> tiktoken.Encoding:
     """The encoding called `name`: "gpt2" (50,257 tokens) or "bytes" (256 single bytes and <|endoftext|>).
 
-    Raises InputError for another name, or if a model's `vocab_size` is not the encoding's.
+    Raises InputError for an unknown name, or if a model's `vocab_size` differs from the encoding's.
     """
     makers = {"gpt2": gpt2_encoding, "bytes": bytes_encoding}
     if name not in makers:
@@ -39,7 +39,7 @@ def bytes_encoding() -> tiktoken.Encoding:
 
 @functools.cache
 def gpt2_encoding() -> tiktoken.Encoding:
-    """Equal in every id to `tiktoken.get_encoding("gpt2")`, which wants to download two files."""
+    """The same ids as `tiktoken.get_encoding("gpt2")`, which would download two files."""
     from tiktoken_ext.openai_public import r50k_pat_str  # how text is split before bytes are merged
 
     byte_of = {letter: byte for byte, letter in letters().items()}
@@ -55,10 +55,10 @@ def gpt2_encoding() -> tiktoken.Encoding:
 
 
 def letters() -> dict[int, str]:
-    """A visible letter for each byte, in the order of GPT-2's first 256 ids.
+    """A visible character for each byte, in the order of GPT-2's first 256 ids.
 
-    OpenAI wrote tokens as text: a byte that is a visible Latin-1 letter stands for itself, the others for the
-    letters from U+0100 on. So "Ġ" is a space.
+    OpenAI's files write tokens as text: a byte that is a visible Latin-1 character stands for itself; the
+    others are mapped to the characters from U+0100 on. So a space is "Ġ".
     """
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
@@ -67,9 +67,9 @@ def letters() -> dict[int, str]:
 
 @functools.cache
 def merges() -> list[tuple[str, str]]:
-    """The 50,000 pairs that GPT-2 merges, in that order, written in `letters`."""
+    """GPT-2's 50,000 merges in order: pairs of strings in the characters of `letters`."""
     text = gzip.decompress(MERGES.read_bytes())
     if hashlib.sha256(text).hexdigest() != MERGES_SHA256:
         raise InputError(f"{MERGES}: damaged; restore it with git checkout")
-    pairs = [line.split(" ") for line in text.decode().splitlines()[1:]]  # after a line with the version
+    pairs = [line.split(" ") for line in text.decode().splitlines()[1:]]  # skip the version line
     return [(left, right) for left, right in pairs]

@@ -1,4 +1,4 @@
-"""Files that survive: sums, writes that are whole or nothing, locks."""
+"""Reliable files: checksums, atomic writes, locks."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ def to_json(value: Any) -> str:
 
 
 def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Call `write(file)` on a temporary file, flush it to disk, then give it its final name: all or nothing.
+    """Write atomically: call `write(file)` on a temporary file, flush it to disk, then rename it to `path`.
 
     Raises OSError, naming `path`.
     """
@@ -33,7 +33,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.strerror is None:  # a library's, with words of its own
+        if error.strerror is None:  # from a library, with its own message
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
@@ -42,7 +42,7 @@ def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file or, where the system can (not on Windows), a folder."""
+    """fsync a file or, except on Windows, a folder."""
     if path.is_dir() and os.name == "nt":
         return
     descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
@@ -53,10 +53,10 @@ def flush_to_disk(path: Path) -> None:
 
 
 def lock_folder(folder: Path, flag: str) -> IO[str]:
-    """Lock `folder`, which the flag called `flag` names, and make it if need be.
+    """Lock `folder`, which the flag called `flag` names, and create it if needed.
 
-    The lock ends when the returned file is closed, or with the process, however that ends. Raises InputError
-    if another process holds it.
+    The lock is released when the returned file is closed or the process ends, however it ends. Raises
+    InputError if another process holds it.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
         if os.name == "nt":
             import msvcrt
 
-            file.seek(0x7FFFFFF0)  # beyond the text, which others may read
+            file.seek(0x7FFFFFF0)  # beyond the text, which must stay readable
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
         else:
             import fcntl

@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: downloads that are retried, resumed and checked."""
+"""Downloads from the Hugging Face Hub: retried, resumed and verified."""
 
 import contextlib
 import errno
@@ -23,17 +23,17 @@ RETRY_AFTER = (1, 5, 30, 120)  # seconds to wait before each new attempt to reac
 T = TypeVar("T")
 
 # -----------------------------------------------------------------------------
-# what can go wrong
+# errors
 
 
 @contextlib.contextmanager
 def hub_errors(wanted: str) -> Iterator[None]:
-    """Turns the many ways a download fails into one line that says what was wanted: InputError when it will
-    never be there, RunFault when it may be the next time."""
+    """Turn any failed download into a one-line error that names what was wanted: InputError if the failure is
+    permanent, RunFault if it may be temporary."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from huggingface_hub.utils import logging
 
-    logging.set_verbosity_error()  # it tells of every attempt to reach the network, in several lines each
+    logging.set_verbosity_error()  # it logs several lines for every attempt
     try:
         yield
     except Exception as error:
@@ -48,8 +48,8 @@ def hub_errors(wanted: str) -> Iterator[None]:
 
 
 def may_pass(error: BaseException | None) -> bool:
-    """Whether a failed request may succeed later: no connection, a time-out, 408, 429, 5xx. Not another
-    status, nor a name that the Hub does not know."""
+    """Whether a failed request may succeed later: no connection, a timeout, status 408, 429 or 5xx; not for
+    any other status, nor for a name that the Hub does not know."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HFValidationError
 
@@ -64,7 +64,7 @@ def may_pass(error: BaseException | None) -> bool:
 
 
 def retried(wanted: str, fetch: Callable[[], T]) -> T:
-    """`fetch()`, tried again after RETRY_AFTER seconds when it fails for a reason that may pass."""
+    """Call `fetch()`; retry temporary failures after RETRY_AFTER seconds."""
     for n, wait in enumerate(RETRY_AFTER):
         try:
             with hub_errors(wanted):
@@ -81,8 +81,8 @@ def retried(wanted: str, fetch: Callable[[], T]) -> T:
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the Hub can be reached. Asked once, with little patience: huggingface_hub itself tries for half
-    a minute, for every file."""
+    """Whether the Hub can be reached. Checked once, with a short timeout: huggingface_hub itself tries for
+    half a minute, for every file."""
     from huggingface_hub import constants, get_session
 
     try:
@@ -98,9 +98,9 @@ def hub_answers() -> bool:
 
 @functools.cache
 def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
-    """config.json and model.safetensors of a model on the Hub, fetched if they are not on this disk yet.
+    """A Hub model's config.json and model.safetensors, downloaded if they are not on disk yet.
 
-    Raises InputError or RunFault, in which `wanted` names the model.
+    Raises InputError or RunFault; `wanted` names the model in the message.
     """
     from huggingface_hub import hf_hub_download
 
@@ -120,8 +120,8 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
     """The commit that `revision` stands for, and the files of the dataset's train split in the order in which
     `datasets.load_dataset` reads them.
 
-    Raises InputError when there is no such dataset, configuration, revision or split, or none of its files
-    can be read here; RunFault when the Hub can't be reached.
+    Raises InputError if the dataset, configuration, revision or split does not exist, or one of its files
+    can't be read here; RunFault if the Hub can't be reached.
     """
     from datasets import load_dataset_builder
     from huggingface_hub import HfApi
@@ -129,7 +129,7 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
     wanted = f"the file list of {dataset}, configuration {config}, at {revision}"
     try:
         builder = retried(wanted, lambda: load_dataset_builder(dataset, name=config, revision=revision))
-    except (ValueError, RuntimeError) as error:  # an unknown configuration; a dataset that is a script
+    except (ValueError, RuntimeError) as error:  # an unknown configuration, or a dataset that is a script
         if isinstance(error, InputError):
             raise
         raise InputError(f"{dataset}: {str(error).splitlines()[0]}") from error
@@ -158,7 +158,7 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
         entries = {entry.path: entry for entry in tree}
         files = []
         for name in names:
-            lfs = getattr(entries[name], "lfs", None)  # of what git does not hold itself
+            lfs = getattr(entries[name], "lfs", None)  # None for files that git itself stores
             files.append(File(name, getattr(entries[name], "size", 0), None, lfs.sha256 if lfs else None))
         return files
 
@@ -166,17 +166,17 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
 
 
 class Downloads:
-    """A dataset's files on this disk: the one being read and, downloading meanwhile, the next."""
+    """Downloads a dataset's files: the one being read and, in the background, the next."""
 
     def __init__(self, dataset: str, commit: str, files: list[File], folder: Path, keep: bool, ahead: bool):
         self.dataset, self.commit, self.files, self.folder = dataset, commit, files, folder
         self.keep, self.ahead = keep, ahead
-        self.downloads: dict[int, Future[Path]] = {}  # by the file's place in `files`
-        for leftover in folder.rglob("*.incomplete"):  # of a killed job: huggingface_hub would begin another
+        self.downloads: dict[int, Future[Path]] = {}  # by index into `files`
+        for leftover in folder.rglob("*.incomplete"):  # of a killed job; the library would begin another
             leftover.unlink()
 
     def path(self, i: int) -> Path:
-        """Where file `i` is, once it is there. Raises what `fetch` raises."""
+        """Wait for file `i` and return its path. Raises what `fetch` raises."""
         self.start(i)
         return self.downloads[i].result()
 
@@ -194,12 +194,12 @@ class Downloads:
         threading.Thread(target=work, daemon=True).start()  # daemon: it must not outlive an interrupted job
 
     def look_ahead(self, i: int) -> None:
-        """While file `i` is read: start the next, as soon as the one before is gone."""
+        """While file `i` is read, download the next, as soon as the files before `i` are dropped."""
         if self.ahead and i + 1 < len(self.files) and not any(j < i for j in self.downloads):
             self.start(i + 1)
 
     def drop_before(self, name: str) -> None:
-        """The shards of all files before the one called `name` are safe."""
+        """Drop all files before the one called `name`: their shards are safely on disk."""
         for i, file in enumerate(self.files):
             if file.name == name:
                 break
@@ -208,9 +208,8 @@ class Downloads:
                 (self.folder / file.name).unlink(missing_ok=True)
 
     def fetch(self, file: File) -> Path:
-        """Download a file (when the connection is cut, huggingface_hub goes on where it was) and compare its
-        size and SHA-256 with the Hub's. Raises InputError when the Hub has no such file, RunFault when it
-        can't be had soundly."""
+        """Download a file and compare its size and SHA-256 with the Hub's. huggingface_hub resumes after a
+        lost connection. Raises InputError if the Hub has no such file, RunFault if no sound copy arrives."""
         from huggingface_hub import hf_hub_download
         from huggingface_hub.utils import disable_progress_bars
 

@@ -1,8 +1,7 @@
 """
-The folder that transformers reads and writes: config.json, model.safetensors, the tokenizer's files.
+Read and write transformers' model folders: config.json, model.safetensors, the tokenizer's files.
 
-Sizes and tensors pass through here as plain values; `GPT.from_pretrained` and `GPT.save_pretrained` know what
-they mean.
+Sizes and tensors are plain values here; `GPT.from_pretrained` and `GPT.save_pretrained` give them meaning.
 """
 
 import functools
@@ -23,8 +22,8 @@ import safetensors
 import safetensors.torch
 import torch
 
-OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that need no owner
-ARCHITECTURE = {  # what makes a GPT-2 a GPT-2, in config.json
+OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that work without an owner
+ARCHITECTURE = {  # the entries of config.json that define a GPT-2
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -50,9 +49,9 @@ class Sizes(TypedDict):
 
 
 def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
-    """config.json and model.safetensors of a model: in a folder, in a run's newest checkpoint, or on the Hub.
+    """Find config.json and model.safetensors: in a folder, in a run's newest checkpoint, or on the Hub.
 
-    Raises InputError, with a suggestion where there is one, when there is no such model.
+    Raises InputError if there is no such model, with a suggestion where possible.
     """
     folder = Path(name_or_folder)
     if folder.is_dir():
@@ -81,7 +80,7 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
 
 
 def read_sizes(config_file: Path) -> Sizes:
-    """The sizes in a Hugging Face config.json. Raises InputError if it is not a GPT-2's."""
+    """The sizes in a Hugging Face config.json. Raises InputError if it does not describe a GPT-2."""
     try:
         stored = json.loads(config_file.read_text(encoding="utf-8"))
         sizes: Sizes = {
@@ -103,10 +102,10 @@ def read_sizes(config_file: Path) -> Sizes:
 
 
 def read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
-    """The weights in a safetensors file, under the names that transformers gives them.
+    """The weights in a safetensors file, under transformers' names.
 
-    Without the tied head, and without the masks that old releases stored. Raises InputError for another file;
-    a pickle is never opened.
+    The tied head is left out, and so are the masks that old releases stored. Raises InputError for any other
+    file; pickles are never opened.
     """
     try:
         tensors = safetensors.torch.load_file(weights_file)
@@ -151,11 +150,11 @@ def write_model(folder: Path, sizes: Sizes, tensors: dict[str, torch.Tensor]) ->
 
 @functools.cache
 def tokenizer_files(model_max_length: int) -> dict[str, str]:
-    """GPT-2's tokenizer as the files, name to text, that `AutoTokenizer.from_pretrained` reads."""
+    """GPT-2's tokenizer in the files (name to text) that `AutoTokenizer.from_pretrained` reads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     letter_of = letters()
-    ranks = get_encoding("gpt2")._mergeable_ranks  # bytes of a token to its id
+    ranks = get_encoding("gpt2")._mergeable_ranks  # token bytes to id
     vocabulary = {"".join(letter_of[byte] for byte in token): rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges()))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # its pattern is GPT-2's
@@ -166,5 +165,5 @@ def tokenizer_files(model_max_length: int) -> dict[str, str]:
     settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model_max_length, **special_tokens,
                 "add_prefix_space": False, "clean_up_tokenization_spaces": False}  # fmt: skip
     stored = json.loads(tokenizer.to_str())
-    stored["model"]["merges"] = [" ".join(pair) for pair in merges()]  # old releases know no other spelling
+    stored["model"]["merges"] = [" ".join(pair) for pair in merges()]  # the only form that old releases read
     return {"tokenizer.json": to_json(stored), "tokenizer_config.json": to_json(settings)}

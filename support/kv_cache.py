@@ -1,13 +1,12 @@
-"""Keys and values that attention computes once. Training never uses them; sampling and scoring do."""
+"""The key/value cache of attention. Sampling and scoring use it; training does not."""
 
 import torch
 
 
 class KVCache:
-    """The keys and values of the tokens that one layer's attention has read, with space for `length` tokens.
+    """One layer's keys and values for the tokens read so far, with room for `length` tokens.
 
-    A text that is written token by token reads each token once; four endings of one context read the context
-    once (`select`).
+    Sampling then reads each token once, and four endings share one reading of their context (`select`).
     """
 
     def __init__(self, length: int):
@@ -17,7 +16,7 @@ class KVCache:
     def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add the keys and values of T more tokens, (B, nh, T, hs) each; returns those of all tokens read.
 
-        Raises ValueError when they don't fit.
+        Raises ValueError if they don't fit.
         """
         if self.n_read == 0:
             shape = (*k.shape[:2], self.length, k.size(3))
@@ -30,8 +29,7 @@ class KVCache:
         return self.keys[:, :, : self.n_read], self.values[:, :, : self.n_read]
 
     def select(self, rows: torch.Tensor, length: int) -> "KVCache":
-        """A copy of the rows with these indices, each as often as it is named, with space for `length`
-        tokens."""
+        """A copy of the rows with these indices, which may repeat, with room for `length` tokens."""
         copy = KVCache(length)
         copy.append(*(t[rows, :, : self.n_read] for t in (self.keys, self.values)))
         return copy

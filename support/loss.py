@@ -1,4 +1,4 @@
-"""The loss where memory is short."""
+"""The loss, computed in less memory."""
 
 from collections.abc import Callable
 
@@ -10,11 +10,11 @@ from torch.utils.checkpoint import checkpoint
 def chunked_cross_entropy(
     head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, targets: torch.Tensor, n_chunks: int
 ) -> torch.Tensor:
-    """The mean cross-entropy of hidden states (B, T, n_embd) and targets (B, T; -100 where none counts),
-    whose logits `head` makes.
+    """The mean cross-entropy of hidden states (B, T, n_embd) and targets (B, T; -100 is ignored); `head`
+    computes the logits.
 
-    A row of 1,024 tokens has 206 MB of float32 logits, several times over with their gradients. Here they
-    exist for one chunk at a time; the backward pass computes them once more.
+    A row of 1,024 tokens has 206 MB of float32 logits, and several times that with their gradients. Here they
+    exist for one chunk at a time; the backward pass recomputes them.
     """
 
     def summed(hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """
-The most rows that fit into memory at once, the micro-batch, found by real steps before training begins.
+Find the largest micro-batch (rows at once) that fits into memory, by running real steps before training.
 
-The sum of a step's tokens stays what the recipe says: with fewer rows at once, a step has more micro-steps.
+The tokens of a step stay as the recipe sets them: a smaller micro-batch only means more micro-steps.
 """
 
 import gc
@@ -18,13 +18,13 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-LOSS_CHUNKS = 8  # where memory is short, the logits of a micro-batch exist an eighth at a time
-ENOUGH_TOKENS = 2**13  # from this many tokens on, a larger micro-batch gains less than chunks would cost
-MOST_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # of a micro-batch, at most
+LOSS_CHUNKS = 8  # when memory is short, logits exist for one chunk of a micro-batch at a time
+ENOUGH_TOKENS = 2**13  # above this, a larger micro-batch gains less than chunks would cost
+MOST_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # per micro-batch, at most
 
 
 class Architecture(Protocol):
-    """The sizes of a model: a GPTConfig."""
+    """The sizes of a model, as in GPTConfig."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -37,12 +37,12 @@ class Architecture(Protocol):
 
 
 class Plan(NamedTuple):
-    """What may be tried."""
+    """What the search may try."""
 
-    sizes: list[int]  # rows of a micro-batch, most first
+    sizes: list[int]  # rows per micro-batch, largest first
     sequence_length: int
     memory_limit_gb: float | None
-    memory: str  # what the model takes of it, in words
+    memory: str  # a description of what the model needs
 
 
 def plan_micro_batch(
@@ -53,8 +53,8 @@ def plan_micro_batch(
     model: Architecture,
     world: World,
 ) -> Plan:
-    """What may be tried for a step of `total_batch_size` tokens in rows of `sequence_length`. Raises
-    InputError when the batch can't be divided, the model can't fit, or the processes differ."""
+    """Plan the search for steps of `total_batch_size` tokens in rows of `sequence_length`. Raises InputError
+    if the batch can't be divided, the model can't fit, or the processes differ."""
     sizes = micro_batch_sizes(
         total_batch_size, sequence_length, micro_batch_size, memory_limit_gb, model, world
     )
@@ -70,9 +70,9 @@ def micro_batch_sizes(
     model: Architecture,
     world: World,
 ) -> list[int]:
-    """The rows per forward pass and process that may be tried, most first; just one if `micro_batch_size`
-    names it. Where a full memory raises no error but slows the computer down, or ends the process (CPU, MPS),
-    a cautious estimate leaves out what is too large.
+    """The micro-batch sizes to try, in rows per process, largest first; only `micro_batch_size` if it is
+    given. On CPU and MPS, a full memory raises no error but slows the computer down or kills the process, so
+    a cautious estimate excludes sizes that are too large.
 
     Raises InputError, with numbers that work, if the batch can't be divided.
     """
@@ -82,7 +82,7 @@ def micro_batch_sizes(
             f"--total_batch_size {total_batch_size} can't be divided into rows of {T} tokens for "
             f"{plural(W, 'process')}; {max(1, round(total_batch_size / (T * W))) * T * W} can"
         )
-    rows = total_batch_size // (T * W)  # of one process, one step
+    rows = total_batch_size // (T * W)  # per process and step
     divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
     if micro_batch_size is not None:
         if micro_batch_size not in divisors:
@@ -94,8 +94,8 @@ def micro_batch_sizes(
     sizes = [n for n in divisors if n * T <= MOST_TOKENS[world.device.type]] or [1]
     limit = None if world.device.type == "cuda" else memory_limit(world.device, memory_limit_gb)
     if limit is not None:
-        # In float32, per position: the logits three times over, and 17 vectors of n_embd in each layer. All
-        # that twice, for what the C library keeps.
+        # In float32, per position: three copies of the logits and 17 vectors of n_embd per layer. Doubled,
+        # because the C library keeps freed memory.
         per_row = 2 * 4 * T * (3 * model.vocab_size + 17 * model.n_layer * model.n_embd)
         room = limit - 16 * model.n_parameters
         sizes = [n for n in sizes if n * per_row <= room] or [1]
@@ -103,7 +103,7 @@ def micro_batch_sizes(
 
 
 def check_memory(model: Architecture, memory_limit_gb: float | None, world: World) -> str:
-    """What weights, gradients and AdamW's two moments take, in words; InputError if they alone can't fit."""
+    """Describe the memory for weights, gradients and AdamW's moments. InputError if they alone can't fit."""
     each = 4 * model.n_parameters / GB  # float32
     need = f"{4 * each:.2f} GB for weights, gradients and the optimizer's two moments"
     limits = world.from_all(memory_limit(world.device, memory_limit_gb))
@@ -117,14 +117,14 @@ def check_memory(model: Architecture, memory_limit_gb: float | None, world: Worl
 
 
 def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], enough: int) -> tuple[int, int]:
-    """The most rows that fit, and in how many chunks their loss is computed.
+    """The most rows that fit, and the number of chunks for their loss.
 
-    Chunks cost some time, so they are tried only where a micro-batch without them is smaller than `enough`
-    rows. Raises InputError if nothing fits.
+    Chunks cost some time, so they are tried only if fewer than `enough` rows fit without them. Raises
+    InputError if nothing fits.
 
     Args:
-        sizes: rows to try, most first.
-        fits: (rows, chunks) -> whether a step works with them.
+        sizes: rows to try, largest first.
+        fits: (rows, chunks) -> whether a step with them fits.
     """
     rows = next((size for size in sizes if fits(size, 1)), 0)
     if rows < min(enough, sizes[0]):
@@ -132,7 +132,7 @@ def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], en
         if chunked:
             return chunked, LOSS_CHUNKS
         if rows:
-            fits(rows, 1)  # again: what was compiled for it went with the failures that came after
+            fits(rows, 1)  # again: later failures discarded what was compiled for it
     if not rows:
         raise InputError(
             f"out of memory with a micro-batch of {plural(sizes[-1], 'row')}; a smaller --micro_batch_size, "
@@ -142,17 +142,17 @@ def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], en
 
 
 class Fit(NamedTuple):
-    """What was found by trying."""
+    """The result of the search."""
 
-    model: nn.Module  # as it is trained: compiled, wrapped
-    rows: int  # of a micro-batch, per process
+    model: nn.Module  # ready to train: compiled, wrapped
+    rows: int  # per micro-batch and process
     loss_chunks: int
-    seconds: float | None  # of a micro-step; None where nothing had to be tried
-    compile_note: str  # on whether the model is compiled, and why not
+    seconds: float | None  # per micro-step; None if nothing had to be tried
+    compile_note: str  # whether the model is compiled and, if not, why
 
 
 class Chunked(Protocol):
-    """What is trained: a GPT, which computes its loss in `loss_chunks`."""
+    """The model to train: a GPT, which computes its loss in `loss_chunks` chunks."""
 
     loss_chunks: int
 
@@ -170,13 +170,13 @@ def fit_to_device(
     print: Callable[[str], None],
     make_optimizer: Callable[[], torch.optim.Optimizer],
 ) -> Fit:
-    """Find the micro-batch, compiled if that is possible, and set the model's `loss_chunks`.
+    """Compile the model if possible, find the micro-batch, and set the model's `loss_chunks`.
 
     Args:
         raw_model: the plain model.
-        wrap: (raw_model, compiled or not, world) -> the same model as it is trained.
-        compiling: whether to compile, and a word on why; where it fails, training goes on without.
-        make_optimizer: one with a learning rate of 0: what is tried leaves the weights as they are.
+        wrap: (raw_model, compiled or not, world) -> the same model, ready to train.
+        compiling: whether to compile, and the reason; if compilation fails, training continues without it.
+        make_optimizer: makes one with a learning rate of 0, so that trial steps don't change the weights.
 
     Raises InputError if nothing fits.
     """
@@ -189,14 +189,14 @@ def fit_to_device(
         except CompilationFault as fault:
             print(f"torch.compile failed, training goes on without it ({fault})")
             compiled, note = False, f"off: it failed ({fault})"
-            del model  # and with its wrapper the space for exchanging gradients
+            del model  # also frees the gradient buffers of its wrapper
             free_memory(world.device)
             model = wrap(raw_model, False, world)
     if not compiled:
         if len(plan.sizes) == 1 and world.device.type != "cuda":
-            return Fit(model, plan.sizes[0], 1, None, note)  # nothing to find out
+            return Fit(model, plan.sizes[0], 1, None, note)  # nothing to search
         fit = search(plan, model, raw_model, False, autocast, world, print, make_optimizer)
-    # of unlike GPUs, the smallest decides
+    # if the GPUs differ, the smallest decides
     all_rows, all_chunks, all_seconds = zip(*world.from_all(fit), strict=True)
     rows, chunks = min(all_rows), max(all_chunks)
     raw_model.loss_chunks = chunks
@@ -221,9 +221,9 @@ def search(
     print: Callable[[str], None],
     make_optimizer: Callable[[], torch.optim.Optimizer],
 ) -> tuple[int, int, float]:
-    """The rows that fit here, the chunks of their loss, and the seconds of a micro-step.
+    """The rows that fit here, the chunks of their loss, and the seconds per micro-step.
 
-    Raises InputError, in every process, if nothing fits in one of them, and CompilationFault if the compiler
+    In every process, raises InputError if nothing fits in one of them, or CompilationFault if the compiler
     fails in one.
     """
     if isinstance(model, DistributedDataParallel):
@@ -251,7 +251,7 @@ def search(
             print(f"a micro-batch of {plural(rows, 'row')}{in_chunks}: {reason}")
             free_memory(world.device)
             if compiled:
-                torch.compiler.reset()  # a function is compiled for so many shapes only
+                torch.compiler.reset()  # a function is compiled for a limited number of shapes
         return reason is None
 
     print(f"warm-up: a step with a micro-batch of {plural(plan.sizes[0], 'row')}, the largest to try")
@@ -261,12 +261,12 @@ def search(
         found = find_micro_batch_size(plan.sizes, fits, enough)
     except InputError as error:
         own_fault = error
-    except Exception as error:  # whatever the compiler does not like; uncompiled, a true fault comes back
+    except Exception as error:  # any compiler error; uncompiled, a real fault recurs
         if not compiled:
             raise
         own_fault = CompilationFault(f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}")
     faults = [fault for fault in world.from_all(own_fault) if fault]
-    if faults:  # in every process, so that none waits for another; bad input first
+    if faults:  # raised in every process, so that none waits for another; bad input first
         raise min(faults, key=lambda fault: not isinstance(fault, InputError))
     return *found, seconds
 
@@ -279,12 +279,12 @@ def try_step(
     autocast: torch.autocast,
     device: torch.device,
 ) -> float:
-    """All that a step and a validation batch compile and allocate. The optimizer's learning rate is 0, so the
-    weights stay as they are. Returns the seconds of a micro-step."""
+    """Run a step and a validation batch, to compile and allocate all that they need. The optimizer's learning
+    rate is 0, so the weights don't change. Returns the seconds per micro-step."""
     x, y = torch.zeros((2, rows, sequence_length), dtype=torch.int64, device=device)
     seconds = 0.0
     with fast_attention(device):
-        for _ in range(2):  # the second time with gradients to add to, and the optimizer's moments there
+        for _ in range(2):  # the second time, with gradients and optimizer moments in memory
             start = time.perf_counter()
             with autocast:
                 _, loss = model(x, y)
@@ -293,7 +293,7 @@ def try_step(
             seconds = time.perf_counter() - start
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
-                    parameter.grad.zero_()  # an overflow would reach the weights even so
+                    parameter.grad.zero_()  # an overflow would still reach the weights
             optimizer.step()
         with torch.no_grad(), autocast:
             model(x, y)[1].item()

@@ -1,4 +1,4 @@
-"""The processes of a run: which of how many this is; how they start, meet, stop and end."""
+"""The processes of a run: how they start, communicate, stop and exit."""
 
 import contextlib
 import gc
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, seen from one of them: its rank, how many there are, the device it has."""
+    """All processes of a run, seen from one of them: its rank, their number, its device."""
 
     rank: int
     size: int
@@ -30,16 +30,16 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0  # the one that talks, samples and saves for all
+        return self.rank == 0  # the one that prints, samples and saves for all
 
     @property
     def collective_device(self) -> torch.device:
-        """Where tensors that travel between processes live: NCCL wants the GPU, gloo the CPU."""
+        """The device for tensors exchanged between processes: the GPU for NCCL, the CPU for gloo."""
         return self.device if self.device.type == "cuda" else torch.device("cpu")
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """What `make()` returns in the main process, in every process; or its CommandError, raised in every
-        process."""
+        """Call `make()` in the main process and return its result in every process; its CommandError, too, is
+        raised in every process."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -60,7 +60,7 @@ class World:
         return values
 
     def require_same(self, **settings: object) -> None:
-        """Raises InputError unless every process came to the same settings."""
+        """Raises InputError unless every process has the same settings."""
         for name, value in settings.items():
             values = self.from_all(value)
             if len(set(values)) > 1:
@@ -74,7 +74,7 @@ class World:
         return values
 
     def disconnect(self) -> None:
-        """Wait until all processes are here, so that nobody leaves while another still talks; then close the
+        """Wait for all processes, so that none leaves while another still communicates; then close the
         connections."""
         if self.size > 1:
             dist.barrier()
@@ -86,18 +86,17 @@ class World:
             if status:
                 sys.exit(status)
             return
-        # While Python takes itself apart, a thread of the process group may still live, and C++ then aborts a
-        # run that is finished. So one of several processes leaves at once.
+        # While Python shuts down, a thread of the process group may still be alive, and C++ then aborts a
+        # finished run. So with several processes, each exits at once.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
 
 
 def start_processes(wanted: str, timeout_minutes: float) -> World:
-    """The world of this process, on the device that is wanted, from torchrun's environment variables if
-    there are any.
+    """This process's World, on the `wanted` device, from torchrun's environment variables if they are set.
 
-    Raises InputError when the device asked for is not there.
+    Raises InputError if the device is not available.
     """
     rank, local_rank, world_size = (
         int(os.environ.get(name, default))
@@ -121,8 +120,8 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
         timeout = timedelta(minutes=timeout_minutes)
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # After `torchrun --max_restarts` the store still holds the addresses of the processes that died,
-            # and gloo may wait for them. (Several hosts count restarts each for itself: see the README.)
+            # After a restart (`torchrun --max_restarts`), the store still holds the addresses of dead
+            # processes, and gloo may wait for them. (Each host counts its own restarts: see the README.)
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return World(rank, world_size, device)
@@ -130,7 +129,7 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
 
 @contextlib.contextmanager
 def faults_in_one_line() -> Iterator[None]:
-    """Turns what gloo or NCCL say when another process is gone, and a full memory, into a RunFault."""
+    """Turn a full memory, and gloo's or NCCL's errors when another process is lost, into a RunFault."""
     try:
         yield
     except RuntimeError as error:
@@ -152,24 +151,24 @@ def faults_in_one_line() -> Iterator[None]:
 
 
 class StopSignals:
-    """SIGTERM and SIGINT wait until the step is finished and saved. A SIGINT after that ends at once, and so
-    does any signal before the first step, when there is nothing new to save."""
+    """Delays SIGTERM and SIGINT until the step is finished and saved. A further SIGINT exits at once, as does
+    any signal before the first step, when there is nothing new to save."""
 
     def __init__(self, is_main: bool) -> None:
         self.is_main = is_main
         self.in_steps = False  # whether the first step has begun
-        self.received = 0  # the signal's number
+        self.received = 0  # the signal's number; 0: none
         self.at = 0.0
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self.handle)
 
     def begin_steps(self, world: World) -> None:
-        """All processes begin the first step together; from here on a signal waits for the end of a step."""
+        """Begin the first step in all processes together; from now on, signals wait for the end of a step."""
         if not self.in_steps:
             world.from_all(None)
             self.in_steps = True
             gc.collect()
-            gc.freeze()  # what lives now lives to the end: the garbage collector need not look at it again
+            gc.freeze()  # objects alive now stay to the end: exempt them from garbage collection
 
     def handle(self, number: int, _frame: Any) -> None:
         if not self.in_steps:
@@ -178,11 +177,11 @@ class StopSignals:
         if not self.received:
             self.received, self.at = number, time.monotonic()
             self.print("stopping when this step is finished and saved; Ctrl-C again ends at once")
-        # torchrun passes Ctrl-C on to processes that the terminal has told already: not a second one
+        # torchrun forwards a Ctrl-C that the terminal has already sent to us: not a second one
         elif number == signal.SIGINT and time.monotonic() - self.at > 0.5:
             self.print("ended at once; --resume goes on from the last checkpoint, if there is one")
             os._exit(128 + number)
 
     def print(self, text: str) -> None:
         if self.is_main:
-            os.write(2, f"\n{text}\n".encode())  # Python's print may be interrupted in its own middle
+            os.write(2, f"\n{text}\n".encode())  # the signal may have interrupted a print

@@ -1,6 +1,6 @@
 """
-What a run says of itself: the table at its start, a line or a bar while it trains, the table at its end, and
-the facts in run.json. Also where it says it: the terminal, a file, wandb or trackio.
+What a run reports: a table at the start, lines or a bar during training, a table at the end, and the facts
+in run.json. It reports to the terminal, to log.txt, and to wandb or trackio.
 """
 
 import importlib
@@ -30,11 +30,11 @@ from tqdm import tqdm
 
 # Validation losses of a healthy run of the default recipe (build-nanogpt, pull request 30).
 HEALTHY_LOSS = {250: 6.16, 1000: 4.15, 1250: 3.95}
-TOLERANCE = 0.03  # a loss higher by more than this share is not healthy
+TOLERANCE = 0.03  # relative; a loss higher by more than this is not healthy
 MANY_EPOCHS = 20
 A_LONG_TIME = 48 * 3600  # seconds
-LITTLE_DATA = 1_000_000  # training tokens: fewer teach no language
-Facts = dict[str, Any]  # run.json: plain values, all that a reader needs to know, or to repeat the run
+LITTLE_DATA = 1_000_000  # training tokens; fewer are too few to learn a language
+Facts = dict[str, Any]  # run.json: plain values, all that is needed to understand or repeat the run
 
 
 class Score(Protocol):
@@ -60,8 +60,7 @@ def gather_facts(
     dtype: torch.dtype,
     **numbers: int,
 ) -> Facts:
-    """What run.json records. `config` is train_gpt2.py's configuration, `defaults` what it is without
-    flags."""
+    """What run.json records. `config` is train_gpt2.py's configuration, `defaults` the one without flags."""
     rows = config["total_batch_size"] // config["sequence_length"]
     accumulate = rows // (fit.rows * world.size)
     backends = ", ".join(backend.name.lower() for backend in choose_attention(world.device))
@@ -91,14 +90,14 @@ def gather_facts(
 
 
 def is_default_recipe(config: dict[str, Any], defaults: dict[str, Any]) -> bool:
-    """Whether a run's losses can be held against published ones, data apart."""
+    """Whether a run's losses compare with published ones, given the same data."""
     recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
               "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
     return all(config[name] == defaults[name] for name in recipe)
 
 
 def describe(facts: Facts, dollars_so_far: float) -> str:
-    """What a person about to spend 50 hours wants to know, as a table."""
+    """The table at the start: what you want to know before spending 50 hours on a run."""
     config, data, model = facts["train_config"], facts["data"], facts["model_config"]
     tokens = config["max_steps"] * config["total_batch_size"]
     rows = {
@@ -149,7 +148,7 @@ def describe(facts: Facts, dollars_so_far: float) -> str:
 
 
 def tensor_table(tensors: dict[str, torch.Tensor]) -> str:
-    """A model's state dictionary: names, shapes, numbers."""
+    """A table of a model's state dictionary: names, shapes, numbers of elements."""
     rows = [f"{name:36} {list(t.shape)!s:16} {t.numel():>12,}" for name, t in tensors.items()]
     total = sum(t.numel() for name, t in tensors.items() if name != "lm_head.weight")
     return "\n".join([*rows, f"{total:,} parameters; lm_head.weight is transformer.wte.weight"])
@@ -162,27 +161,27 @@ def check_tracker(name: str | None) -> None:
 
 
 class Progress:
-    """The main process's voice, and its clock. On a terminal there is one bar, with events above it;
-    elsewhere the tutorial's lines, at most one a second. What happens also goes to log.txt and to the
+    """Reports for the main process, and keeps time. A terminal shows one bar, with events above it;
+    elsewhere, the tutorial's lines appear, at most one per second. Events also go to log.txt and to the
     tracker, if there is one."""
 
     def __init__(self, world: World, tracker: str | None):
         self.is_main, self.world_size = world.is_main, world.size
         self.on_terminal = sys.stderr.isatty()
-        self.peak = peak_flops(device_name(world.device))  # of each device; None where it is not known
+        self.peak = peak_flops(device_name(world.device))  # FLOP/s of each device; None if unknown
         self.last_line = -math.inf
         self.step_seconds: deque[float] = deque(maxlen=20)  # of the last steps
-        self.n_steps = 0  # trained since the start
+        self.n_steps = 0  # trained by this process
         self.warned = self.estimated = False
-        self.began = self.shown = 0.0  # when what may take long began, and was last told of
+        self.began = self.shown = 0.0  # when the current long task began, and was last shown
         world.from_main(lambda: check_tracker(tracker))
         self.run: RunFolder  # see `start`
-        self.tracker: Any = None  # the module wandb or trackio, which share what is used of them here
+        self.tracker: Any = None  # the module wandb or trackio; the calls used here work in both
         self.config: dict[str, Any] = {}
         self.facts: Facts = {}
         self.started = time.perf_counter()
-        self.training_seconds = 0.0  # since the start
-        self.before = {"training": 0.0, "other": 0.0, "tokens": 0}  # the interruption
+        self.training_seconds = 0.0  # by this process
+        self.before = {"training": 0.0, "other": 0.0, "tokens": 0}  # before the interruption
 
     @property
     def spent(self) -> dict[str, float]:
@@ -195,13 +194,13 @@ class Progress:
         }
 
     def start(self, first_step: int, facts: Facts, run: RunFolder) -> None:
-        """Say what is about to happen, and write it to run.json."""
+        """Print the table, write run.json, and set up the tracker and the bar."""
         self.run, self.facts, self.config = run, facts, facts["train_config"]
         facts |= {"run_id": run.run_id, "interruptions": run.interruptions}
         run.describe(facts)
-        self.before |= run.trainer.get("spent", {})  # by a run that is resumed
+        self.before |= run.trainer.get("spent", {})  # from the checkpoint, if resumed
         if facts["precision"].startswith("float32"):
-            self.peak = None  # the table's peaks are of 16 bits
+            self.peak = None  # the table's peaks are for 16-bit types
         hours = (self.spent["training"] + self.spent["other"]) / 3600
         self.print(describe(facts, hours * (self.config["dollars_per_hour"] or 0)))
         if self.config["tracker"] and self.is_main:
@@ -214,20 +213,19 @@ class Progress:
     def start_tracker(self) -> None:
         name = self.config["tracker"]
         self.tracker = importlib.import_module(name)
-        run_id = self.facts["run_id"]  # the name tells runs apart, and finds one again after --resume
+        run_id = self.facts["run_id"]  # identifies the run, also after --resume
         options = {"id": run_id} if name == "wandb" else {}
         label = f"{self.config['log_dir'].resolve().name}-{run_id}"
         self.tracker.init(project="gpt2", name=label, config=self.facts, resume="allow", **options)
 
     def print(self, text: str) -> None:
-        """One event, above the bar."""
+        """Print an event above the bar."""
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()
 
     def track(self, send: Callable[[], object]) -> None:
-        """Send something to the tracker. It is never worth a run: if it fails, training goes on without
-        it."""
+        """Call `send`, which sends something to the tracker. If it fails, training continues without it."""
         try:
             send()
         except Exception as error:
@@ -235,7 +233,7 @@ class Progress:
             self.print(f"--tracker {self.config['tracker']} failed, training goes on without it: {error}")
 
     def validation(self, step: int, loss: float) -> None:
-        """A validation loss, in nats per token."""
+        """Report a validation loss, in nats per token."""
         self.measured(step, "val", loss, f"validation loss {loss:.4f} on {self.facts['val_tokens']:,} tokens")
         warning = unhealthy(self.facts, step, loss)
         if warning and not self.warned:
@@ -246,8 +244,8 @@ class Progress:
         self.measured(step, "hella", score.acc_norm, f"HellaSwag {score}")
 
     def measured(self, step: int, kind: str, value: float, text: str) -> None:
-        """An evaluation's value, as log.txt calls it, and in words."""
-        self.bar.set_postfix_str("", refresh=False)  # what `sign_of_life` has left there
+        """Report an evaluation: `text` is printed; `kind` and `value` go to log.txt and the tracker."""
+        self.bar.set_postfix_str("", refresh=False)  # clear what `sign_of_life` left
         self.print(f"step {step}: {text}")
         self.run.event(step, kind, f"{value:.4f}")
         if self.tracker:
@@ -255,16 +253,16 @@ class Progress:
             self.track(lambda: self.tracker.log({name: value}, step=step))
 
     def samples(self, step: int, texts: list[str]) -> None:
-        """What the model writes at `step`."""
+        """Print texts sampled at `step`."""
         for text in texts:
             self.print(f"step {step}: sample: {printable(text)}")
 
-    def part_of(self, what: str) -> Callable[[int, int], None]:
-        """A function to tell of each part of what may take long: parts done, parts in all."""
+    def of(self, what: str) -> Callable[[int, int], None]:
+        """A callback (parts done, parts in all) that shows the progress of a long task."""
         return lambda done, total: self.sign_of_life(what, done, total)
 
     def sign_of_life(self, what: str, done: int, total: int) -> None:
-        """`done` of `total` parts are done: on a terminal in the bar, elsewhere a line every minute."""
+        """Show that `done` of `total` parts are done: in a terminal's bar, elsewhere a line every minute."""
         now = time.monotonic()
         if done == 0:
             self.began = self.shown = now
@@ -275,8 +273,8 @@ class Progress:
         self.bar.set_postfix_str(text) if self.on_terminal else self.print(text)
 
     def micro_step(self, step: int, done: int, total: int) -> None:
-        """`done` of the `total` micro-steps of a step are done."""
-        if self.step_seconds and self.step_seconds[-1] < 60:  # then the last step's values are worth more
+        """Show that `done` of a step's `total` micro-steps are done, unless steps are short."""
+        if self.step_seconds and self.step_seconds[-1] < 60:  # then keep the last step's values in the bar
             return
         self.sign_of_life(f"step {step}: micro-step", done, total)
         elapsed = time.monotonic() - self.began
@@ -284,7 +282,7 @@ class Progress:
             self.estimate(elapsed / done * total, self.config["max_steps"] - step)
 
     def estimate(self, seconds: float, steps: int) -> None:
-        """What `steps` steps of so many seconds will take, said once."""
+        """Print once how long `steps` steps of `seconds` each will take, and what they cost."""
         self.estimated = True
         cost = (self.config["dollars_per_hour"] or 0) * seconds * steps / 3600
         self.print(f"training will take about {duration(seconds * steps)}"
@@ -292,7 +290,7 @@ class Progress:
                    + f" ({duration(seconds) if seconds >= 10 else f'{seconds:.2f} s'} a step)")  # fmt: skip
 
     def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
-        """One training step, in nats and seconds."""
+        """Report one training step: its loss in nats, its duration in seconds."""
         self.n_steps += 1
         self.training_seconds += seconds
         self.step_seconds.append(seconds)
@@ -325,18 +323,18 @@ class Progress:
         if self.tracker:
             values = {"train/loss": loss, "train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
             self.track(lambda: self.tracker.log(values | ({"mfu": mfu} if mfu else {}), step=step))
-        if (self.n_steps == 5 or seconds > 30) and not self.estimated:  # the first is slower: it allocates
+        if (self.n_steps == 5 or seconds > 30) and not self.estimated:  # the first is slow: it allocates
             self.estimate(min(self.step_seconds), left)
 
     def close(self, text: str) -> None:
-        """The last word."""
+        """Close the bar and the tracker, then print `text`."""
         self.bar.close()
         if self.tracker:
             self.track(self.tracker.finish)
         self.print(text)
 
     def finish(self, step: int, val_loss: float, score: Score | None) -> None:
-        """Print what came out, and write it to run.json."""
+        """Print the results and write them to run.json."""
         self.facts["result"] = result_of(self.facts, step, self.spent, val_loss, score)
         self.run.describe(self.facts)
         self.run.draw()  # with the time in its caption
@@ -345,8 +343,8 @@ class Progress:
 
 
 def unhealthy(facts: Facts, step: int, val_loss: float) -> str | None:
-    """A warning when a run of the default recipe leaves the band of healthy ones; None if all is well, or
-    nothing is known."""
+    """A warning if the validation loss of a default-recipe run is too high; None if it is healthy or no
+    published value exists for this step."""
     if step not in HEALTHY_LOSS or not (facts["default_recipe"] and comparable_loss(facts)):
         return None
     if val_loss <= (1 + TOLERANCE) * HEALTHY_LOSS[step]:
@@ -362,7 +360,7 @@ def unhealthy(facts: Facts, step: int, val_loss: float) -> str | None:
 def result_of(
     facts: Facts, step: int, spent: dict[str, float], val_loss: float, score: Score | None
 ) -> dict[str, Any]:
-    """What run.json keeps of the end: losses in nats, times in hours."""
+    """The results in run.json: losses in nats, times in hours."""
     config = facts["train_config"]
     tokens, hours = step * config["total_batch_size"], (spent["training"] + spent["other"]) / 3600
     return {
@@ -379,7 +377,7 @@ def result_of(
 
 
 def closing_table(facts: Facts) -> str:
-    """The end of a run, beside published figures where the comparison is fair."""
+    """The table at the end, with published figures where the comparison is fair."""
     config, result = facts["train_config"], facts["result"]
     rows, default = [], facts["default_recipe"] and comparable_loss(facts)
     if result["validation_loss"] is not None:

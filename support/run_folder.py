@@ -1,14 +1,14 @@
 """
-The folder of a run: what is in it, and how it survives.
+A run's folder: its contents, and how they survive crashes.
 
     log.txt             one line per event: step, "train", "val" or "hella", value
-    run.json            what the run was made with and, when it is over, what came out
+    run.json            the run's settings and, once it is finished, its results
     loss.png            its curves
     checkpoint_00250/   a Hugging Face GPT-2 folder, plus trainer.pt (what --resume needs) and SHA256SUMS
     .lock               held by the process that trains here
 
-Nothing half-written is ever found under a final name: files and folders are written under a temporary name,
-flushed to disk, then renamed. A checkpoint that is damaged later is recognised by its sums.
+Nothing half-written ever has a final name: files and folders are written under a temporary name, flushed to
+disk, then renamed. Checksums reveal a checkpoint that is damaged later.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ import safetensors
 import torch
 import torch.distributed as dist
 
-SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: what a slow machine may lose
+SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: the most work that a slow machine may lose
 LOG_LINE = re.compile(rb"(\d+) (train|val|hella) \S+\n")
 
 
 class Model(Protocol):
-    """What is saved: a GPT."""
+    """The model to save: a GPT."""
 
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
@@ -46,23 +46,23 @@ class Model(Protocol):
 
 
 class RunFolder:
-    """The folder of a run. Only the main process writes."""
+    """A run's folder. Only the main process writes to it."""
 
     def __init__(self, path: Path, is_main: bool, print: Callable[[str], None], keep_every: int = 0):
         self.path, self.is_main, self.print, self.keep_every = path, is_main, print, keep_every
-        self.unwritten = b""  # lines of log.txt that a full disk refused
+        self.unwritten = b""  # log.txt lines that a full disk has delayed
         self.saved_at = time.monotonic()
-        self.recipe: dict[str, Any] = {}  # all that decides the run's numbers
-        self.checkpoint: Path | None = None  # to go on from
+        self.recipe: dict[str, Any] = {}  # all settings that affect the run's numbers
+        self.checkpoint: Path | None = None  # to resume from
         self.trainer: dict[str, Any] = {}  # the contents of its trainer.pt
         self.run_id = uuid.uuid4().hex[:8]  # the same after every --resume
         self.interruptions = 0
 
     def open(self, resume: bool, recipe: dict[str, Any]) -> int:
-        """Make the folder, or find the newest sound checkpoint in it; returns the step to go on from.
+        """Create the folder, or find its newest sound checkpoint; returns the step to start at.
 
-        Raises InputError when another process trains in the folder, when it holds a run that is not to be
-        resumed, or was made with another recipe, or has only damaged checkpoints.
+        Raises InputError if another process trains in the folder, or if it holds a run that is not to be
+        resumed, has another recipe, or has only damaged checkpoints.
         """
         self.recipe = recipe
         begun = self.holds_a_run()
@@ -85,7 +85,7 @@ class RunFolder:
             )
         if self.checkpoint:
             compare_recipes(self.path, self.trainer["recipe"], recipe)
-        for name in damaged:  # put aside, so that the step can be saved again
+        for name in damaged:  # moved aside, so that the step can be saved again
             aside = self.path / f"{name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.path / name).rename(aside)
@@ -94,16 +94,16 @@ class RunFolder:
         return self.trainer.get("step", 0)
 
     def holds_a_run(self) -> bool:
-        """Whether there is anything to go on with, or to lose. One that was stopped before its first step has
-        left no more than the lines of its first evaluation."""
+        """Whether there is a run to resume, or to lose. A run stopped before its first step does not count:
+        it leaves at most the log lines of its first evaluation."""
         log = self.path / "log.txt"
         lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
         harmless = all(LOG_LINE.fullmatch(line) and b" train " not in line for line in lines)
         return bool(list_checkpoints(self.path)) or not harmless or "result" in read_run(self.path)
 
     def find_checkpoint(self) -> list[str]:
-        """Set `checkpoint` and `trainer` to the newest sound checkpoint. Returns the names of damaged ones
-        that were passed over, each said with the reason."""
+        """Set `checkpoint` and `trainer` to the newest sound checkpoint. Skips damaged ones, printing the
+        reason for each, and returns their names."""
         damaged = []
         for folder in reversed(list_checkpoints(self.path)):
             try:
@@ -130,17 +130,17 @@ class RunFolder:
     def restore(
         self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, first_step: int, world: World
     ) -> None:
-        """Put back the state of training that the checkpoint holds, and make log.txt end where it does.
+        """Restore the training state from the checkpoint, and cut log.txt back to its step.
 
-        Only the main process has read the checkpoint: the others get the optimizer's moments over the
-        network, so hosts need no disk in common.
+        Only the main process has read the checkpoint; the others receive the optimizer's moments over the
+        network, so hosts need no shared disk.
         """
         self.cut_log(first_step)
         if first_step == 0:
             return
         if world.is_main:
             optimizer.load_state_dict(self.trainer["optimizer"])
-        if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if it was not needed then
+        if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if the scaler was off
             scaler.load_state_dict(scaler_state)
         torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
         if world.size > 1:
@@ -152,8 +152,8 @@ class RunFolder:
         self.print(f"resuming at step {first_step} from {self.checkpoint}")
 
     def cut_log(self, step: int) -> None:
-        """Keep what log.txt says of the steps before `step`: they are not run again, the others are. What a
-        power cut left of a line, or in place of one, goes too."""
+        """Keep only the lines of log.txt for steps before `step`: later steps run again. Lines that a power
+        cut damaged are dropped too."""
         if self.is_main:
             log = self.path / "log.txt"
             lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
@@ -162,14 +162,14 @@ class RunFolder:
             write_file(log, lambda file: file.write(kept))
 
     def event(self, step: int, kind: str, value: str) -> None:
-        """One line for log.txt: step, "train", "val" or "hella", value. A full disk only delays it."""
+        """Add a line to log.txt: step, "train", "val" or "hella", value. A full disk only delays it."""
         if self.is_main:
             self.unwritten += f"{step} {kind} {value}\n".encode()
             with contextlib.suppress(OSError):
                 self.write_log()
 
     def write_log(self) -> None:
-        """Append what is not yet written to log.txt: all of it, or nothing and an OSError."""
+        """Append the unwritten lines to log.txt: all of them, or none and an OSError."""
         with open(self.path / "log.txt", "ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
@@ -186,7 +186,7 @@ class RunFolder:
             write_file(self.path / "run.json", lambda file: file.write(to_json(facts).encode()))
 
     def draw(self) -> None:
-        """loss.png, redrawn. A picture is never worth a run: if it fails, that is said."""
+        """Redraw loss.png. If that fails, print the reason and carry on."""
         if self.is_main:
             try:
                 draw_runs([self.path], self.path / "loss.png")
@@ -201,12 +201,12 @@ class RunFolder:
         scaler: torch.amp.GradScaler,
         state: dict[str, Any],
     ) -> bool:
-        """Write checkpoint_<step>: a Hugging Face folder, plus trainer.pt with all that --resume needs
-        (tensors and plain values, `state` among them), plus SHA256SUMS. It is complete on disk before it gets
-        its name. Older ones go, but for the last two and every `keep_every` steps.
+        """Write checkpoint_<step>: a Hugging Face folder, trainer.pt with all that --resume needs (tensors
+        and plain values, including `state`), and SHA256SUMS. It is complete on disk before it gets its name.
+        Then delete older checkpoints, except the last two and those at multiples of `keep_every` steps.
 
-        Returns whether it worked. If not (a full disk), nothing is left of it, the reason is printed, and the
-        checkpoints before it are as they were.
+        Returns whether it succeeded. If not (a full disk), print the reason, leave nothing behind, and keep
+        the earlier checkpoints.
         """
         self.saved_at = time.monotonic()
         if not self.is_main:
@@ -240,12 +240,11 @@ class RunFolder:
         return True
 
     def overdue(self) -> bool:
-        """Whether the last save, or try, was too long ago for a slow machine."""
+        """Whether the last attempt to save was more than SAVE_AT_LEAST_EVERY seconds ago."""
         return time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
 
     def require(self, step: int) -> None:
-        """Raises RunFault unless there is a checkpoint of `step`: the end of a run must not be lost
-        silently."""
+        """Raises RunFault unless `step` has a checkpoint: the end of a run must not be lost silently."""
         if not (self.path / f"checkpoint_{step:05d}").exists():
             raise RunFault(f"the end of the run, step {step}, could not be saved; make room, then --resume")
 
@@ -261,7 +260,7 @@ def list_checkpoints(log_dir: Path) -> list[Path]:
 
 
 def check_sums(folder: Path) -> None:
-    """Raises ValueError or OSError, naming the file, unless every file is what SHA256SUMS says."""
+    """Raises ValueError or OSError, naming the file, unless every file matches SHA256SUMS."""
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     expected = {name: digest for digest, name in (line.split("  ") for line in lines)}
     for name in ("model.safetensors", "config.json", "trainer.pt", *expected):
@@ -270,7 +269,7 @@ def check_sums(folder: Path) -> None:
 
 
 def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """InputError, listing every difference, unless the run in `log_dir` goes on as it began."""
+    """Raises InputError, listing every difference, unless the run in `log_dir` has the same recipe."""
     different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if different:
         changes = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in different)
@@ -281,7 +280,7 @@ def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) ->
 
 
 def versions() -> dict[str, str | None]:
-    """What the run was made with: Python, PyTorch, and this repository's commit where git knows it."""
+    """The versions of Python and PyTorch, and this repository's commit if git knows it."""
     commit = None
     if git := shutil.which("git"):
         command = [git, "rev-parse", "HEAD"]

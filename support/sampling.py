@@ -1,4 +1,4 @@
-"""How a model writes: the next token drawn from its probabilities, again and again."""
+"""Sampling: draw the next token from the model's probabilities, again and again."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -17,7 +17,7 @@ class Sizes(Protocol):
 
 
 class LanguageModel(Protocol):
-    """What writing and scoring need of a model: a GPT."""
+    """What sampling and scoring need from a model, such as a GPT."""
 
     @property
     def config(self) -> Sizes: ...
@@ -25,10 +25,10 @@ class LanguageModel(Protocol):
     def parameters(self) -> Iterator[torch.nn.Parameter]: ...
 
     def new_caches(self, length: int) -> list[KVCache]:
-        """A cache for each layer, with space for `length` tokens."""
+        """A cache for each layer, with room for `length` tokens."""
 
     def hidden_states(self, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
-        """(B, T) token ids to (B, T, n_embd), after what `caches` have read."""
+        """(B, T) token ids to (B, T, n_embd), following the tokens in `caches`."""
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., n_embd) to logits (..., vocab_size)."""
@@ -45,7 +45,7 @@ def stream(
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Continue each row of `idx`, one token after another.
+    """Continue each row of `idx`, one token at a time.
 
     Args:
         idx: (B, T) int64, T at least 1.
@@ -54,8 +54,8 @@ def stream(
 
     Yields:
         (B, 1) int64: the next token of each row, max_new_tokens times. A text longer than block_size is
-        continued from its last block_size tokens; since all their positions change with every token,
-        nothing can be kept then, and each costs as much as reading the whole window.
+        continued from its last block_size tokens. Every new token then shifts all positions, so nothing can
+        be cached, and each token costs a forward pass over the whole window.
     """
     generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
     block_size = model.config.block_size
@@ -82,19 +82,19 @@ def choose_token(
 
     Args:
         temperature: divides the logits; 0 takes the most likely token.
-        top_k: draw among the k most likely tokens; None: among all.
-        top_p: draw among the fewest tokens that have this probability together (nucleus sampling: Holtzman et
-            al., "The Curious Case of Neural Text Degeneration", section 3.1); 1: among all.
+        top_k: draw from the k most likely tokens; None: from all.
+        top_p: draw from the smallest set of tokens with this total probability (nucleus sampling: Holtzman et
+            al., "The Curious Case of Neural Text Degeneration", section 3.1); 1: from all.
     """
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
-    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # 0 at most: no overflow
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperature  # at most 0: no overflow
     tokens = None
     if top_k is not None or top_p < 1:
         logits, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # most likely first
     probabilities = F.softmax(logits, dim=-1)
     if top_p < 1:
-        likelier = probabilities.cumsum(dim=-1) - probabilities  # what the tokens before have together
+        likelier = probabilities.cumsum(dim=-1) - probabilities  # total probability of likelier tokens
         probabilities = probabilities.masked_fill(likelier >= top_p, 0)
     choice = torch.multinomial(probabilities, 1, generator=generator)
     return choice if tokens is None else tokens.gather(-1, choice)

@@ -1,8 +1,8 @@
 """
-Token shards: their record, writing, reading, checking.
+Token shards: the record, writing, reading, checking.
 
-A shard is a 1-D uint16 `.npy` file of token ids, or one of llm.c's `.bin` files. `shards.json` beside a
-folder's shards says what they were made from and how they can be verified; shards without it load too.
+A shard is a 1-D uint16 `.npy` file of token ids, or one of llm.c's `.bin` files. A folder's `shards.json`
+records what its shards were made from, and their checksums; shards without it load too.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from support.words import plural
 import numpy as np
 import tiktoken
 
-PARTIAL = "shards.partial.json"  # the record of a job of fineweb.py that is not finished
+PARTIAL = "shards.partial.json"  # the record of an unfinished job of fineweb.py
 
 # -----------------------------------------------------------------------------
 # the record
@@ -37,22 +37,22 @@ class Place(TypedDict):
 
     file: str
     document: int  # in the file, from 0
-    token: int  # tokens of the document before it, with <|endoftext|>
+    token: int  # index in the document; 0 is its <|endoftext|>
 
 
 class ShardEntry(TypedDict):
-    """A shard in the record; of shards made elsewhere only the first three facts are known."""
+    """A shard in the record; for shards made elsewhere, only the first three fields are known."""
 
     file: str
     tokens: int
     sha256: str
     ends_at: NotRequired[Place]  # where the next shard begins
-    documents: NotRequired[int]  # that end in it
+    documents: NotRequired[int]  # documents that end in this shard
     remarks: NotRequired[dict[str, int]]
 
 
 class Record(TypedDict):
-    """shards.json."""
+    """The contents of shards.json."""
 
     encoding: str
     vocab_size: int
@@ -65,13 +65,13 @@ class Record(TypedDict):
 
 
 def new_record(encoding: tiktoken.Encoding, source: dict[str, Any], settings: dict[str, Any]) -> Record:
-    """shards.json before there is any shard."""
+    """A record without shards yet."""
     return {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "source": source, "settings": settings,
             "documents": 0, "tokens": 0, "remarks": {}, "shards": []}  # fmt: skip
 
 
 def read_record(file: Path) -> Record:
-    """The record that fineweb.py left in shards.json, or in PARTIAL. InputError if it is damaged."""
+    """Read fineweb.py's record from shards.json or PARTIAL. Raises InputError if it is damaged."""
     try:
         record: Record = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(record["tokens"], int) or not isinstance(record["encoding"], str):
@@ -91,12 +91,12 @@ def read_record(file: Path) -> Record:
 
 
 def find_record(folder: Path) -> Record | None:
-    """What an earlier job in `folder` recorded, finished or not. Raises InputError when there are shards but
-    no record."""
+    """The record of an earlier job in `folder`, finished or not. Raises InputError if there are shards but no
+    record."""
     for name in ("shards.json", PARTIAL):
         if (folder / name).exists():
             record = read_record(folder / name)
-            return record if record["shards"] else None  # none: it had only begun
+            return record if record["shards"] else None  # no shards: the job had only begun
     if list(folder.glob("*.npy")):
         raise InputError(
             f"{folder} holds shards made elsewhere, of which there is no record; see what they are with "
@@ -106,7 +106,7 @@ def find_record(folder: Path) -> Record | None:
 
 
 def compare_records(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """InputError, with the difference, unless the shards in `folder` are made of the same input with the same
+    """Raises InputError, naming the differences, unless the shards in `folder` have the same input and
     settings."""
     differences = []
     for name in now:
@@ -133,10 +133,10 @@ def compare_records(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> 
 class ShardWriter:
     """Cuts the stream of tokens into shards in `folder`.
 
-    A shard ends after exactly `shard_size` tokens, in the middle of a document if need be; only the last is
-    shorter. Each is recorded, with the place where the input goes on and the documents that end in it, in
-    shards.partial.json, which becomes shards.json at the end. A `record` that lists finished shards is gone
-    on with: the stream must begin with the document that their last `ends_at` names.
+    A shard has exactly `shard_size` tokens, even if that cuts a document; only the last is shorter.
+    shards.partial.json records each shard with the documents that end in it and the place where the next
+    begins; at the end it becomes shards.json. To continue a `record` with finished shards, the stream must
+    begin with the document that the last `ends_at` names.
     """
 
     def __init__(self, folder: Path, record: Record, on_shard: Callable[[str], None] = lambda file: None):
@@ -155,17 +155,17 @@ class ShardWriter:
         self.documents = 0
         self.remarks: Counter[str] = Counter()
         self.of_document: set[str] = set()
-        self.write_record()  # before the first shard, which would else belong to nobody
-        (folder / "shards.json").unlink(missing_ok=True)  # of a finished job that lost a shard
+        self.write_record()  # before the first shard, so that none lacks a record
+        (folder / "shards.json").unlink(missing_ok=True)  # left by a finished job that lost a shard
 
     def add(self, piece: Piece, tokens: np.ndarray, remarks: set[str]) -> int:
-        """Take what `encode_stream` yields; returns how many of the tokens were new, up to max_tokens."""
+        """Add what `encode_stream` yields; returns how many of the tokens were new, up to max_tokens."""
         before = self.left
         if piece.begins:
             self.ends_at = {"file": piece.file, "document": piece.document, "token": 0}
             self.of_document = set()
         self.of_document |= remarks
-        done = min(self.skip, len(tokens))  # in a finished shard already
+        done = min(self.skip, len(tokens))  # already in a finished shard
         self.skip -= done
         self.ends_at["token"] += done
         while done < len(tokens) and self.left:
@@ -206,8 +206,8 @@ class ShardWriter:
         write_file(self.folder / PARTIAL, lambda file: file.write(to_json(self.record).encode()))
 
     def finish(self) -> None:
-        """Write the last shard and shards.json. Raises InputError when the input has no text, or not more
-        tokens than the validation shard takes."""
+        """Write the last shard and shards.json. Raises InputError if the input has no text, or no more tokens
+        than the validation shard takes."""
         if self.filled:
             self.finish_shard()
         if len(self.record["shards"]) < 2:
@@ -215,7 +215,7 @@ class ShardWriter:
                 (self.folder / shard["file"]).unlink()
             (self.folder / PARTIAL).unlink()
             n_tokens = self.record["tokens"]
-            if n_tokens <= self.record["documents"]:  # nothing but an <|endoftext|> for each
+            if n_tokens <= self.record["documents"]:  # only an <|endoftext|> for each
                 raise InputError("the input holds no text")
             raise InputError(
                 f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation "
@@ -231,8 +231,8 @@ def write_shards(
     workers: int = 1,
     on_piece: Callable[[int, Piece], None] = lambda n_tokens, piece: None,
 ) -> Record:
-    """Tokenize `stream` into the writer's shards; returns the contents of shards.json. `on_piece` is told of
-    each piece, and how many of its tokens were new."""
+    """Tokenize `stream` into the writer's shards; returns the contents of shards.json. `on_piece` is called
+    with the number of new tokens in each piece, and the piece."""
     encoding = get_encoding(writer.record["encoding"])
     for piece, tokens, remarks in encode_stream(stream, encoding, workers):
         on_piece(writer.add(piece, tokens, remarks), piece)
@@ -243,8 +243,8 @@ def write_shards(
 
 
 def drop_damaged(folder: Path, record: Record) -> bool:
-    """Take the first shard that is not whole, and all that follow it, off the record; returns whether there
-    was one."""
+    """Remove the first missing or damaged shard, and all that follow it, from the record; returns whether
+    there was one."""
     for i, shard in enumerate(record["shards"]):
         try:
             if len(open_shard(folder / shard["file"])) == shard["tokens"]:
@@ -269,7 +269,7 @@ class Shards:
     files: dict[str, list[Path]]
     tokens: dict[str, list[np.ndarray]]
     encoding: str
-    dataset: str | None  # which data it is, where shards.json says so
+    dataset: str | None  # its name, if shards.json records it
     fingerprint: str  # changes whenever the shards do
 
     def count(self, split: str) -> int:
@@ -277,9 +277,9 @@ class Shards:
 
 
 def open_shard(file: Path) -> np.ndarray:
-    """Map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (256 int32 of header: 20240520, 1, n).
+    """Memory-map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (header: 256 int32, from 20240520, 1, n).
 
-    Raises InputError, naming the file, unless it is exactly that.
+    Raises InputError, naming the file, for anything else.
     """
     remedy = "write it again with fineweb.py"
     tokens: np.ndarray
@@ -297,7 +297,7 @@ def open_shard(file: Path) -> np.ndarray:
             tokens = np.lib.format.open_memmap(file, mode="r")
     except InputError:
         raise
-    except Exception as error:  # a damaged header is parsed as Python, and can fail in as many ways
+    except Exception as error:  # NumPy parses the header as Python, so a damaged one can fail in any way
         raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise InputError(f"{file}: {tokens.ndim}-D {tokens.dtype}, a token shard is 1-D uint16; {remedy}")
@@ -305,16 +305,16 @@ def open_shard(file: Path) -> np.ndarray:
 
 
 def split_of(file: Path) -> str | None:
-    """The split that a shard's name names as a word of its own; "train" in edufineweb_train_000001.npy."""
+    """The split that a shard's name contains as a word: "train" in edufineweb_train_000001.npy."""
     found = re.search(r"(?<![a-z])(train|val)(ing|idation)?(?![a-z])", file.name.lower())
     return found[1] if found else None
 
 
 def load_shards(folder: Path, verify: bool = False) -> Shards:
-    """Find and check the shards in `folder`; `shards.json` is used if there is one. `verify` reads them all
-    and compares their sums.
+    """Find the shards in `folder` and check them, against `shards.json` if there is one. `verify` reads them
+    all and compares their SHA-256.
 
-    Raises InputError when the folder, a split or a shard is missing or damaged.
+    Raises InputError if the folder, a split or a shard is missing or damaged.
     """
     if not folder.is_dir():
         raise InputError(
@@ -367,7 +367,7 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
 
 def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
     """Verify the shards in `folder`, whoever made them, and print what they hold. Raises InputError, naming
-    the shard, when one is damaged or holds ids beyond the encoding's."""
+    the shard, if one is damaged or holds ids beyond the encoding's."""
     if not folder.is_dir():
         raise InputError(f"--check {folder}: no such folder")
     shards = load_shards(folder, verify=True)

@@ -1,4 +1,4 @@
-"""A stream of documents as a stream of tokens, in threads."""
+"""Tokenize a stream of documents, in threads."""
 
 import contextlib
 from collections import deque
@@ -12,7 +12,7 @@ from support.encodings import END_OF_TEXT
 import numpy as np
 import tiktoken
 
-TASK = 250_000  # characters that a thread takes at a time
+TASK = 250_000  # characters in a thread's task
 REMARKS = {
     "null": "null rows skipped",
     "empty": "empty documents (only their <|endoftext|> is written)",
@@ -26,8 +26,8 @@ Encoded = tuple[Piece, np.ndarray, set[str]]  # a piece, its tokens (n,) uint16,
 def encode_stream(stream: Iterable[Piece], encoding: tiktoken.Encoding, workers: int) -> Iterator[Encoded]:
     """Each piece with its tokens and remarks, in input order.
 
-    Threads are enough: tiktoken lets go of Python's lock while it works. Each has at most three tasks
-    waiting, so memory is bounded however large the input.
+    Threads suffice: tiktoken releases the GIL while it works. At most three tasks per thread are waiting, so
+    memory is bounded however large the input.
     """
     with ThreadPoolExecutor(workers) as pool:
         in_flight: deque[Future[list[Encoded]]] = deque()
@@ -38,12 +38,12 @@ def encode_stream(stream: Iterable[Piece], encoding: tiktoken.Encoding, workers:
                     yield from in_flight.popleft().result()
             while in_flight:
                 yield from in_flight.popleft().result()
-        finally:  # the reader may stop early (--max_tokens): drop what nobody waits for
+        finally:  # the caller may stop early (--max_tokens): drop pending tasks
             pool.shutdown(cancel_futures=True)
 
 
 def in_tasks(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """The pieces in lists of about TASK characters."""
+    """Group the pieces into lists of about TASK characters."""
     task: list[Piece] = []
     characters = 0
     for piece in stream:
@@ -57,8 +57,8 @@ def in_tasks(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[Encoded]:
-    """What `encode_piece` makes of each piece. Where none is remarkable, one call does for all: threads wait
-    for Python's lock at the end of a call, and there are too many documents for that."""
+    """Apply `encode_piece` to each piece. If none is special, one call encodes them all: every call ends by
+    waiting for the GIL, which would be too slow for each of so many documents."""
     texts = [piece.text for piece in pieces if piece.text and piece.begins and piece.ends]
     if len(texts) == len(pieces) and not any(END_OF_TEXT in text for text in texts):
         joined = "".join(END_OF_TEXT + text for text in texts)
@@ -70,8 +70,8 @@ def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[Encode
 
 
 def encode_piece(encoding: tiktoken.Encoding, piece: Piece) -> tuple[np.ndarray, set[str]]:
-    """The tokens of a piece, (n,) uint16, behind an <|endoftext|> if a document begins; and what there is to
-    remark on, as keys of REMARKS.
+    """The tokens of a piece, (n,) uint16, after <|endoftext|> if it begins a document; and its remarks, as
+    keys of REMARKS.
 
     Raises InputError for what tiktoken can't tokenize: a million characters of exotic white space.
     """

@@ -1,4 +1,4 @@
-"""Numbers and texts as a reader likes them."""
+"""Format numbers and text for people."""
 
 import math
 
@@ -23,13 +23,13 @@ def duration(seconds: float) -> str:
 
 
 def file_size(n_bytes: float) -> str:
-    """1.2 GB, 350 MB; of 10**9 and 10**6 bytes, as disks are sold."""
+    """1.2 GB, 350 MB; GB and MB are 10**9 and 10**6 bytes, as disks are sold."""
     return f"{n_bytes / 1e9:,.1f} GB" if n_bytes >= 1e9 else f"{math.ceil(n_bytes / 1e6)} MB"
 
 
 def printable(text: str) -> str:
-    """A model's text for a terminal: line breaks indented, other white space as a space, and U+FFFD for what
-    can't be shown."""
+    """A model's text for a terminal: line breaks are indented, other white space becomes a space, and
+    unprintable characters become U+FFFD."""
     lines = text.replace("\r\n", "\n").split("\n")
     return "\n    ".join(
         "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in line)

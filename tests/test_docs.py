@@ -84,6 +84,12 @@ def test_every_file_and_test_that_is_named_exists():
             assert name in tests, f"{page.name}: {name}"
 
 
+def test_every_room_is_on_the_map():
+    page = (ROOT / "docs/reading.md").read_text(encoding="utf-8")
+    rooms = {file.name for file in ROOT.glob("support/*.py")} - {"__init__.py"}
+    assert {name for name in re.findall(r"^\| `(\w+\.py)` \|", page, re.MULTILINE)} == rooms
+
+
 def test_no_page_knows_this_machine():
     for page in PAGES:
         text = page.read_text(encoding="utf-8")

@@ -116,8 +116,8 @@ def plain_training(text_shards, steps, clip):
 
 @pytest.mark.parametrize("clip", [0.4, 1e9])
 def test_training_is_what_it_says_step_by_step(clip, text_shards, tmp_path):
-    """Four steps of the script, in micro-batches, beside the same written out. The norm changes from
-    step to step, so clipping at 0.4 shows in the weights, though AdamW does not care for a constant factor."""
+    """Four steps of the script, in micro-batches, beside the same written out. The norm changes from step to
+    step, so clipping shows in the weights, though AdamW does not care for a constant factor."""
     flags = ("--max_steps=4", "--warmup_steps=4", "--no_shuffle", "--micro_batch_size=2", "--val_every=0")
     flags = (*flags, "--sample_every=0", f"--grad_clip={clip}", f"--data_dir={text_shards}")
     call("train_gpt2.py", *TINY, *flags, f"--log_dir={tmp_path}")
