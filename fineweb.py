@@ -67,7 +67,7 @@ class ShardConfig:
     """Its configuration; default: for FineWeb-Edu sample-10BT (there are sample-100BT and sample-350BT), for
     another dataset its own default."""
     revision: str = "main"
-    """Its branch, tag or commit; what it stands for at the start is used to the end, and recorded."""
+    """Its branch, tag or commit; resolved to a commit at the start, and recorded."""
     text_column: str = "text"
     """The column of a parquet file, or the key of a JSON line, that holds the text."""
     # -- what is written
@@ -122,8 +122,8 @@ def check_disk(config: ShardConfig, files: list[File], n_tokens: int) -> str:
     needed, free = 2 * (estimate - n_tokens) + downloads, shutil.disk_usage(config.output_dir).free
     at_once = ("all downloads" if config.keep_downloads else "two downloads") + " and " if sizes else ""
     summary = (
-        f"about {estimate:,.0f} tokens in {plural(math.ceil(estimate / config.shard_size), 'shard')}; takes "
-        f"up to {file_size(needed)} of disk ({at_once}the shards), {file_size(free)} are free"
+        f"about {estimate:,.0f} tokens in {plural(math.ceil(estimate / config.shard_size), 'shard')}; needs "
+        f"up to {file_size(needed)} of disk space ({at_once}the shards); {file_size(free)} is free"
     )
     if needed > free:
         raise InputError(
@@ -248,7 +248,7 @@ def main(config: ShardConfig) -> None:
     print(f"{name}: {plural(len(files), 'file')}, {size}; {how}")
     print(f"to {folder}: {check_disk(config, files, n_tokens)}")
     if n_tokens:
-        print(f"going on after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
+        print(f"resuming after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
 
     hub = None
     if from_hub:  # with --max_tokens, the next file may not be needed
@@ -266,7 +266,7 @@ def main(config: ShardConfig) -> None:
     held.close()
     print(closing_line(folder, record, record["tokens"] - n_tokens, time.monotonic() - started))
     if record["tokens"] * BYTES_PER_TOKEN[config.encoding] < LITTLE:
-        print("note: this is less than a million characters; a model learns so little text by heart")
+        print("note: less than a million characters of text; a model will memorize it")
 
 
 if __name__ == "__main__":

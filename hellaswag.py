@@ -29,7 +29,7 @@ from typing import Any, Literal
 from support.cli import CommandError, InputError, run_command
 from support.device import autocast_to, choose_device, pack_for_cpu, to_device
 from support.encodings import get_encoding
-from support.hub import hub_errors
+from support.hub import hub_or_disk
 from support.huggingface import find_model
 from support.kv_cache import KVCache
 from support.processes import World
@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)
-# The most tokens in a batch. For the 124M model in float32, the keys and values of each take 74 kB: 0.6 GB.
+# The most tokens in a batch: 0.6 GB of keys and values for the 124M model in float32, 74 kB each.
 TOKENS_PER_BATCH = 8_192
 LOGITS_AT_ONCE = 128  # tokens; their float32 logits and softmax take 0.05 GB
 ROWS_AT_ONCE = 32
@@ -58,9 +58,9 @@ class ScoreConfig:
     """Score GPT-2s on HellaSwag's validation items."""
 
     model: tuple[str, ...] = ("gpt2",)  # Hub names (gpt2, gpt2-medium, ...), checkpoint or run folders
-    protocol: Protocol = "tutorial"  # how an item is put and an ending scored; see the top of hellaswag.py
+    protocol: Protocol = "tutorial"  # how prompts are built and endings scored; see the top of hellaswag.py
     data: Path | None = None  # items as JSON lines; default: the validation split from the Hub
-    limit: int | None = None  # score only so many items, spread evenly over all; default: all
+    limit: int | None = None  # score only this many items, spread evenly; default: all
     save_predictions: Path | None = None  # write a JSON line per item here
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -159,9 +159,9 @@ def load_items(file: Path | None = None, limit: int | None = None, flag: str = "
     """
     if file is None:
         print(f"looking for {DATASET} on the Hugging Face Hub", file=sys.stderr)
-        with hub_errors(f"{DATASET} (a local copy works too: {flag} FILE.jsonl)"):
-            import datasets
+        import datasets
 
+        with hub_or_disk(f"{DATASET} (a local copy works too: {flag} FILE.jsonl)"):
             rows = datasets.load_dataset(DATASET, split="validation")
         check_complete(rows)
         return spread([to_item(row, f"{DATASET}, item {n}") for n, row in enumerate(rows)], limit)

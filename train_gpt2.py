@@ -314,7 +314,7 @@ class GPT(nn.Module):
         Args:
             idx: (B, T) int64 token ids, T at most block_size.
             targets: (B, T) int64, the token after each position; -100 where none counts.
-            caches: of `new_caches`, to go on after what they have read; then idx holds only what is new.
+            caches: from `new_caches`; they hold what was read before, and idx only the tokens after it.
 
         Returns:
             logits (B, T, vocab_size) and the loss in nats, a scalar, or None without targets. With
@@ -406,9 +406,9 @@ class GPT(nn.Module):
         write_model(Path(folder), self.config.sizes, tensors)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
-        """`idx`, (B, T), and how it goes on: (B, T + max_new_tokens) int64. The model's most likely tokens
-        are weighed against one another and one is drawn, again and again; support/sampling.py says how, and
-        which `options` (temperature, top_k, top_p, seed) there are."""
+        """Continue each row of `idx`, (B, T): returns (B, T + max_new_tokens) int64. Each new token is drawn
+        from the model's probabilities for it; support/sampling.py has the loop and explains the `options`
+        temperature, top_k, top_p and seed."""
         return torch.cat((idx, *stream(self, idx, max_new_tokens, **options)), dim=1)
 
 
@@ -734,7 +734,7 @@ def main(config: TrainConfig) -> None:
         world.from_main(lambda: run.require(step))
     world.disconnect()
     if stopping:
-        progress.close(f"stopped at step {step}, state saved; the same command with --resume goes on")
+        progress.close(f"stopped at step {step}, state saved; run the same command with --resume to continue")
         world.exit(128 + (stop.received or signal.SIGTERM))
     progress.finish(step, val_loss, score)
     world.exit(0)

@@ -64,9 +64,8 @@ def main(config: Config) -> None:
     for way, values in rates.items():
         quiet = rates[f"quiet, {way.split(', ')[1]}"]
         kept = spread([a / b for a, b in zip(values, quiet, strict=True)], ".0%")
-        print(
-            f"{way:14} {spread(values, '7,.0f')} tokens/s, {kept} of the quiet rate ({SPINS[way.split(', ')[1]]})"
-        )
+        whose = SPINS[way.split(", ")[1]]
+        print(f"{way:14} {spread(values, '7,.0f')} tokens/s, {kept} of the quiet rate ({whose})")
     quiet = [a / b for a, b in zip(rates["quiet, 1000"], rates["quiet, 300000"], strict=True)]
     print(f"quiet, 1000 turns against 300,000: {spread(quiet, '.2f')} x")
     if config.out:

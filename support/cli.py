@@ -115,7 +115,7 @@ def check_first_word(config: Any, arguments: list[str], usual_flag: str) -> None
     """Raises InputError if the first word is neither a flag nor a subcommand."""
     commands = [command.__name__.lower() for command in get_args(config)]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        raise InputError(f"{arguments[0]!r} lacks its flag; did you mean {usual_flag} {arguments[0]}?")
+        raise InputError(f"{arguments[0]!r} stands alone; did you mean {usual_flag} {arguments[0]}?")
 
 
 def whole_number(text: str) -> int:
@@ -145,7 +145,7 @@ def integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pri
 
 
 def help_of(config: Any, options: dict[str, Any]) -> str:
-    """tyro's --help with our headings, without defaults of None: each flag's text explains its own."""
+    """tyro's --help with our headings; defaults of None are left out, since each flag explains its own."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         try:
             parse(config, options)

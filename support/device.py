@@ -41,7 +41,7 @@ def choose_device(name: str = "auto") -> torch.device:
     if name == "auto":
         name = next(kind for kind, is_there in available.items() if is_there)
     if not available[name]:
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds none here")
+        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device")
     return torch.device(name)
 
 
@@ -139,8 +139,8 @@ def to_device(device: torch.device, *values: torch.Tensor | np.ndarray) -> list[
 
 
 class PackedLinear(nn.Module):
-    """A linear layer with its weight in oneDNN's (PyTorch's CPU matrix library) preferred layout: 1.1 to 5
-    times as fast for the one or eight rows of a decoding step, but not for training's thousands."""
+    """A linear layer with its weight in the layout that oneDNN, PyTorch's CPU matrix library, prefers: 1.1 to
+    5 times as fast for the one or eight rows of a decoding step, but not for training's thousands."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()

@@ -82,8 +82,7 @@ def local_files(patterns: Iterable[str], output_dir: Path | None = None) -> list
     for path in paths.values():
         if not path.name.endswith(KINDS):
             raise InputError(
-                f"--input {path}: ends in {path.suffix or 'nothing'}; what can be read ends in "
-                f"{', '.join(KINDS)}"
+                f"--input {path}: ends in {path.suffix or 'nothing'}; supported are {', '.join(KINDS)}"
             )
     names = [path.name for path in paths.values()]
     if len(set(names)) < len(names):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from support.cli import CommandError, InputError, RunFault
 from support.documents import KINDS, File
@@ -70,19 +70,18 @@ def retried(wanted: str, fetch: Callable[[], T]) -> T:
             with hub_errors(wanted):
                 return fetch()
         except RunFault as fault:
-            tqdm.write(f"{fault if n == 0 else 'still not'}; trying again in {wait} s", file=sys.stderr)
+            tqdm.write(f"{fault if n == 0 else 'still failing'}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
     try:
         with hub_errors(wanted):
             return fetch()
     except RunFault as fault:
-        raise RunFault(f"{fault}; nothing is lost, the same command goes on") from fault
+        raise RunFault(f"{fault}; nothing is lost; run the same command again to continue") from fault
 
 
 @functools.cache
 def hub_answers() -> bool:
-    """Whether the Hub can be reached. Checked once, with a short timeout: huggingface_hub itself tries for
-    half a minute, for every file."""
+    """Whether the Hub can be reached, asked once and with little patience."""
     from huggingface_hub import constants, get_session
 
     try:
@@ -92,22 +91,51 @@ def hub_answers() -> bool:
     return True
 
 
+@contextlib.contextmanager
+def hub_or_disk(wanted: str) -> Iterator[None]:
+    """`hub_errors`, for what may lie on this disk from an earlier download.
+
+    If the Hub can't be reached, its libraries look at the disk alone. By themselves they would try to reach
+    the Hub for half a minute first, and then not say so.
+    """
+    from huggingface_hub import constants
+
+    if hub_answers():
+        with hub_errors(wanted):
+            yield
+        return
+    modules: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        with hub_errors(wanted):
+            yield
+    except CommandError as error:
+        raise RunFault(
+            f"could not fetch {wanted}: {constants.ENDPOINT} can't be reached, and there is no copy of it on "
+            "this disk"
+        ) from error
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
 # -----------------------------------------------------------------------------
 # models
 
 
 @functools.cache
 def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
-    """A Hub model's config.json and model.safetensors, downloaded if they are not on disk yet.
+    """config.json and model.safetensors of a model on the Hub, downloaded if they are not on this disk yet.
 
-    Raises InputError or RunFault; `wanted` names the model in the message.
+    Raises InputError or RunFault, in which `wanted` names the model.
     """
     from huggingface_hub import hf_hub_download
 
-    with hub_errors(wanted):
+    with hub_or_disk(wanted):
         config_file, weights_file = (
-            Path(hf_hub_download(repository, file, local_files_only=not hub_answers()))
-            for file in ("config.json", "model.safetensors")
+            Path(hf_hub_download(repository, file)) for file in ("config.json", "model.safetensors")
         )
     return config_file, weights_file
 
@@ -146,9 +174,7 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
         commit = found[2]
         names.append(found[3])
     if unreadable := [name for name in names if not name.endswith(KINDS)]:
-        raise InputError(
-            f"{dataset}: {unreadable[0]} can't be read here; what can ends in {', '.join(KINDS)}"
-        )
+        raise InputError(f"{dataset}: {unreadable[0]} can't be read here; supported are {', '.join(KINDS)}")
     folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
 
     def list_files() -> list[File]:
@@ -226,6 +252,6 @@ class Downloads:
             if path.stat().st_size == file.size and file.sha256 in (None, sha256(path)):
                 return path
             path.unlink()
-            raise OSError("what came is not what the Hub says it has (size or SHA-256)")
+            raise OSError("the download does not match the Hub's size or SHA-256")
 
         return retried(file.name, attempt)

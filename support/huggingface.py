@@ -75,8 +75,8 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
     if os.environ.get("RANK", "0") == "0":
         print(f"looking for {repository} on the Hugging Face Hub", file=sys.stderr)
     runs = [run for run in (Path("log", name), Path("log"), Path("log/demo")) if list_checkpoints(run)]
-    hint = f" (did you mean {runs[0]}?)" if runs else ""
-    return model_files(repository, f"the model {name!r}, which is no folder here either{hint},")
+    hint = f"; did you mean {runs[0]}?" if runs else ""
+    return model_files(repository, f"the model {name!r} (no folder here has that name{hint})")
 
 
 def read_sizes(config_file: Path) -> Sizes:

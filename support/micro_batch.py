@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 LOSS_CHUNKS = 8  # when memory is short, logits exist for one chunk of a micro-batch at a time
-ENOUGH_TOKENS = 2**13  # above this, a larger micro-batch gains less than chunks would cost
+ENOUGH_TOKENS = 2**13  # tokens from which a larger micro-batch gains less than chunks would cost
 MOST_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # per micro-batch, at most
 
 
@@ -187,7 +187,7 @@ def fit_to_device(
         try:
             fit = search(plan, model, raw_model, True, autocast, world, print, make_optimizer)
         except CompilationFault as fault:
-            print(f"torch.compile failed, training goes on without it ({fault})")
+            print(f"torch.compile failed, training continues without it ({fault})")
             compiled, note = False, f"off: it failed ({fault})"
             del model  # also frees the gradient buffers of its wrapper
             free_memory(world.device)
@@ -254,7 +254,7 @@ def search(
                 torch.compiler.reset()  # a function is compiled for a limited number of shapes
         return reason is None
 
-    print(f"warm-up: a step with a micro-batch of {plural(plan.sizes[0], 'row')}, the largest to try")
+    print(f"warm-up: trying a micro-batch of {plural(plan.sizes[0], 'row')}")
     found = 0, 0
     own_fault: InputError | CompilationFault | None = None
     try:

@@ -121,7 +121,7 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             # After a restart (`torchrun --max_restarts`), the store still holds the addresses of dead
-            # processes, and gloo may wait for them. (Each host counts its own restarts: see the README.)
+            # processes, and gloo may wait for them. (Each host counts its own restarts: see docs/recipes.md.)
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     return World(rank, world_size, device)
@@ -144,7 +144,7 @@ def faults_in_one_line() -> Iterator[None]:
         if not isinstance(error, dist.DistError) and "gloo" not in first_line.lower():
             raise
         raise RunFault(
-            "lost contact with another process, which died or was cut off; go on with --resume "
+            "lost contact with another process, which died or was cut off; continue with --resume "
             f"({first_line[:150]})",
             this_process_only=True,
         ) from error
@@ -179,7 +179,7 @@ class StopSignals:
             self.print("stopping when this step is finished and saved; Ctrl-C again ends at once")
         # torchrun forwards a Ctrl-C that the terminal has already sent to us: not a second one
         elif number == signal.SIGINT and time.monotonic() - self.at > 0.5:
-            self.print("ended at once; --resume goes on from the last checkpoint, if there is one")
+            self.print("ended at once; --resume continues from the last checkpoint, if there is one")
             os._exit(128 + number)
 
     def print(self, text: str) -> None:

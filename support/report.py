@@ -79,7 +79,7 @@ def gather_facts(
         "device": device_name(world.device),
         "world_size": world.size,
         "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {fit.compile_note}",
-        "attention": f"the first that works of {backends}",
+        "attention": f"the first available of {backends}",
         "memory": plan.memory + (", the blocks recomputed" if config["recompute"] else ""),
         "micro_batch_size": fit.rows,
         "loss_chunks": fit.loss_chunks,
@@ -125,9 +125,9 @@ def describe(facts: Facts, dollars_so_far: float) -> str:
         rows["HellaSwag"] = "off"
     if facts["warm_up_step_seconds"]:
         left = facts["warm_up_step_seconds"] * config["max_steps"]
-        rows["time"] = f"about {duration(left)} of training, judging by the warm-up"
+        rows["time"] = f"about {duration(left)} of training, estimated from the warm-up"
         if left > A_LONG_TIME and facts["device"].startswith("cpu"):
-            rows["time"] += "; for a CPU there is --demo"
+            rows["time"] += "; on a CPU, try --demo"
     if price := config["dollars_per_hour"]:
         rows["cost"] = f"${price:,.2f} an hour, ${dollars_so_far:,.2f} so far"
     if config["warmup_steps"] >= config["max_steps"] > 0:
@@ -136,7 +136,7 @@ def describe(facts: Facts, dollars_so_far: float) -> str:
             "steps; see --warmup_steps"
         )
     elif tokens > MANY_EPOCHS * data["train_tokens"]:
-        rows["note"] = f"more than {MANY_EPOCHS} epochs: a model may learn the text by heart; see --max_steps"
+        rows["note"] = f"more than {MANY_EPOCHS} epochs: the model may memorize the text; lower --max_steps"
     elif data["train_tokens"] < LITTLE_DATA:
         rows["note"] = f"less than {LITTLE_DATA:,} tokens: too little to learn a language from"
     lines = [f"{name + ':':12} {value}" for name, value in rows.items()]
@@ -185,7 +185,7 @@ class Progress:
 
     @property
     def spent(self) -> dict[str, float]:
-        """Seconds of training and of everything else, and tokens trained on, in all parts of the run."""
+        """Seconds of training, seconds of everything else, and tokens trained on, over all parts of the run."""
         other = time.perf_counter() - self.started - self.training_seconds
         return {
             "training": self.before["training"] + self.training_seconds,
@@ -230,7 +230,7 @@ class Progress:
             send()
         except Exception as error:
             self.tracker = None
-            self.print(f"--tracker {self.config['tracker']} failed, training goes on without it: {error}")
+            self.print(f"--tracker {self.config['tracker']} failed, training continues without it: {error}")
 
     def validation(self, step: int, loss: float) -> None:
         """Report a validation loss, in nats per token."""
@@ -390,7 +390,7 @@ def closing_table(facts: Facts) -> str:
         rows.append(("HellaSwag", value, fair if comparable_hellaswag(facts) else ""))
     training, other = duration(3600 * result["training_hours"]), duration(3600 * result["other_hours"])
     rows.append(("tokens", f"{result['tokens']:,}", ""))
-    rows.append(("time", f"{training} of training, {other} of everything else", ""))
+    rows.append(("time", f"{training} of training, {other} of evaluation, saving and start-up", ""))
     if result["tokens_per_second"]:
         rows.append(("speed", f"{result['tokens_per_second']:,.0f} tokens/s, the mean of all steps", ""))
     if result["dollars"] is not None:

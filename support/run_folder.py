@@ -68,8 +68,8 @@ class RunFolder:
         begun = self.holds_a_run()
         if begun and not resume:
             raise InputError(
-                f"{self.path} already holds a run; go on with --resume, choose another --log_dir, or delete "
-                "the folder to start over"
+                f"{self.path} already holds a run; continue it with --resume, choose another --log_dir, or "
+                "delete the folder to start over"
             )
         self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
         if begun:
@@ -120,7 +120,7 @@ class RunFolder:
                 UnpicklingError,
             ) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
-                self.print(f"DAMAGED: {folder}: {reason}; passing over it")
+                self.print(f"DAMAGED: {folder}: {reason}; skipping it")
                 damaged.append(folder.name)
                 continue
             self.checkpoint, self.trainer = folder, trainer
@@ -246,7 +246,10 @@ class RunFolder:
     def require(self, step: int) -> None:
         """Raises RunFault unless `step` has a checkpoint: the end of a run must not be lost silently."""
         if not (self.path / f"checkpoint_{step:05d}").exists():
-            raise RunFault(f"the end of the run, step {step}, could not be saved; make room, then --resume")
+            raise RunFault(
+                f"the end of the run, step {step}, could not be saved; free some disk space, then run it again "
+                "with --resume"
+            )
 
 
 def step_of(checkpoint: Path) -> int:

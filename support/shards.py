@@ -147,8 +147,8 @@ class ShardWriter:
             self.buffer = np.empty(min(settings["shard_size"], self.left), np.uint16)  # the shard in progress
         except (MemoryError, ValueError) as error:
             raise InputError(
-                f"--shard_size {settings['shard_size']}: a shard is held in memory while it is filled, and "
-                f"{settings['shard_size'] / 5e8:,.0f} GB are not to be had"
+                f"--shard_size {settings['shard_size']}: each shard is built in memory, and "
+                f"{settings['shard_size'] / 5e8:,.0f} GB could not be allocated"
             ) from error
         self.filled, self.skip = 0, shards[-1]["ends_at"]["token"] if shards else 0
         self.ends_at: Place = {"file": "", "document": 0, "token": 0}  # where the next token comes from
@@ -188,8 +188,8 @@ class ShardWriter:
             write_file(path, lambda file: np.save(file, self.buffer[: self.filled]))
         except OSError as error:
             raise RunFault(
-                f"{path} could not be written ({error.strerror or in_words(error)}); make room, then the "
-                "same command goes on"
+                f"{path} could not be written ({error.strerror or in_words(error)}); free some disk space, "
+                "then run the same command again"
             ) from error
         shards.append({"file": path.name, "tokens": self.filled, "sha256": sha256(path),
                        "ends_at": self.ends_at.copy(), "documents": self.documents,
@@ -251,7 +251,7 @@ def drop_damaged(folder: Path, record: Record) -> bool:
                 continue
         except InputError:
             pass
-        print(f"{folder / shard['file']} is missing or damaged: going on from there")
+        print(f"{folder / shard['file']} is missing or damaged: continuing from there")
         del record["shards"][i:]
         return True
     return False
@@ -277,7 +277,7 @@ class Shards:
 
 
 def open_shard(file: Path) -> np.ndarray:
-    """Memory-map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (header: 256 int32, from 20240520, 1, n).
+    """Memory-map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (header: 256 int32, first 20240520, 1, n).
 
     Raises InputError, naming the file, for anything else.
     """
@@ -324,8 +324,8 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
     files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
     if (folder / PARTIAL).exists():
         raise InputError(
-            f"{folder} is not finished: run the same fineweb.py command again to go on, or remove {PARTIAL} "
-            "to use what there is"
+            f"{folder} is not finished: run the same fineweb.py command again to continue, or remove "
+            f"{PARTIAL} to use what there is"
         )
     record, entries = None, {}
     if (folder / "shards.json").exists():

@@ -43,7 +43,7 @@ def test_what_is_no_whole_number(text):
 def test_a_word_without_its_flag(script, hint):
     done = call(script, "log/demo", check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: 'log/demo' lacks its flag; did you mean {hint}?\n"
+    assert done.stderr == f"error: 'log/demo' stands alone; did you mean {hint}?\n"
 
 
 def test_help_quotes_as_people_do():

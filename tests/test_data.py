@@ -84,6 +84,14 @@ def test_unshuffled_on_one_process_is_the_tutorials_sequence(shards):
         assert np.array_equal(y.numpy(), buffer[1:].reshape(B, T))
 
 
+def test_the_last_window_of_a_shard_has_a_token_after_it(tmp_path):
+    """64 tokens hold 8 rows of 8 inputs, but the last one lacks its last target."""
+    loader = train_loader(load_shards(make_shards(tmp_path, [50, 64, 65])), shuffle=False)
+    assert loader.windows_of.tolist() == [7, 8]
+    x, y = loader.windows(0, loader.n_windows)
+    assert x.shape == y.shape == (15, T)
+
+
 def test_the_loader_has_no_state(shards):
     loader = train_loader(shards, batch_size=4, rows_per_step=8, seed=1)
     later = loader.batch(9, 1)[0]

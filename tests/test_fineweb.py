@@ -308,7 +308,7 @@ def test_a_full_disk_is_named_and_gone_on_from(tmp_path):
     done = run("-c", small, *flags, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
     assert "edufineweb_val_000000.npy could not be written" in done.stderr
-    assert "make room, then the same command goes on" in done.stderr
+    assert "free some disk space, then run the same command again" in done.stderr
     call("fineweb.py", *flags)
     assert tokens_in(tmp_path / "out") == stream_of(["a word " * 9000])
 
@@ -427,7 +427,7 @@ def test_killed_after_every_shard_it_ends_the_same(tmp_path):
     refused = call("fineweb.py", *command, f"--output_dir={tmp_path}/out", "--max_tokens=20000", check=False)
     assert "max_tokens was None, is 20000" in refused.stderr
     mended = call("fineweb.py", *command, f"--output_dir={tmp_path}/out").stdout
-    assert "going on after 2 finished shards" in mended
+    assert "resuming after 2 finished shards" in mended
     (tmp_path / "out/.lock").unlink()
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == expected
 
@@ -595,7 +595,7 @@ def test_a_bad_line_costs_time_and_nothing_else(hub, tmp_path):
     ranges = {name: [range_ for _, _, range_ in downloads_of(requests, name)] for name in faults}
     go_on = "bytes=10485760-"
     assert list(ranges.values()) == [[None, go_on, None], [None, go_on], [None, None]]
-    assert "not what the Hub says it has (size or SHA-256); trying again in 1 s" in done.stderr
+    assert "the download does not match the Hub's size or SHA-256; trying again in 1 s" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -619,7 +619,7 @@ def test_a_line_that_stays_bad_ends_with_one(fault, status, message, hub, tmp_pa
         finished = {path: sha256(path) for path in (tmp_path / "out").glob("*.npy")}
         assert finished
         done = run("fineweb.py", *arguments, env=env)
-    assert f"going on after {len(finished)} finished shards" in done.stdout
+    assert f"resuming after {len(finished)} finished shards" in done.stdout
     assert {path: sha256(path) for path in finished} == finished
     assert tokens_in(tmp_path / "out") == stream_of(texts)
     assert len(downloads_of(requests, "000_00000.parquet")) == 1

@@ -280,6 +280,6 @@ def test_training_goes_on_where_compilation_fails(monkeypatch, text_shards, tmp_
         raise OSError("no space for the compiler")
 
     said = compiled_run(monkeypatch, broken, text_shards, tmp_path / "log")
-    assert said.count("torch.compile failed, training goes on without it (BackendCompilerFailed") == 1
+    assert said.count("torch.compile failed, training continues without it (BackendCompilerFailed") == 1
     assert "torch.compile off: it failed" in said
     assert "done: 5 steps" in said

@@ -303,7 +303,7 @@ def test_a_folder_is_taken_only_where_nothing_is_lost(holds, tmp_path):
     if holds == "evaluations":
         assert folder.open(False, {}) == folder.interruptions == 0
     else:
-        with pytest.raises(InputError, match="already holds a run; go on with --resume"):
+        with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
             folder.open(False, {})
 
 
@@ -360,7 +360,7 @@ def test_a_full_disk_loses_nothing(flags, tmp_path, undisturbed):
     full = faulty(f"disk={size // 2}", *flags, "--resume", check=False)
     assert full.returncode == 1
     assert full.stdout.count("NOT SAVED") >= 2
-    assert "could not be saved; make room, then --resume" in full.stderr
+    assert "could not be saved; free some disk space, then run it again with --resume" in full.stderr
     assert full.stderr.count("\n") == 1
     assert {file: sha256(file) for file in before} == before
     assert not list((tmp_path / "log").glob("*.tmp"))

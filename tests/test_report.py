@@ -129,7 +129,7 @@ def test_what_may_surprise_is_noted():
 
 def test_a_run_that_a_cpu_can_not_finish_says_so_at_once():
     hopeless = table_of(19_073, 10**10, warm_up_step_seconds=20_000.0, device="cpu (x86_64, 2 cores)")
-    assert "about 4,415 days of training, judging by the warm-up; for a CPU there is --demo" in hopeless
+    assert "about 4,415 days of training, estimated from the warm-up; on a CPU, try --demo" in hopeless
     assert "time:" not in table_of(100, 10**7)
 
 
@@ -184,7 +184,7 @@ def test_the_closing_table_compares_where_it_is_fair():
     assert "3.0512 (OpenAI's GPT-2 3.2924, healthy runs 3.02 to 3.09)" in table
     assert "0.3050 +- 0.0046 on 10,042 items (OpenAI's GPT-2 0.2955, healthy runs .300 to .313)" in table
     assert "9,999,745,024" in table
-    assert "9 h 00 min of training, 1 h 00 min of everything else" in table
+    assert "9 h 00 min of training, 1 h 00 min of evaluation, saving and start-up" in table
     assert "308,634 tokens/s" in table
     assert "$20.00" in table
     assert "interruptions:   2" in table
@@ -240,7 +240,7 @@ def test_a_tracker_that_fails_is_not_worth_a_run(tmp_path, text_shards, monkeypa
     done = call(
         "train_gpt2.py", *RUN, "--tracker=wandb", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}"
     )
-    assert done.stdout.count("--tracker wandb failed, training goes on without it: no route to host") == 1
+    assert done.stdout.count("--tracker wandb failed, training continues without it: no route to host") == 1
     assert "done: 6 steps" in done.stdout
 
 

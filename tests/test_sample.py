@@ -145,7 +145,7 @@ def test_a_model_that_is_elsewhere_is_pointed_out(model_folder, tmp_path, monkey
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
-    with pytest.raises(RunFault, match=re.escape("no folder here either (did you mean log/demo?),")):
+    with pytest.raises(RunFault, match=re.escape("no folder here has that name; did you mean log/demo?)")):
         find_model("demo")
     Path("log/demo").rename("log/gpt2")  # OpenAI's weights stay what the name means
     with pytest.raises(RunFault):
