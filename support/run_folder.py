@@ -247,8 +247,8 @@ class RunFolder:
         """Raises RunFault unless `step` has a checkpoint: the end of a run must not be lost silently."""
         if not (self.path / f"checkpoint_{step:05d}").exists():
             raise RunFault(
-                f"the end of the run, step {step}, could not be saved; free some disk space, then run it again "
-                "with --resume"
+                f"the end of the run, step {step}, could not be saved; free some disk space, then "
+                "run it again with --resume"
             )
 
 

@@ -86,9 +86,8 @@ def test_every_file_and_test_that_is_named_exists():
 
 def test_every_test_that_the_fault_table_names_exists():
     """`-k NAME` must find something."""
-    tests = re.findall(
-        r"^def test_(\w+)", "\n".join(f.read_text() for f in ROOT.glob("tests/*.py")), re.MULTILINE
-    )
+    sources = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/*.py"))
+    tests = re.findall(r"^def test_(\w+)", sources, re.MULTILINE)
     page = (ROOT / "docs/recovery.md").read_text(encoding="utf-8")
     rows = page.split("## How each row is tested")[1]
     names = [name for name in re.findall(r"`(\w+)`", rows) if "_" in name]
