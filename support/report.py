@@ -185,7 +185,7 @@ class Progress:
 
     @property
     def spent(self) -> dict[str, float]:
-        """Seconds of training, seconds of everything else, and tokens trained on, over all parts of the run."""
+        """Seconds of training, seconds of everything else, and tokens trained on, in all parts of the run."""
         other = time.perf_counter() - self.started - self.training_seconds
         return {
             "training": self.before["training"] + self.training_seconds,

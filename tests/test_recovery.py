@@ -455,9 +455,12 @@ def test_a_run_without_a_scaler_resumes_with_one(tmp_path):
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter])
     folder = RunFolder(tmp_path, True, print)
-    folder.trainer = {"optimizer": optimizer.state_dict(), "scaler": {}, "rng": torch.get_rng_state()}
+    before = torch.get_rng_state()
+    folder.trainer = {"optimizer": optimizer.state_dict(), "scaler": {}, "rng": before}
     scaler = torch.amp.GradScaler("cpu", enabled=True)
+    torch.rand(3)
     folder.restore(optimizer, scaler, 3, World(0, 1, torch.device("cpu")))
+    assert torch.equal(torch.get_rng_state(), before)
     assert scaler.get_scale() == 65536.0
 
 
