@@ -32,7 +32,7 @@ from support.divergence import check_finite
 from support.encodings import get_encoding
 from support.huggingface import Sizes, find_model, read_sizes, read_tensors, write_model
 from support.kv_cache import KVCache
-from support.loss import chunked_cross_entropy
+from support.loss import next_token_loss
 from support.micro_batch import fit_to_device, plan_micro_batch
 from support.processes import StopSignals, World, faults_in_one_line, start_processes
 from support.report import Progress, gather_facts, tensor_table
@@ -308,29 +308,24 @@ class GPT(nn.Module):
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None, caches: list[KVCache] | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """The logits of the next token at every position and, given targets, their mean cross-entropy.
+    ) -> torch.Tensor:
+        """Given targets, the loss: the mean cross-entropy in nats, a scalar. Without, the logits of the next
+        token at every position, (B, T, vocab_size).
+
+        Training gets the loss alone: logits that are returned must be kept, and get a gradient of zeros.
 
         Args:
             idx: (B, T) int64 token ids, T at most block_size.
             targets: (B, T) int64, the token after each position; -100 where none counts.
             caches: from `new_caches`; they hold what was read before, and idx only the tokens after it.
 
-        Returns:
-            logits (B, T, vocab_size) and the loss in nats, a scalar, or None without targets. With
-            `loss_chunks` above 1 and targets, the logits are None: they never exist as a whole.
-
         Raises:
             ValueError: the sequence is longer than block_size.
         """
         hidden = self.hidden_states(idx, caches)
-        if targets is not None and self.loss_chunks > 1:
-            return None, chunked_cross_entropy(self.head, hidden, targets, self.loss_chunks)
-        logits = self.head(hidden)
-        loss = None
-        if targets is not None:
-            loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
-        return logits, loss
+        if targets is None:
+            return self.head(hidden)
+        return next_token_loss(self.lm_head, hidden, targets, self.config.vocab_size, self.loss_chunks)
 
     def hidden_states(self, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """The residual stream after the last block and its norm: (B, T) token ids to (B, T, n_embd)."""
@@ -576,7 +571,7 @@ def estimate_val_loss(
         x, y = F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-100)
         x, y = to_device(world.device, x, y)
         with fast_attention(world.device), autocast:
-            _, loss = model(x, y)
+            loss = model(x, y)
         losses.append(loss.float() * count)
     return world.sum(torch.stack(losses).cpu().double().sum()).item() / loader.n_windows
 
@@ -707,7 +702,7 @@ def main(config: TrainConfig) -> None:
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with fast_attention(device):
                 with autocast:
-                    _, loss = model(x, y)
+                    loss = model(x, y)
                 loss = loss / grad_accum_steps  # gradients add up over micro-steps; the loss is a mean
                 loss_sum += loss.detach()
                 scaler.scale(loss).backward()

@@ -55,7 +55,7 @@ def one_at_a_time(model: GPT, items: list[Item]) -> list[list[float]]:
             tokens[i, : len(row)] = torch.tensor(row)
             mask[i, len(context) : len(row)] = 1
         tokens, mask = tokens.to(device), mask.to(device)
-        logits = model(tokens)[0]
+        logits = model(tokens)
         loss = F.cross_entropy(
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         )

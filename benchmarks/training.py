@@ -76,7 +76,7 @@ def make_step(way: str, config: Config) -> Callable[[], float]:
     def loss_of() -> torch.Tensor:
         if way.startswith("ours"):
             with fast_attention(device), autocast:
-                return run(x, y)[1]
+                return run(x, y)
         with autocast:
             if way == "tutorial":
                 logits = model.lm_head(model.hidden_states(x))

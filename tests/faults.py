@@ -86,8 +86,8 @@ def faulty_forward(self, idx, targets=None):
         plain, chunked = map(int, (faults["oom"] + ":0").split(":")[:2])
         if len(idx) > (chunked if self.loss_chunks > 1 else plain):
             raise torch.OutOfMemoryError(OOM)
-    logits, loss = forward(self, idx, targets)
-    return logits, loss * float("nan") if poisoned else loss
+    loss = forward(self, idx, targets)
+    return loss * float("nan") if poisoned else loss
 
 
 train_gpt2.GPT.forward = faulty_forward

@@ -94,11 +94,10 @@ def test_a_run_elsewhere_is_pointed_out(tmp_path, monkeypatch):
 def test_openmp_threads_spin_little_unless_the_user_chose():
     """libgomp reads the variable when torch is imported; OMP_DISPLAY_ENV makes it print what it read."""
     show = {"OMP_DISPLAY_ENV": "verbose"}
-    for script in ("train_gpt2", "sample", "hellaswag"):
-        done = run("-c", f"import {script}, torch", cwd=ROOT, env=show)
-        if "GOMP_SPINCOUNT" not in done.stderr:
-            pytest.skip("this PyTorch does not use libgomp")
-        assert "GOMP_SPINCOUNT = '1000'" in done.stderr
+    done = run("-c", "import train_gpt2", cwd=ROOT, env=show)
+    if "GOMP_SPINCOUNT" not in done.stderr:
+        pytest.skip("this PyTorch does not use libgomp")
+    assert "GOMP_SPINCOUNT = '1000'" in done.stderr
     done = run("-c", "import train_gpt2", cwd=ROOT, env={**show, "GOMP_SPINCOUNT": "7"})
     assert "GOMP_SPINCOUNT = '7'" in done.stderr
     done = run("-c", "import train_gpt2", cwd=ROOT, env={**show, "OMP_WAIT_POLICY": "ACTIVE"})

@@ -42,7 +42,7 @@ def by_hand(model, item, encoding=BYTES):
     sums, means = [], []
     for ending in item.endings:
         context, continuation = encoding.encode_ordinary(item.ctx), encoding.encode_ordinary(" " + ending)
-        logits = model(torch.tensor([(context + continuation)[:-1]]))[0][0].detach()
+        logits = model(torch.tensor([(context + continuation)[:-1]]))[0].detach()
         log_probabilities = torch.log_softmax(logits, dim=-1)
         losses = [
             -log_probabilities[len(context) + i - 1, token].item() for i, token in enumerate(continuation)

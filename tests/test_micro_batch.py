@@ -275,6 +275,18 @@ def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypat
     assert ran
 
 
+def test_of_unlike_devices_the_smallest_decides(monkeypatch):
+    """What the other process found: fewer rows, the loss in chunks, a slower step."""
+    monkeypatch.setattr(World, "from_all", lambda _, own: [own, (2, 8, 9.0)] if own else [own, None])
+    raw_model = GPT(replace(SMALL, n_layer=1))
+    fit = fit_to_device(
+        micro_batch.Plan([4, 2, 1], 16, None, ""), raw_model, wrap_model, (False, "off"),
+        device.autocast_to(CPU.device, torch.float32), CPU, lambda _: None,
+        lambda: configure_optimizer(raw_model, TrainConfig(max_lr=0.0)),
+    )  # fmt: skip
+    assert (fit.rows, fit.loss_chunks, raw_model.loss_chunks, fit.seconds) == (2, 8, 8, 9.0)
+
+
 def test_training_goes_on_where_compilation_fails(monkeypatch, text_shards, tmp_path):
     def broken(*_):
         raise OSError("no space for the compiler")

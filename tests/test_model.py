@@ -50,7 +50,7 @@ def test_logits_loss_and_gradients_are_hugging_faces(preset, padded, tmp_path):
     if padded:
         model.pad_vocabulary(128)
     idx = torch.randint(0, 1001, (2, 32))
-    logits, loss = model(idx[:, :-1], idx[:, 1:])
+    logits, loss = model(idx[:, :-1]), model(idx[:, :-1], idx[:, 1:])
     expected = oracle(idx, labels=idx)
     assert torch.allclose(logits, expected.logits[:, :-1], atol=1e-4, rtol=0)
     assert abs(loss.item() - expected.loss.item()) < 1e-5
@@ -74,7 +74,7 @@ def test_saved_folder_is_a_hugging_face_model(tmp_path):
     assert not any(info.values()), info
     assert loaded.transformer.wte.weight.shape == (300, 32)
     idx = torch.randint(0, 300, (3, 64))
-    assert torch.allclose(model(idx)[0], loaded.eval()(idx).logits, atol=1e-5, rtol=0)
+    assert torch.allclose(model(idx), loaded.eval()(idx).logits, atol=1e-5, rtol=0)
 
 
 def test_what_goes_through_us_is_unchanged_to_hugging_face(tmp_path):
@@ -206,7 +206,7 @@ def test_a_cache_changes_no_logit():
         for parameter in model.parameters():
             parameter.mul_(3)  # so that a wrong position or mask shows
         idx = torch.randint(0, 300, (3, TINY.block_size))
-        whole = model(idx)[0]
+        whole = model(idx)
         for sizes in (
             [1] * TINY.block_size,
             [5, 1, 17, 2, 1, 1],
@@ -215,7 +215,7 @@ def test_a_cache_changes_no_logit():
         ):
             caches, start = model.new_caches(TINY.block_size), 0
             for size in sizes:
-                logits = model(idx[:, start : start + size], caches=caches)[0]
+                logits = model(idx[:, start : start + size], caches=caches)
                 assert torch.allclose(logits, whole[:, start : start + size], atol=1e-4)
                 start += size
         with pytest.raises(ValueError, match="longer than the model's block size"):
@@ -227,9 +227,9 @@ def test_a_cache_changes_no_logit():
         caches = model.new_caches(30)
         model(idx[:, :20], caches=caches)
         ways = torch.randint(0, 300, (6, 10))
-        logits = model(ways, caches=[cache.select(torch.arange(6) // 2, 30) for cache in caches])[0]
+        logits = model(ways, caches=[cache.select(torch.arange(6) // 2, 30) for cache in caches])
         for row in range(6):
-            alone = model(torch.cat((idx[row // 2, :20], ways[row])).unsqueeze(0))[0]
+            alone = model(torch.cat((idx[row // 2, :20], ways[row])).unsqueeze(0))
             assert torch.allclose(logits[row], alone[0, 20:], atol=1e-4)
 
 
@@ -243,7 +243,7 @@ def test_the_training_graph_knows_nothing_of_the_cache():
 
     model = GPT(TINY)
     idx = torch.randint(0, 300, (2, 16))
-    torch.compile(model, backend=backend)(idx, idx)[1].backward()
+    torch.compile(model, backend=backend)(idx, idx).backward()
     assert len(graphs) == 1
     assert sum("scaled_dot_product_attention" in target for target in graphs[0]) == TINY.n_layer
     assert not [target for target in graphs[0] if any(name in target for name in ("tril", "ones", "setitem"))]
@@ -287,7 +287,7 @@ def test_a_later_token_never_changes_an_earlier_logit():
     idx = torch.randint(0, 300, (1, 64))
     changed = idx.clone()
     changed[:, 40:] = (changed[:, 40:] + 1) % 300
-    before, after = model(idx)[0], model(changed)[0]
+    before, after = model(idx), model(changed)
     assert torch.equal(before[:, :40], after[:, :40])
     assert not torch.allclose(before[:, 40], after[:, 40])
 
@@ -295,7 +295,7 @@ def test_a_later_token_never_changes_an_earlier_logit():
 def test_loss_at_initialisation_is_that_of_a_guess():
     model = GPT(GPTConfig(block_size=64, n_layer=4, n_head=4, n_embd=128)).pad_vocabulary()
     idx = torch.randint(0, 50257, (4, 65))
-    assert abs(model(idx[:, :-1], idx[:, 1:])[1].item() - math.log(50257)) < 0.1
+    assert abs(model(idx[:, :-1], idx[:, 1:]).item() - math.log(50257)) < 0.1
 
 
 def test_initialisation_is_gpt2s():
@@ -330,7 +330,7 @@ def test_padding_stays_zero_and_changes_nothing_in_training():
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
         idx = torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(1))
         for _ in range(5):
-            model(idx[:, :-1], idx[:, 1:])[1].backward()
+            model(idx[:, :-1], idx[:, 1:]).backward()
             optimizer.step()
             optimizer.zero_grad()
         return model

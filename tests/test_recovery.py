@@ -472,6 +472,13 @@ def test_the_last_two_and_the_kept_ones_are_there(undisturbed):
     ]
 
 
+def test_checkpoints_are_ordered_by_number_not_by_name(tmp_path):
+    for name in ("checkpoint_99999", "checkpoint_100000", "checkpoint_00005", "checkpoint_00007.tmp"):
+        (tmp_path / name).mkdir()
+    names = [path.name for path in list_checkpoints(tmp_path)]
+    assert names == ["checkpoint_00005", "checkpoint_99999", "checkpoint_100000"]
+
+
 def test_slow_machines_save_by_the_clock(flags, tmp_path, undisturbed, monkeypatch):
     """15 minutes between checkpoints at most; here no time at all, at every step."""
     monkeypatch.setattr(run_folder, "SAVE_AT_LEAST_EVERY", 0.0)

@@ -67,6 +67,24 @@ def test_lines_have_the_tutorials_format_and_mfu(progress):
     lines.close("")
 
 
+def test_time_and_tokens_of_all_parts_of_a_run_add_up(progress, tmp_path, monkeypatch):
+    before = {"training": 100.0, "other": 10.0, "tokens": 5000}
+    monkeypatch.setattr(RunFolder, "trainer", {"spent": before}, raising=False)
+    monkeypatch.setattr(RunFolder, "__init__", lambda self, path, *_: setattr(self, "path", path))
+    monkeypatch.setattr(RunFolder, "run_id", "1", raising=False)
+    monkeypatch.setattr(RunFolder, "interruptions", 1, raising=False)
+    monkeypatch.setattr(RunFolder, "describe", lambda *_: None)
+    monkeypatch.setattr(RunFolder, "event", lambda *_: None)
+    now = 1000.0
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now)
+    resumed = progress(total_batch_size=1000)
+    now += 30  # of which two steps take 16
+    for step in (5, 6):
+        resumed.step(step, 4.0, 1e-3, 1.0, seconds=8.0)
+    assert resumed.spent == {"training": 116.0, "other": 24.0, "tokens": 7000}
+    resumed.close("")
+
+
 def test_the_bar_shows_what_one_waits_for(progress, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     bar = progress(

@@ -95,7 +95,7 @@ def plain_training(text_shards, steps, clip):
     for step in range(steps):
         rows = np.stack([tokens[i * 32 : i * 32 + 33] for i in range(8 * step, 8 * step + 8)])
         rows = torch.from_numpy(rows)
-        logits = model(rows[:, :-1])[0]
+        logits = model(rows[:, :-1])
         loss = -torch.log_softmax(logits, dim=-1).gather(-1, rows[:, 1:, None]).mean()
         losses.append(loss.item())
         model.zero_grad()
@@ -145,7 +145,7 @@ def test_every_window_of_the_validation_counts_the_same(batch_size, n_windows, t
     for i in range(n_windows):
         x, y = loader.windows(i, 1)
         with torch.no_grad():
-            alone.append(model(x, y)[1].item())
+            alone.append(model(x, y).item())
     autocast = autocast_to(CPU.device, torch.float32)
     parts = []
     loss = estimate_val_loss(model, loader, CPU, autocast, lambda done, total: parts.append((done, total)))
