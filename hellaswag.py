@@ -43,13 +43,6 @@ from tqdm import tqdm
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)
-# The most tokens in a batch: 0.6 GB of keys and values for the 124M model in float32, 74 kB each.
-TOKENS_PER_BATCH = 8_192
-LOGITS_AT_ONCE = 128  # tokens; their float32 logits and softmax take 0.05 GB
-ROWS_AT_ONCE = 32
-# The contexts of a batch may differ in length by this many tokens. Tokens beyond the shortest length are read
-# four times; but when few items are scored, a smaller spread makes small, slow batches.
-SPREAD = 2
 Protocol = Literal["tutorial", "harness"]
 
 
@@ -108,6 +101,28 @@ class Score:
             f"acc_norm {self.acc_norm:.4f} +- {self.standard_error(self.acc_norm):.4f} "
             f"({self.n:,} items, {self.protocol} protocol{cut})"
         )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is computed at once. On a CPU small batches lose little, and padding costs time; on a GPU
+    every pass of the model is hundreds of launches, which fewer, larger batches save."""
+
+    tokens: int  # in the rows of a batch: 74 kB of keys and values each for the 124M model in float32
+    rows: int  # in a pass
+    spread: int  # tokens by which contexts of a batch may differ; what exceeds the shortest is read 4 times
+    logits: int  # tokens whose float32 logits exist at once: 206 kB each
+
+
+LIMITS = {"cpu": Limits(8_192, 32, 2, 128), "gpu": Limits(65_536, 512, 16, 4_096)}
+
+
+def limits_for(model: LanguageModel) -> Limits:
+    """The limits of the model's device. A model larger than 124M gets fewer tokens, for the same memory."""
+    device, config = next(model.parameters()).device, model.config
+    limits = LIMITS["cpu" if device.type == "cpu" else "gpu"]
+    tokens = limits.tokens * 12 * 768 // max(12 * 768, config.n_layer * config.n_embd)
+    return replace(limits, tokens=tokens)
 
 
 # -----------------------------------------------------------------------------
@@ -243,13 +258,13 @@ def fit(rendered: Rendered, block_size: int) -> Rendered:
 # scoring
 
 
-def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
-    """Group items of similar length: contexts differ by at most SPREAD tokens."""
+def batches(rendered: list[Rendered], limits: Limits) -> Iterator[list[Rendered]]:
+    """Group items of similar length."""
     batch: list[Rendered] = []
     for one in sorted(rendered, key=lambda r: (len(r.context), max(map(len, r.endings)))):
         length = len(one.context) + max(len(ending) for other in (*batch, one) for ending in other.endings)
-        too_many = 4 * (len(batch) + 1) * length > TOKENS_PER_BATCH
-        if batch and (too_many or len(one.context) > len(batch[0].context) + SPREAD):
+        too_many = 4 * (len(batch) + 1) * length > limits.tokens
+        if batch and (too_many or len(one.context) > len(batch[0].context) + limits.spread):
             yield batch
             batch = []
         batch.append(one)
@@ -258,7 +273,7 @@ def batches(rendered: list[Rendered]) -> Iterator[list[Rendered]]:
 
 
 @torch.no_grad()
-def score_batch(model: LanguageModel, batch: list[Rendered]) -> torch.Tensor:
+def score_batch(model: LanguageModel, batch: list[Rendered], limits: Limits) -> torch.Tensor:
     """The summed loss of every ending, in nats: (n_items, 4) float32. Never waits for the device.
 
     The first n_read tokens of each context are read once; the shortest context has one more. Each row
@@ -275,18 +290,22 @@ def score_batch(model: LanguageModel, batch: list[Rendered]) -> torch.Tensor:
     starts = [len(one.context) - n_read for one in batch for _ in one.endings]  # of the ending in each row
     sums = torch.zeros(len(rows), device=device)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        some = by_length[first : first + ROWS_AT_ONCE]
+    for first in range(0, len(rows), limits.rows):
+        some = by_length[first : first + limits.rows]
         some_rows, some_starts = [rows[i] for i in some], [starts[i] for i in some]
         here, item = to_device(device, np.array(some), np.array(some) // 4)
         length = n_read + len(some_rows[-1]) - 1
         going_on = [cache.select(item, length) for cache in caches] if caches else None
-        sums[here] = score_rows(model, some_rows, some_starts, going_on)
+        sums[here] = score_rows(model, some_rows, some_starts, going_on, limits.logits)
     return sums.view(-1, 4)
 
 
 def score_rows(
-    model: LanguageModel, rows: list[list[int]], starts: list[int], caches: list[KVCache] | None
+    model: LanguageModel,
+    rows: list[list[int]],
+    starts: list[int],
+    caches: list[KVCache] | None,
+    logits_at_once: int,
 ) -> torch.Tensor:
     """The summed loss of each row from its start on, (n_rows,) float32, given the tokens in `caches`.
 
@@ -302,8 +321,8 @@ def score_rows(
     hidden = model.hidden_states(idx[:, :-1], caches)[row, position - 1]  # (n_scored, C)
     targets = idx[row, position]
     sums = torch.zeros(len(rows), device=device)
-    for first in range(0, len(targets), LOGITS_AT_ONCE):
-        part = slice(first, first + LOGITS_AT_ONCE)
+    for first in range(0, len(targets), logits_at_once):
+        part = slice(first, first + logits_at_once)
         losses = F.cross_entropy(model.head(hidden[part]).float(), targets[part], reduction="none")
         sums.index_add_(0, row[part], losses)
     return sums
@@ -326,16 +345,16 @@ def evaluate(
     """
     device = next(model.parameters()).device
     world = world or World(0, 1, device)
-    own_items = items[world.rank :: world.size]
+    own_items, limits = items[world.rank :: world.size], limits_for(model)
     own = [fit(render(item, encoding, protocol), model.config.block_size) for item in own_items]
     order: list[Rendered] = []
     sums: list[torch.Tensor] = []
     right, n_counted, shown_at = 0, 0, time.monotonic()
     with tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True) as bar:
-        for batch in batches(own):
+        for batch in batches(own, limits):
             on_part(len(order), len(own))
             order += batch
-            sums.append(score_batch(model, batch))
+            sums.append(score_batch(model, batch, limits))
             bar.update(len(batch))
             if progress and time.monotonic() - shown_at > 1:  # reading the losses waits for the device
                 for one, losses in zip(order[n_counted:], torch.cat(sums)[n_counted:].tolist(), strict=True):

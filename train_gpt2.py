@@ -721,7 +721,7 @@ def main(config: TrainConfig) -> None:
             group["lr"] = lr
         scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=W == 1)  # DDP's gradients are views of its buffers: they stay
         # ----------------- everything that follows is diagnostics --------------
 
         progress.step(step, train_loss, lr, grad_norm, time.perf_counter() - start)

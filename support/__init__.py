@@ -1,16 +1,23 @@
 """
 The code that the five scripts share, one idea per file. It imports none of the scripts.
 
-Importing this package limits how long OpenMP's threads spin. After each of PyTorch's matrix products on a
-CPU, threads wait for one another, and by default a waiting thread spins. If another program uses the cores,
+Importing this package sets two variables that torch reads once, while it is imported, unless you have set
+them yourself. (So that it comes first, ruff sorts our own imports before torch's: pyproject.toml.)
+
+GOMP_SPINCOUNT limits how long OpenMP's threads spin. After each of PyTorch's matrix products on a CPU,
+threads wait for one another, and by default a waiting thread spins. If another program uses the cores,
 spinning takes time from the very thread that is waited for: training can slow down tenfold. On a quiet
-machine, 1,000 spins are enough. OpenMP reads the variable once, when torch is imported, so ruff sorts our own
-imports before torch (pyproject.toml).
+machine, 1,000 spins are enough.
+
+PYTORCH_ALLOC_CONF lets the segments of a GPU's memory grow, so that less of a small card is lost between
+blocks of unlike sizes.
 """
 
 import os
 
 VERSION = "1.1"  # the project's version, defined only here
 
-if "OMP_WAIT_POLICY" not in os.environ:  # respect the user's own setting
+if "OMP_WAIT_POLICY" not in os.environ:  # it sets the same
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

@@ -36,7 +36,12 @@ PEAK_TFLOPS = {
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" picks CUDA, else MPS, else the CPU. InputError if unavailable."""
+    """The device called `name`; "auto" picks CUDA, else MPS, else the CPU. InputError if unavailable.
+
+    Also switches cuDNN's attention off, which PyTorch prefers on Hopper: it plans anew for every shape, and
+    sampling and scoring have hundreds of them. `fast_attention` switches it on where shapes stay the same.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         name = next(kind for kind, is_there in available.items() if is_there)

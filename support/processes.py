@@ -123,7 +123,10 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
             # After a restart (`torchrun --max_restarts`), the store still holds the addresses of dead
             # processes, and gloo may wait for them. (Each host counts its own restarts: see docs/recipes.md.)
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        gpu = device if backend == "nccl" else None  # else NCCL's barrier has to guess it
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu
+        )
     return World(rank, world_size, device)
 
 

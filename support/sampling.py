@@ -14,6 +14,10 @@ PROMPT = "Hello, I'm a language model,"  # the lecture's
 class Sizes(Protocol):
     @property
     def block_size(self) -> int: ...
+    @property
+    def n_layer(self) -> int: ...
+    @property
+    def n_embd(self) -> int: ...
 
 
 class LanguageModel(Protocol):

@@ -1,9 +1,10 @@
 """What the device can do: precision, attention, compilation, memory."""
 
+import json
 from types import SimpleNamespace
 
 import train_gpt2
-from conftest import TINY
+from conftest import run
 from support import device
 from support.device import (
     choose_attention,
@@ -20,10 +21,10 @@ from train_gpt2 import GPT, GPTConfig
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 CPU = World(0, 1, torch.device("cpu"))
 SMALL = GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=2, n_embd=48)
-RUN = (*TINY, "--max_steps=4", "--val_every=2", "--sample_every=4")
 
 
 def test_a_full_memory_is_recognised():
@@ -126,3 +127,25 @@ def test_where_compilation_is_not_tried(monkeypatch):
     monkeypatch.setattr(device, "Path", lambda *_: SimpleNamespace(exists=lambda: True))
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: None)
     assert device.choose_compile(True, cuda) == (False, "off: no Triton for this device")
+
+
+def test_cudnns_attention_is_off_but_where_shapes_stay_the_same(tmp_path):
+    """Read in a process that samples and in one that scores; `fast_attention` turns it on inside."""
+    GPT(GPTConfig(64, 257, 1, 1, 8, encoding="bytes")).save_pretrained(tmp_path / "model")
+    item = {"ind": 1, "ctx": "c", "endings": ["a", "b", "c", "d"], "label": 1}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item))
+    flags = f"model='{tmp_path / 'model'}', device='cpu'"
+    scored = f"model=('{tmp_path / 'model'}',), device='cpu', data=Path('{tmp_path / 'items.jsonl'}')"
+    for script, config in (
+        ("sample", f"SampleConfig({flags}, max_new_tokens=2)"),
+        ("hellaswag", f"ScoreConfig({scored})"),
+    ):
+        code = (
+            f"from pathlib import Path; import torch, {script}; {script}.main({script}.{config})\n"
+            "print('cudnn', torch.backends.cuda.cudnn_sdp_enabled())"
+        )
+        assert run("-c", code).stdout.splitlines()[-1] == "cudnn False"
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -5,7 +5,7 @@ import math
 
 import hellaswag
 from conftest import call, run, torchrun
-from hellaswag import Item, evaluate, load_items, render, score_batch
+from hellaswag import LIMITS, Item, batches, evaluate, load_items, render, score_batch
 from hub import serve
 from support.cli import InputError
 from support.encodings import get_encoding
@@ -79,11 +79,14 @@ def test_the_mask_covers_the_ending_and_its_space():
 def test_padding_never_changes_a_score(model):
     item = render(ITEMS[5], BYTES)
     longer = render(Item(0, ITEMS[5].ctx, ("a", "b", "c", "d " * 40), 0), BYTES)
-    alone, together = score_batch(model, [item]), score_batch(model, [longer, item, longer])
+    alone = score_batch(model, [item], LIMITS["cpu"])
+    together = score_batch(model, [longer, item, longer], LIMITS["cpu"])
     assert torch.allclose(alone[0], together[1], atol=1e-5)
     one_token = render(Item(0, ITEMS[5].ctx, ("", "", "", ""), 0), BYTES)
     assert torch.allclose(
-        score_batch(model, [one_token])[0], score_batch(model, [one_token, longer])[0], atol=1e-5
+        score_batch(model, [one_token], LIMITS["cpu"])[0],
+        score_batch(model, [one_token, longer], LIMITS["cpu"])[0],
+        atol=1e-5,
     )
 
 
@@ -104,6 +107,50 @@ def test_an_item_longer_than_the_block_loses_the_beginning_of_its_context(model)
     expected = by_hand(model, Item(0, "t", ("a" * 127, "b", "c", "d"), 1))
     assert score.predictions[0]["loss_sum"] == pytest.approx(expected[0], abs=1e-3)
     assert score.predictions[0]["loss_mean"] == pytest.approx(expected[1], abs=1e-4)
+
+
+def test_a_gpus_large_batches_score_the_same(model, monkeypatch):
+    """The limits of either kind of device, on the same items; and tiny ones, which cut everywhere."""
+    on_cpu = evaluate(model, ITEMS, BYTES)
+    for limits in (LIMITS["gpu"], hellaswag.Limits(tokens=200, rows=3, spread=1, logits=5)):
+        monkeypatch.setitem(LIMITS, "cpu", limits)
+        other = evaluate(model, ITEMS, BYTES)
+        assert (other.acc, other.acc_norm) == (on_cpu.acc, on_cpu.acc_norm)
+        for a, b in zip(on_cpu.predictions, other.predictions, strict=True):
+            assert a["loss_sum"] == pytest.approx(b["loss_sum"], abs=1e-4)
+            assert (a["pred"], a["pred_norm"]) == (b["pred"], b["pred_norm"])
+
+
+def test_a_larger_model_gets_fewer_tokens_at_once():
+    small = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
+    assert hellaswag.limits_for(small) == LIMITS["cpu"]
+    with torch.device("meta"):
+        xl = GPT(GPTConfig(n_layer=48, n_head=25, n_embd=1600))
+    assert hellaswag.limits_for(xl) == hellaswag.Limits(65_536 * 12 * 768 // (48 * 1600), 512, 16, 4_096)
+
+
+def passes(items, kind):
+    """How often the model is called for these items, and how many tokens it reads, padding included."""
+    rendered = [render(item, GPT2) for item in items]
+    n_passes = n_tokens = 0
+    for batch in batches(rendered, LIMITS[kind]):
+        contexts = [len(one.context) for one in batch]
+        n_read = min(contexts) - 1
+        rows = sorted(len(one.context) - n_read + len(e) - 1 for one in batch for e in one.endings)
+        groups = [rows[i : i + LIMITS[kind].rows] for i in range(0, len(rows), LIMITS[kind].rows)]
+        n_passes += (n_read > 0) + len(groups)
+        n_tokens += n_read * len(batch) + sum(len(group) * group[-1] for group in groups)
+    return n_passes, n_tokens
+
+
+def test_a_gpu_scores_in_few_passes(gpt2_data):
+    """The 3,243 items of ActivityNet."""
+    items = load_items(gpt2_data / "hellaswag_val_activitynet.jsonl")
+    (few, padded), (many, tight) = passes(items, "gpu"), passes(items, "cpu")
+    print(f"gpu: {few} passes, {padded:,} tokens; cpu: {many} passes, {tight:,} tokens")
+    assert few <= 60
+    assert many > 500
+    assert padded < 1.5 * tight
 
 
 def test_items_with_one_ind_are_kept_apart(model):
