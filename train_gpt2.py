@@ -639,12 +639,13 @@ def main(config: TrainConfig) -> None:
     dtype = choose_dtype(config.dtype, device, model_config.n_embd)
     world.require_same(data=shards.fingerprint, dtype=str(dtype))
     plan = plan_micro_batch(config.total_batch_size, T, config.micro_batch_size, config.memory_limit_gb,
-                            model_config, world)  # fmt: skip
+                            config.recompute, model_config, world)  # fmt: skip
     run = RunFolder(config.log_dir, world.is_main, progress.print, config.keep_every)
     first_step = world.from_main(lambda: run.open(config.resume, recipe(config, model_config, shards)))
     if 0 < first_step == config.max_steps:
         progress.print(f"{config.log_dir} is finished: its model is {run.checkpoint}")
         return
+    plan = plan._replace(first=world.from_main(lambda: run.fitted_before(asdict(config), world)))
     stop = StopSignals(world.is_main)
 
     # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is

@@ -43,6 +43,21 @@ class Plan(NamedTuple):
     sequence_length: int
     memory_limit_gb: float | None
     memory: str  # a description of what the model needs
+    model: Architecture | None = None
+    recompute: bool = False
+    first: tuple[int, int] | None = None  # rows and chunks that fitted before an interruption
+
+    def gpu_bytes(self, rows: int, chunks: int) -> float:
+        """What a step keeps in a GPU's memory at the least: weights, gradients and moments, and for each
+        token, in every layer, 37 bytes per channel (with --recompute 4), and its logits in 16 bits.
+
+        Read from the code that PyTorch 2.13 generates for a compiled step in bfloat16.
+        """
+        if self.model is None:
+            return 0.0
+        blocks = (4 if self.recompute else 37) * self.model.n_layer * self.model.n_embd
+        per_token = blocks + 2 * self.model.vocab_size / chunks
+        return 16 * self.model.n_parameters + rows * self.sequence_length * per_token
 
 
 def plan_micro_batch(
@@ -50,6 +65,7 @@ def plan_micro_batch(
     sequence_length: int,
     micro_batch_size: int | None,
     memory_limit_gb: float | None,
+    recompute: bool,
     model: Architecture,
     world: World,
 ) -> Plan:
@@ -59,7 +75,8 @@ def plan_micro_batch(
         total_batch_size, sequence_length, micro_batch_size, memory_limit_gb, model, world
     )
     world.require_same(micro_batch_sizes=tuple(sizes))
-    return Plan(sizes, sequence_length, memory_limit_gb, check_memory(model, memory_limit_gb, world))
+    memory = check_memory(model, memory_limit_gb, world)
+    return Plan(sizes, sequence_length, memory_limit_gb, memory, model, recompute)
 
 
 def micro_batch_sizes(
@@ -116,7 +133,9 @@ def check_memory(model: Architecture, memory_limit_gb: float | None, world: Worl
     return need
 
 
-def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], enough: int) -> tuple[int, int]:
+def find_micro_batch_size(
+    sizes: list[int], fits: Callable[[int, int], bool], enough: int, first: tuple[int, int] | None = None
+) -> tuple[int, int]:
     """The most rows that fit, and the number of chunks for their loss.
 
     Chunks cost some time, so they are tried only if fewer than `enough` rows fit without them. Raises
@@ -125,7 +144,10 @@ def find_micro_batch_size(sizes: list[int], fits: Callable[[int, int], bool], en
     Args:
         sizes: rows to try, largest first.
         fits: (rows, chunks) -> whether a step with them fits.
+        first: rows and chunks to try before all others, and to keep if they fit.
     """
+    if first and first[0] in sizes and fits(*first):
+        return first
     rows = next((size for size in sizes if fits(size, 1)), 0)
     if rows < min(enough, sizes[0]):
         chunked = next((size for size in sizes if size > rows and fits(size, LOSS_CHUNKS)), 0)
@@ -234,6 +256,8 @@ def search(
 
     def fits(rows: int, chunks: int) -> bool:
         nonlocal seconds
+        if world.device.type == "cuda" and limit is not None and plan.gpu_bytes(rows, chunks) > limit:
+            return False  # without compiling it first
         reason = None
         with head_room(world.device, limit, plan.memory_limit_gb):
             try:
@@ -254,11 +278,12 @@ def search(
                 torch.compiler.reset()  # a function is compiled for a limited number of shapes
         return reason is None
 
-    print(f"warm-up: trying a micro-batch of {plural(plan.sizes[0], 'row')}")
+    largest = plan.first[0] if plan.first else plan.sizes[0]
+    print(f"warm-up: trying a micro-batch of {plural(largest, 'row')}")
     found = 0, 0
     own_fault: InputError | CompilationFault | None = None
     try:
-        found = find_micro_batch_size(plan.sizes, fits, enough)
+        found = find_micro_batch_size(plan.sizes, fits, enough, plan.first)
     except InputError as error:
         own_fault = error
     except Exception as error:  # any compiler error; uncompiled, a real fault recurs

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from support.cli import InputError, RunFault, in_words
 from support.curves import draw_runs, read_run
+from support.device import device_name
 from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
 from support.processes import World
 
@@ -57,6 +58,7 @@ class RunFolder:
         self.trainer: dict[str, Any] = {}  # the contents of its trainer.pt
         self.run_id = uuid.uuid4().hex[:8]  # the same after every --resume
         self.interruptions = 0
+        self.before: dict[str, Any] = {}  # run.json, of a run that is resumed
 
     def open(self, resume: bool, recipe: dict[str, Any]) -> int:
         """Create the folder, or find its newest sound checkpoint; returns the step to start at.
@@ -74,8 +76,8 @@ class RunFolder:
         self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
         if begun:
             with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                before = read_run(self.path)
-                self.run_id, self.interruptions = before["run_id"], before["interruptions"]
+                self.before = read_run(self.path)
+                self.run_id, self.interruptions = self.before["run_id"], self.before["interruptions"]
             self.interruptions += 1
         damaged = self.find_checkpoint()
         if damaged and not self.checkpoint:
@@ -126,6 +128,20 @@ class RunFolder:
             self.checkpoint, self.trainer = folder, trainer
             break
         return damaged
+
+    def fitted_before(self, config: dict[str, Any], world: World) -> tuple[int, int] | None:
+        """The micro-batch that the interrupted run found, as (rows, chunks of the loss), if it was made on
+        the same device, with the same flags that matter for memory."""
+        flags = ("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size")
+        then = self.before.get("train_config", {})
+        if any(name not in then or then[name] != config[name] for name in flags):
+            return None
+        if (self.before.get("device"), self.before.get("world_size")) != (
+            device_name(world.device),
+            world.size,
+        ):
+            return None
+        return self.before["micro_batch_size"], self.before["loss_chunks"]
 
     def restore(
         self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, first_step: int, world: World
