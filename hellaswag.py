@@ -348,21 +348,21 @@ def evaluate(
     own_items, limits = items[world.rank :: world.size], limits_for(model)
     own = [fit(render(item, encoding, protocol), model.config.block_size) for item in own_items]
     order: list[Rendered] = []
-    sums: list[torch.Tensor] = []
+    sums = torch.zeros(len(own), 4, device=device)  # a small tensor per batch would fragment the memory
     right, n_counted, shown_at = 0, 0, time.monotonic()
     with tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True) as bar:
         for batch in batches(own, limits):
             on_part(len(order), len(own))
+            sums[len(order) : len(order) + len(batch)] = score_batch(model, batch, limits)
             order += batch
-            sums.append(score_batch(model, batch, limits))
             bar.update(len(batch))
             if progress and time.monotonic() - shown_at > 1:  # reading the losses waits for the device
-                for one, losses in zip(order[n_counted:], torch.cat(sums)[n_counted:].tolist(), strict=True):
+                for one, losses in zip(order[n_counted:], sums[n_counted : len(order)].tolist(), strict=True):
                     means = [loss / length for loss, length in zip(losses, one.lengths, strict=True)]
                     right += means.index(min(means)) == one.item.label
                 n_counted, shown_at = len(order), time.monotonic()
                 bar.set_postfix_str(f"acc_norm {right / n_counted:.4f}")
-    loss_sums = torch.cat(sums).tolist() if sums else []  # waits for the device
+    loss_sums = sums.tolist()  # waits for the device
     place = {id(item): i for i, item in enumerate(items)}
     scored = sorted(zip(order, loss_sums, strict=True), key=lambda pair: place[id(pair[0].item)])
     predictions = []

@@ -561,10 +561,11 @@ def estimate_val_loss(
     """Mean loss, nats per token, over all windows of `loader`, divided among the ranks. `on_part` is told of
     each batch. The last batch is filled up with targets that don't count: shapes stay fixed for the compiled
     model."""
-    losses = [torch.zeros((), device=world.device)]
     stride = world.size * loader.batch_size
-    for first in range(world.rank * loader.batch_size, loader.n_windows, stride):
-        on_part(first // stride, -(-loader.n_windows // stride))
+    n_batches = math.ceil(loader.n_windows / stride)
+    losses = torch.zeros(n_batches, device=world.device)  # a small tensor per batch would fragment the memory
+    for i, first in enumerate(range(world.rank * loader.batch_size, loader.n_windows, stride)):
+        on_part(i, n_batches)
         count = min(loader.batch_size, loader.n_windows - first)
         x, y = loader.windows(first, count)
         missing = loader.batch_size - count
@@ -572,8 +573,8 @@ def estimate_val_loss(
         x, y = to_device(world.device, x, y)
         with fast_attention(world.device), autocast:
             loss = model(x, y)
-        losses.append(loss.float() * count)
-    return world.sum(torch.stack(losses).cpu().double().sum()).item() / loader.n_windows
+        losses[i] = loss.float() * count
+    return world.sum(losses.cpu().double().sum()).item() / loader.n_windows
 
 
 def write_samples(raw_model: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast) -> list[str]:

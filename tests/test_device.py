@@ -1,10 +1,11 @@
 """What the device can do: precision, attention, compilation, memory."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import train_gpt2
-from conftest import run
+from conftest import make_shards, run
 from support import device
 from support.device import (
     choose_attention,
@@ -127,6 +128,50 @@ def test_where_compilation_is_not_tried(monkeypatch):
     monkeypatch.setattr(device, "Path", lambda *_: SimpleNamespace(exists=lambda: True))
     monkeypatch.setattr(device.importlib.util, "find_spec", lambda _: None)
     assert device.choose_compile(True, cuda) == (False, "off: no Triton for this device")
+
+
+MEMORY_OF_EVALUATION = """
+import sys
+import hellaswag
+from hellaswag import Item, evaluate
+from pathlib import Path
+from support.device import autocast_to, keep_freed_memory
+from support.encodings import get_encoding
+from support.processes import World
+from support.shards import load_shards
+from train_gpt2 import GPT, GPTConfig, TokenLoader, estimate_val_loss
+import torch
+
+used = []
+def look(done, total):
+    used.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**30)
+
+keep_freed_memory()
+world = World(0, 1, torch.device("cpu"))
+model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64)).pad_vocabulary()
+loader = TokenLoader(load_shards(Path(sys.argv[1])), "val", 64, batch_size=16, shuffle=False)
+x, y = loader.windows(0, 16)
+for _ in range(2):
+    model(x, y).backward()
+estimate_val_loss(model, loader, world, autocast_to(world.device, torch.float32), look)
+print(*(used[i] for i in (10, len(used) // 2, -1)))
+used.clear()
+hellaswag.LIMITS["cpu"] = hellaswag.Limits(1000, 8, 2, 500)
+items = [Item(i, "x " * (i % 37), ("a b c d e f g " * 3,) * 4, 0) for i in range(200)]
+evaluate(model, items, get_encoding("gpt2"), on_part=look)
+print(*(used[i] for i in (10, len(used) // 2, -1)))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_an_evaluation_takes_no_more_memory_at_its_end_than_at_its_beginning(tmp_path):
+    """What is freed is kept for the next batch. A small tensor kept from each batch used to split it up: a
+    validation grew by 5 GB in 200 batches."""
+    make_shards(tmp_path, [16 * 64 * 40 + 1, 1000], vocab_size=50_257)
+    for line in run("-c", MEMORY_OF_EVALUATION, tmp_path).stdout.splitlines():
+        early, middle, late = map(float, line.split())
+        assert late < early + 0.3
+        assert middle < early + 0.3
 
 
 def test_cudnns_attention_is_off_but_where_shapes_stay_the_same(tmp_path):
