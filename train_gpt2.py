@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+# Our own imports come before torch's: support/__init__.py sets two variables that torch reads.
 from hellaswag import Item, evaluate, items_for_training
 from support.cli import InputError, check_numbers, run_command
 from support.demo import write_demo_shards
@@ -107,7 +108,7 @@ class TrainConfig:
     data_dir: Path = Path("edu_fineweb10B")  # token shards, as fineweb.py writes them
     log_dir: Path = Path("log")  # the run's folder: log, picture, checkpoints
     resume: bool = False  # go on from the newest checkpoint in log_dir; start if there is none
-    verify: bool = False  # read every shard at the start and compare it with the sum in shards.json
+    verify: bool = False  # read every shard at the start and compare its checksum with shards.json
 
     # -- the model
     model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # shape of the model
@@ -123,28 +124,30 @@ class TrainConfig:
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
     weight_decay: float = 0.1  # on matrices only (GPT-3 paper, appendix B)
-    grad_clip: float = 1.0  # largest global gradient norm, 0: any (GPT-3 paper, appendix B)
+    grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping (GPT-3 paper, appendix B)
     seed: int = 1337  # of the initial weights and the order of the data
-    shuffle: bool = True  # visit shards and windows in random order, else as they lie
+    shuffle: bool = True  # visit shards and windows in random order, otherwise in file order
 
     # -- measuring and saving; an interval of 0: never
     val_every: int = 250  # steps between validation losses
     val_tokens: int = 10_485_760  # tokens of the validation split to measure on: 20 steps' worth
     hellaswag_every: int = 250  # steps between HellaSwag scores
     hellaswag_data: Path | None = None  # a local HellaSwag .jsonl; default: from the Hub
-    hellaswag_limit: int | None = None  # score so many items, spread over all; default: all
+    hellaswag_limit: int | None = None  # score only this many items, evenly spaced; default: all
     sample_every: int = 250  # steps between samples
-    checkpoint_every: int = 1000  # steps between checkpoints (at least every 15 minutes); the last two stay
+    checkpoint_every: int = (
+        1000  # steps between checkpoints (at least every 15 minutes); the last two are kept
+    )
     keep_every: int = 5000  # steps between checkpoints that are kept for good
 
     # -- the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the matrix products
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best of them that is there
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: the best available
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
     micro_batch_size: int | None = None  # rows per forward pass and process; default: the most that fit
-    memory_limit_gb: float | None = None  # take at most so many GB (2**30 bytes) of a GPU; default: all
+    memory_limit_gb: float | None = None  # take at most this many GB (2**30 bytes) of a GPU; default: all
     recompute: bool = False  # compute the blocks again in the backward pass: less memory, more time
-    timeout_minutes: float = 10.0  # give up on another process that does not answer for so long
+    timeout_minutes: float = 10.0  # give up on another process that does not answer for this long
 
     # -- what it says
     tracker: Literal["wandb", "trackio"] | None = None  # send the values there too; pip install it first
@@ -152,7 +155,7 @@ class TrainConfig:
     describe: bool = False  # list the model's tensors, as in the state dictionary, and stop
 
     def due(self, every: int, step: int) -> bool:
-        """Whether what happens every so many steps happens at `step`; the last step has everything."""
+        """Whether what is done every `every` steps is due at `step`; at the last step, everything is due."""
         return every > 0 and (step % every == 0 or step == self.max_steps)
 
 
@@ -180,17 +183,18 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
         shape = {**PRESETS[config.model], **given}
         return GPTConfig(config.sequence_length, encoding.n_vocab, encoding=encoding.name, **shape)
     loaded = GPTConfig(**read_sizes(find_model(config.init_from)[0]))
-    if config.model != TrainConfig.model:
+    if config.model != TrainConfig.model:  # another than the default
         given |= PRESETS[config.model]
     for name, value in given.items():
         if value != getattr(loaded, name):
-            raise InputError(f"--{name} {value}: --init_from {config.init_from} has {getattr(loaded, name)}")
+            flag = f"--{name} {value}" if getattr(config, name) else f"--model {config.model}, {name} {value}"
+            raise InputError(f"{flag}: --init_from {config.init_from} has {getattr(loaded, name)}")
     if loaded.encoding != encoding.name:
         raise InputError(
-            f"--init_from {config.init_from} speaks the encoding {loaded.encoding!r}, the data in "
+            f"--init_from {config.init_from} uses the encoding {loaded.encoding!r}, the data in "
             f"{config.data_dir} {encoding.name!r}"
         )
-    get_encoding(loaded.encoding, loaded.vocab_size)
+    get_encoding(loaded.encoding, loaded.vocab_size)  # raises InputError if they don't fit together
     if config.sequence_length > loaded.block_size:
         raise InputError(
             f"--sequence_length {config.sequence_length} is longer than the block size of "
@@ -229,7 +233,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.append(k, v)
         if k.size(2) == T:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # the queries are the last T of all positions; a single one sees everything
+        else:  # the T queries are the last of all positions; a single query may attend to all of them
             mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if T > 1 else None)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side
@@ -265,7 +269,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.ModuleDict):
-    """The model but for its head."""
+    """Everything but the head, under OpenAI's names. (The types are for the type checker.)"""
 
     wte: nn.Embedding  # of tokens, (vocab_size, n_embd)
     wpe: nn.Embedding  # of positions, (block_size, n_embd)
@@ -279,7 +283,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.loss_chunks = 1  # how it computes, not what: see support/loss.py
+        self.loss_chunks = 1  # changes how the loss is computed, not its value: support/loss.py
         self.recompute = False  # see TrainConfig.recompute
         self.transformer = Transformer(
             {
@@ -290,8 +294,8 @@ class GPT(nn.Module):
             }
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        # Tied: tokens of like meaning want like vectors coming in and like logits going out; 38M parameters
-        # saved.
+        # Tied: tokens of similar meaning should have similar vectors coming in and similar logits going out.
+        # It also saves 38M parameters.
         self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
         # Each of the 2 * n_layer additions to the residual stream adds variance; this keeps it from growing
@@ -357,7 +361,7 @@ class GPT(nn.Module):
         """Round the rows of the tied embedding up to a multiple, with zeros, for speed; the model stays the
         same function. Call it before the optimizer is made. Returns the model."""
         weight = self.transformer.wte.weight
-        rows = -(-self.config.vocab_size // multiple) * multiple
+        rows = math.ceil(self.config.vocab_size / multiple) * multiple
         padded = torch.zeros(rows, weight.size(1), dtype=weight.dtype, device=weight.device)
         padded[: self.config.vocab_size] = weight.detach()[: self.config.vocab_size]
         self.transformer.wte.weight = self.lm_head.weight = nn.Parameter(padded)
@@ -385,7 +389,7 @@ class GPT(nn.Module):
             shape, expected = list(tensor.shape), list(own[name].shape)
             if shape != expected:
                 raise InputError(f"{weights_file}: {name} is {shape}, its config.json means {expected}")
-            own[name].copy_(tensor)
+            own[name].copy_(tensor)  # a state dictionary shares the model's memory
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -413,7 +417,7 @@ class GPT(nn.Module):
 
 def configure_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B). Matrices and embeddings decay;
-    biases and norms, whose size carries meaning, don't."""
+    biases and norms, whose scale matters, don't."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
@@ -484,7 +488,7 @@ class TokenLoader:
             )
 
     def order(self, n: int, *place: int) -> np.ndarray:
-        """The order of the shards of an epoch, or of the windows of an epoch's shard."""
+        """The order of an epoch's shards, or of the windows in one of its shards."""
         return permutation(n, self.seed, *place) if self.shuffle else np.arange(n)
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -496,7 +500,8 @@ class TokenLoader:
         i = int(np.searchsorted(ends, index, side="right"))
         shard = int(shards[i])
         n = int(self.windows_of[shard])
-        window = self.order(n, epoch, shard)[index - (ends[i] - n)]
+        first = int(ends[i]) - n  # windows in the shards before
+        window = self.order(n, epoch, shard)[index - first]
         return shard, int(window) * self.sequence_length
 
     def windows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -514,7 +519,7 @@ class TokenLoader:
                 raise InputError(
                     f"{file}: token id {row.max()} at offset {offset}, outside the vocabulary of "
                     f"{self.vocab_size}; the shard is damaged or of another encoding",
-                    this_process_only=True,
+                    this_process_only=True,  # the other ranks read other windows
                 )
         batch = torch.from_numpy(rows)
         return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
@@ -579,7 +584,7 @@ def estimate_val_loss(
 
 def write_samples(raw_model: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast) -> list[str]:
     """Continuations of "Hello, I'm a language model,", the same draws every time."""
-    # of bytes one longer text: a GPT-2 token is about four bytes of English
+    # A model of bytes writes one longer text: a GPT-2 token is about four bytes of English.
     count, max_new_tokens = (1, 256) if encoding.name == "bytes" else (4, 32)
     prompt = encoding.encode_ordinary(PROMPT)[-raw_model.config.block_size :]
     idx = torch.tensor([prompt] * count, device=raw_model.lm_head.weight.device)
@@ -655,7 +660,7 @@ def main(config: TrainConfig) -> None:
     autocast, scaler = mixed_precision(device, dtype)
     fit = fit_to_device(
         plan, raw_model, wrap_model, choose_compile(config.compile, device), autocast, world, progress.print,
-        lambda: configure_optimizer(raw_model, replace(config, max_lr=0.0)),
+        lambda: configure_optimizer(raw_model, replace(config, max_lr=0.0)),  # to try without learning
     )  # fmt: skip
     model, B = fit.model, fit.rows
     train_loader.batch_size = val_loader.batch_size = B
@@ -673,7 +678,7 @@ def main(config: TrainConfig) -> None:
     stopping, train_loss, val_loss, score = False, math.nan, math.nan, None
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
-        stopping = stopping and not last_step  # a signal during the last update has nothing left to stop
+        stopping = stopping and not last_step  # a signal in the last step: only the end is left
         if not stopping:
             if config.due(config.val_every, step):
                 val_loss = estimate_val_loss(model, val_loader, world, autocast, progress.of("validation"))
@@ -715,7 +720,7 @@ def main(config: TrainConfig) -> None:
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         means = world.sum(torch.stack((loss_sum, loss_sum.new_full((), stop.received > 0)))) / W
-        # The step waits for the device once: here.
+        # The step waits for the device once, here: for the loss, whether any process stops, and the norm.
         train_loss, stopping, grad_norm = torch.cat((means, norm.view(1))).tolist()
         check_finite(step, train_loss, grad_norm, loss_sum, scaler, world)
         lr = get_lr(step, config)

@@ -115,7 +115,7 @@ def check_first_word(config: Any, arguments: list[str], usual_flag: str) -> None
     """Raises InputError if the first word is neither a flag nor a subcommand."""
     commands = [command.__name__.lower() for command in get_args(config)]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        raise InputError(f"{arguments[0]!r} stands alone; did you mean {usual_flag} {arguments[0]}?")
+        raise InputError(f"{arguments[0]!r} needs a flag; did you mean {usual_flag} {arguments[0]}?")
 
 
 def whole_number(text: str) -> int:

@@ -184,4 +184,5 @@ def save_picture(figure: "Figure", out: Path) -> None:
     try:
         write_file(out, lambda file: figure.savefig(file, format=kind))
     except OSError as error:
-        raise InputError(f"--out {in_words(error)}") from error
+        where = "" if out.parent.is_dir() else f" (there is no folder {out.parent})"
+        raise InputError(f"--out {in_words(error)}{where}") from error

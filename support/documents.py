@@ -75,7 +75,7 @@ def local_files(patterns: Iterable[str], output_dir: Path | None = None) -> list
             if path.is_dir():
                 inside = sorted(p for p in path.rglob("*") if p.name.endswith(KINDS) and p.is_file())
             if not inside and len(found) == 1:
-                raise InputError(f"--input {path}: a folder without {', '.join(KINDS)} files")
+                raise InputError(f"--input {path}: the folder holds no {', '.join(KINDS)} files")
             for file in inside:
                 if not (output_dir and output_dir.resolve() in file.resolve().parents):
                     paths.setdefault(file.resolve(), file)

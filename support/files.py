@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from support.cli import InputError, in_words
+from support.cli import InputError
 
 
 def sha256(path: Path) -> str:
@@ -62,7 +62,7 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - the caller holds it
     except OSError as error:
-        reason = "is a file, not a folder" if folder.is_file() else in_words(error)
+        reason = "is a file, not a folder" if folder.is_file() else error.strerror or str(error)
         raise InputError(f"{flag} {folder}: {reason}") from error
     try:
         if os.name == "nt":

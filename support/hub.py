@@ -113,8 +113,8 @@ def hub_or_disk(wanted: str) -> Iterator[None]:
             yield
     except CommandError as error:
         raise RunFault(
-            f"could not fetch {wanted}: {constants.ENDPOINT} can't be reached, and there is no copy of it on "
-            "this disk"
+            f"could not fetch {wanted}: {constants.ENDPOINT} can't be reached, and no earlier download is "
+            "on this disk"
         ) from error
     finally:
         for module, value in zip(modules, before, strict=True):

@@ -4,6 +4,7 @@ Read and write transformers' model folders: config.json, model.safetensors, the 
 Sizes and tensors are plain values here; `GPT.from_pretrained` and `GPT.save_pretrained` give them meaning.
 """
 
+import difflib
 import functools
 import json
 import operator
@@ -68,7 +69,9 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
         return folder / "config.json", folder / "model.safetensors"
     name = str(name_or_folder)
     if name.startswith((".", "/", "~", "log/")) or name.count("/") > 1:
-        raise InputError(f"there is no folder {name}")
+        similar = difflib.get_close_matches(name, map(str, Path("log").glob("*")), n=1)
+        hint = f"; did you mean {similar[0]}?" if similar else ""
+        raise InputError(f"there is no folder {name}{hint}")
     if folder.exists():
         raise InputError(f"{name} is a file; a model is a folder, or a name on the Hub")
     repository = f"openai-community/{name}" if name in OPENAI_MODELS else name

@@ -139,7 +139,7 @@ def faults_in_one_line() -> Iterator[None]:
         first_line = (str(error).splitlines() or [""])[0]
         if is_out_of_memory(error):
             raise RunFault(
-                "out of memory, which another program may have taken; the same command with --resume finds "
+                "out of memory (another program may have taken it); the same command with --resume finds "
                 "the micro-batch that fits now, --micro_batch_size N sets one; the tokens of every step stay "
                 f"the same ({first_line[:150]})",
                 this_process_only=True,

@@ -125,7 +125,7 @@ def describe(facts: Facts, dollars_so_far: float) -> str:
         rows["HellaSwag"] = "off"
     if facts["warm_up_step_seconds"]:
         left = facts["warm_up_step_seconds"] * config["max_steps"]
-        rows["time"] = f"about {duration(left)} of training, estimated from the warm-up"
+        rows["time"] = f"about {duration(left)} of training, plus evaluation (estimated from the warm-up)"
         if left > A_LONG_TIME and facts["device"].startswith("cpu"):
             rows["time"] += "; on a CPU, try --demo"
     if price := config["dollars_per_hour"]:

@@ -343,7 +343,7 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
         if not splits[split]:
             raise InputError(
                 f"{folder} has no shard of the {split} split (a .npy or .bin file with '{split}' in its "
-                "name); write the shards with fineweb.py"
+                f"name); if it holds text: python fineweb.py --input {folder} --output_dir my_shards"
             )
         for file, shard in zip(splits[split], tokens[split], strict=True):
             if record and len(shard) != entries[file.name]["tokens"]:

@@ -167,7 +167,7 @@ print(*(used[i] for i in (10, len(used) // 2, -1)))
 def test_an_evaluation_takes_no_more_memory_at_its_end_than_at_its_beginning(tmp_path):
     """What is freed is kept for the next batch. A small tensor kept from each batch used to split it up: a
     validation grew by 5 GB in 200 batches."""
-    make_shards(tmp_path, [16 * 64 * 40 + 1, 1000], vocab_size=50_257)
+    make_shards(tmp_path, [16 * 64 * 60 + 1, 1000], vocab_size=50_257)
     for line in run("-c", MEMORY_OF_EVALUATION, tmp_path).stdout.splitlines():
         early, middle, late = map(float, line.split())
         assert late < early + 0.3

@@ -374,7 +374,7 @@ def test_bad_settings_get_one_line(tmp_path):
         (["--input"], "--input: name one or more files"),
         (["--input", ""], "--input: name one or more files"),
         ([f"--output_dir={tmp_path}/file"], "a file of that name exists"),
-        ([f"--input={tmp_path}/folder"], "a folder without .parquet"),
+        ([f"--input={tmp_path}/folder"], "the folder holds no .parquet"),
         ([f"--input={tmp_path}/x.parquet"], "no single column 'text' but ['id']"),
         ([f"--input={tmp_path}/x.parquet", "--text_column=id"], "the column 'id' holds int64, not strings"),
         ([f"--input={ROOT}/LICENSE"], "LICENSE: ends in nothing"),

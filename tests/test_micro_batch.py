@@ -168,7 +168,7 @@ def test_out_of_memory_later_names_the_flags_to_go_on_with(tmp_path, text_shards
     flags = (*flags, f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}")
     done = faulty("oom_step=3", *flags, check=False)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: out of memory, which another program may have taken")
+    assert done.stderr.startswith("error: out of memory (another program may have taken it)")
     assert "--resume" in done.stderr
     assert "--micro_batch_size" in done.stderr
     assert done.stderr.count("\n") == 1

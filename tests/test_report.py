@@ -147,7 +147,7 @@ def test_what_may_surprise_is_noted():
 
 def test_a_run_that_a_cpu_can_not_finish_says_so_at_once():
     hopeless = table_of(19_073, 10**10, warm_up_step_seconds=20_000.0, device="cpu (x86_64, 2 cores)")
-    assert "about 4,415 days of training, estimated from the warm-up; on a CPU, try --demo" in hopeless
+    assert "about 4,415 days of training, plus evaluation (estimated from the warm-up); on a CPU" in hopeless
     assert "time:" not in table_of(100, 10**7)
 
 

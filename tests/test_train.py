@@ -284,7 +284,7 @@ def test_training_starts_from_given_weights(finished_run, text_shards, tmp_path)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert f"--n_layer 7: --init_from {folder} has 2" in done.stderr
     done = call(*command, "--model=gpt2-medium", f"--log_dir={tmp_path}/other", check=False)
-    assert f"--n_layer 24: --init_from {folder} has 2" in done.stderr
+    assert f"--model gpt2-medium, n_layer 24: --init_from {folder} has 2" in done.stderr
 
 
 @pytest.mark.parametrize(
