@@ -170,7 +170,7 @@ def test_one_of_two_processes_killed(flags, tmp_path, undisturbed):
 def workers(pid):
     """The processes that torchrun, process `pid`, has started."""
     found = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(pid)], text=True, capture_output=True, check=False
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(pid)], text=True, capture_output=True, check=False
     )
     return [int(line.split()[0]) for line in found.stdout.splitlines() if "faults.py" in line]
 
