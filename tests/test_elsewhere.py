@@ -14,7 +14,7 @@ from support.files import lock_folder
 import pytest
 import torch
 
-SCRIPTS = sorted(ROOT.glob("*.py"))
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 FORKING = {
     "fork",
@@ -30,7 +30,7 @@ FORKING = {
 }
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("script", FILES, ids=lambda path: path.stem)
 def test_nothing_that_only_posix_has(script):
     """No module is imported at the top, and no call is made, that Windows lacks; no process is forked."""
     tree = ast.parse(script.read_text(encoding="utf-8"))
@@ -47,7 +47,8 @@ def test_every_text_file_names_its_encoding(tmp_path, text_shards):
     """Windows' own is not UTF-8. Python can warn of every file that is opened without saying; here a warning
     from one of our files is an error."""
     log_dir = tmp_path / "Ein Lauf, größer"  # and neither spaces nor other letters hurt
-    ours = [f"-Werror::EncodingWarning:{name}" for name in ("__main__", *(path.stem for path in SCRIPTS))]
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
+    ours = [f"-Werror::EncodingWarning:{name}" for name in ("__main__", *modules)]
     python = ("-X", "warn_default_encoding", *ours)
     flags = (*TINY, "--max_steps=2", "--sample_every=2", f"--data_dir={text_shards}", f"--log_dir={log_dir}")
     run(*python, "train_gpt2.py", *flags)
