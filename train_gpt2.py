@@ -104,10 +104,10 @@ class TrainConfig:
     """Train GPT-2 on token shards. The defaults reproduce GPT-2 (124M) on FineWeb-Edu."""
 
     # -- the run
-    demo: bool = False  # a small GPT on the prose of Python's own documentation, minutes on a CPU
+    demo: bool = False  # a small GPT on the text of Python's own documentation: minutes on a CPU
     data_dir: Path = Path("edu_fineweb10B")  # token shards, as fineweb.py writes them
     log_dir: Path = Path("log")  # the run's folder: log, picture, checkpoints
-    resume: bool = False  # go on from the newest checkpoint in log_dir; start if there is none
+    resume: bool = False  # continue from the newest checkpoint in log_dir; start if there is none
     verify: bool = False  # read every shard at the start and compare its checksum with shards.json
 
     # -- the model
@@ -135,9 +135,7 @@ class TrainConfig:
     hellaswag_data: Path | None = None  # a local HellaSwag .jsonl; default: from the Hub
     hellaswag_limit: int | None = None  # score only this many items, evenly spaced; default: all
     sample_every: int = 250  # steps between samples
-    checkpoint_every: int = (
-        1000  # steps between checkpoints (at least every 15 minutes); the last two are kept
-    )
+    checkpoint_every: int = 1000  # steps between checkpoints, never over 15 minutes; the last two are kept
     keep_every: int = 5000  # steps between checkpoints that are kept for good
 
     # -- the machine
