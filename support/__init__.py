@@ -14,10 +14,11 @@ blocks of unlike sizes.
 """
 
 import os
+import sys
 
 VERSION = "1.1"  # the project's version, defined only here
 
 if "OMP_WAIT_POLICY" not in os.environ:  # it sets the same
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name
+if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name; Linux only
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
