@@ -43,7 +43,7 @@ class Plan(NamedTuple):
     sequence_length: int
     memory_limit_gb: float | None
     memory: str  # a description of what the model needs
-    model: Architecture | None = None
+    model: Architecture
     recompute: bool = False
     first: tuple[int, int] | None = None  # rows and chunks that fitted before an interruption
 
@@ -53,8 +53,6 @@ class Plan(NamedTuple):
 
         Read from the code that PyTorch 2.13 generates for a compiled step in bfloat16.
         """
-        if self.model is None:
-            return 0.0
         blocks = (4 if self.recompute else 37) * self.model.n_layer * self.model.n_embd
         per_token = blocks + 2 * self.model.vocab_size / chunks
         return 16 * self.model.n_parameters + rows * self.sequence_length * per_token

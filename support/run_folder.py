@@ -76,8 +76,9 @@ class RunFolder:
         self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
         if begun:
             with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
-                self.before = read_run(self.path)
-                self.run_id, self.interruptions = self.before["run_id"], self.before["interruptions"]
+                before = read_run(self.path)
+                self.run_id, self.interruptions = before["run_id"], before["interruptions"]
+                self.before = before
             self.interruptions += 1
         damaged = self.find_checkpoint()
         if damaged and not self.checkpoint:
@@ -133,15 +134,13 @@ class RunFolder:
         """The micro-batch that the interrupted run found, as (rows, chunks of the loss), if it was made on
         the same device, with the same flags that matter for memory."""
         flags = ("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size")
-        then = self.before.get("train_config", {})
-        if any(name not in then or then[name] != config[name] for name in flags):
-            return None
-        if (self.before.get("device"), self.before.get("world_size")) != (
-            device_name(world.device),
-            world.size,
-        ):
-            return None
-        return self.before["micro_batch_size"], self.before["loss_chunks"]
+        here = [device_name(world.device), world.size, *(config[name] for name in flags)]
+        with contextlib.suppress(KeyError, TypeError):  # run.json may be another version's, or damaged
+            then = [self.before["device"], self.before["world_size"]]
+            then += [self.before["train_config"][name] for name in flags]
+            if then == here:
+                return int(self.before["micro_batch_size"]), int(self.before["loss_chunks"])
+        return None
 
     def restore(
         self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, first_step: int, world: World

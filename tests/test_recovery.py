@@ -317,6 +317,16 @@ def test_a_damaged_record_does_not_stand_in_the_way(tmp_path):
         folder.open(True, {})
 
 
+@pytest.mark.parametrize("record", ["[]", "{}", '{"run_id": "1", "interruptions": 0, "train_config": 7}'])
+def test_a_strange_record_names_no_micro_batch(record, tmp_path):
+    (tmp_path / "run.json").write_text(record)
+    (tmp_path / "log.txt").write_text("0 train 5.0\n")
+    folder = RunFolder(tmp_path, True, print)
+    assert folder.open(True, {}) == 0
+    flags = dict.fromkeys(("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size"))
+    assert folder.fitted_before(flags, World(0, 1, torch.device("cpu"))) is None
+
+
 @pytest.mark.slow
 def test_a_signal_during_the_last_update_does_not_stop_the_end(flags, tmp_path, undisturbed):
     steps = tmp_path / "steps"
