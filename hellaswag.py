@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from support.cli import CommandError, InputError, run_command
-from support.device import autocast_to, choose_device, pack_for_cpu, to_device
+from support.device import autocast_to, choose_device, is_out_of_memory, pack_for_cpu, to_device
 from support.encodings import get_encoding
 from support.hub import hub_or_disk
 from support.huggingface import find_model
@@ -272,6 +272,17 @@ def batches(rendered: list[Rendered], limits: Limits) -> Iterator[list[Rendered]
         yield batch
 
 
+def score_within_memory(model: LanguageModel, batch: list[Rendered], limits: Limits) -> torch.Tensor:
+    """`score_batch`, in a CPU's small batches if memory is too short for a GPU's large ones."""
+    small = LIMITS["cpu"]
+    try:
+        return score_batch(model, batch, limits)
+    except RuntimeError as error:
+        if limits == small or not is_out_of_memory(error):
+            raise
+    return torch.cat([score_batch(model, part, small) for part in batches(batch, small)])
+
+
 @torch.no_grad()
 def score_batch(model: LanguageModel, batch: list[Rendered], limits: Limits) -> torch.Tensor:
     """The summed loss of every ending, in nats: (n_items, 4) float32. Never waits for the device.
@@ -353,7 +364,7 @@ def evaluate(
     with tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True) as bar:
         for batch in batches(own, limits):
             on_part(len(order), len(own))
-            sums[len(order) : len(order) + len(batch)] = score_batch(model, batch, limits)
+            sums[len(order) : len(order) + len(batch)] = score_within_memory(model, batch, limits)
             order += batch
             bar.update(len(batch))
             if progress and time.monotonic() - shown_at > 1:  # reading the losses waits for the device

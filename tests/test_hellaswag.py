@@ -121,6 +121,26 @@ def test_a_gpus_large_batches_score_the_same(model, monkeypatch):
             assert (a["pred"], a["pred_norm"]) == (b["pred"], b["pred_norm"])
 
 
+def test_a_card_too_small_for_large_batches_scores_the_same(model, monkeypatch):
+    """Where a GPU's batch is out of memory, its items are scored in small ones, in the same order."""
+    expected = evaluate(model, ITEMS, BYTES)
+    large, tried, whole = LIMITS["gpu"], [], hellaswag.score_batch
+
+    def out_of_memory(model, batch, limits):
+        tried.append(limits)
+        if limits == large:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return whole(model, batch, limits)
+
+    monkeypatch.setattr(hellaswag, "score_batch", out_of_memory)
+    monkeypatch.setattr(hellaswag, "limits_for", lambda _: large)
+    found = evaluate(model, ITEMS, BYTES)
+    assert large in tried
+    assert (found.acc, found.acc_norm) == (expected.acc, expected.acc_norm)
+    for a, b in zip(expected.predictions, found.predictions, strict=True):
+        assert a["loss_sum"] == pytest.approx(b["loss_sum"], abs=1e-4)
+
+
 def test_a_larger_model_gets_fewer_tokens_at_once():
     small = GPT(GPTConfig(block_size=8, vocab_size=9, n_layer=1, n_head=1, n_embd=8))
     assert hellaswag.limits_for(small) == LIMITS["cpu"]
