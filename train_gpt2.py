@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 # Our own imports come before torch's: support/__init__.py sets two variables that torch reads.
 from hellaswag import Item, evaluate, items_for_training
@@ -35,9 +35,10 @@ from support.huggingface import Sizes, find_model, read_sizes, read_tensors, wri
 from support.kv_cache import KVCache
 from support.loss import next_token_loss
 from support.micro_batch import fit_to_device, plan_micro_batch
+from support.muon import Muon, muon_groups
 from support.processes import StopSignals, World, faults_in_one_line, start_processes
 from support.report import Progress, gather_facts, tensor_table
-from support.run_folder import RunFolder
+from support.run_folder import RunFolder, recipe_of
 from support.sampling import PROMPT, stream
 from support.shards import Shards, load_shards
 
@@ -119,10 +120,15 @@ class TrainConfig:
     sequence_length: int = 1024  # tokens in a row of the batch; the new model's block size
 
     # -- the recipe
+    recipe: Literal["tutorial", "fast"] = "tutorial"  # fast: the same loss from fewer tokens, with Muon
     total_batch_size: int = 524_288  # tokens per step, 2**19: about 0.5M (GPT-3 paper, table 2.1)
     max_steps: int = 19_073  # updates: one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, see support/muon.py
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
+    adamw_lr_ratio: float = 2.0  # with muon: AdamW's rate, for all but the blocks' matrices, over max_lr
+    schedule: Literal["cosine", "trapezoid"] = "cosine"  # of the learning rate, see get_lr
+    cooldown: float = 0.6  # with trapezoid: the share of the steps in which the rate falls to 0
     weight_decay: float = 0.1  # on matrices only (GPT-3 paper, appendix B)
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping (GPT-3 paper, appendix B)
     seed: int = 1337  # of the initial weights and the order of the data
@@ -158,17 +164,32 @@ class TrainConfig:
 
 
 # Numbers that must be more than 0; for the others 0 will do.
-POSITIVE = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "micro_batch_size",
-            "val_tokens", "hellaswag_limit", "memory_limit_gb", "timeout_minutes"}  # fmt: skip
+POSITIVE = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "adamw_lr_ratio",
+            "cooldown", "micro_batch_size", "val_tokens", "hellaswag_limit", "memory_limit_gb",
+            "timeout_minutes"}  # fmt: skip
 
-# What --demo changes; any flag still overrides it.
-DEMO = TrainConfig(
-    demo=True, data_dir=Path("demo_data"), log_dir=Path("log/demo"),
+# What --recipe fast and --demo change; any flag still overrides it. The rates and steps of fast are others'
+# (docs/fast.md) and not yet measured with this model.
+FAST = TrainConfig(
+    recipe="fast", optimizer="muon", schedule="trapezoid", max_lr=1.8e-3, warmup_steps=100, max_steps=7_630
+)
+DEMO = replace(
+    FAST, demo=True, data_dir=Path("demo_data"), log_dir=Path("log/demo"),
     n_layer=2, n_head=4, n_embd=192, sequence_length=128,
-    total_batch_size=2048, max_steps=1000, warmup_steps=100, max_lr=4e-3,
+    total_batch_size=2048, max_steps=1000, max_lr=6e-3,
     val_every=200, val_tokens=65_536, hellaswag_every=0, sample_every=200, checkpoint_every=500,
     dtype="float32", compile=False,
 )  # fmt: skip
+
+
+def preset(arguments: list[str]) -> TrainConfig:
+    """The defaults that --demo and --recipe set."""
+    words = " ".join(arguments).replace("=", " ")
+    if "--demo" not in words:
+        return FAST if "--recipe fast" in words else TrainConfig()
+    slow = replace(DEMO, recipe="tutorial", optimizer="adamw", schedule="cosine", max_lr=4e-3)
+    return slow if "--recipe tutorial" in words else DEMO
+
 
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
 PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
@@ -199,15 +220,6 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
             f"--init_from {config.init_from}, {loaded.block_size}"
         )
     return loaded
-
-
-def recipe(config: TrainConfig, model_config: GPTConfig, shards: Shards) -> dict[str, Any]:
-    """All that decides the run's numbers, as plain values. What is missing here (processes, micro-batch,
-    precision, intervals) may differ when a run is resumed."""
-    names = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
-             "weight_decay", "grad_clip", "val_tokens", "seed", "shuffle")  # fmt: skip
-    values = {name: getattr(config, name) for name in names}
-    return {**values, **asdict(model_config), "data": shards.fingerprint}
 
 
 # -----------------------------------------------------------------------------
@@ -413,23 +425,33 @@ class GPT(nn.Module):
 # optimisation
 
 
-def configure_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+def configure_optimizer(
+    model: nn.Module, config: TrainConfig, world: World | None = None
+) -> torch.optim.AdamW:
     """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B). Matrices and embeddings decay;
-    biases and norms, whose scale matters, don't."""
+    biases and norms, whose scale matters, don't. With --optimizer muon, Muon trains the blocks' matrices, and
+    the processes of `world` share its work."""
     parameters = list(model.parameters())
+    # fused: one kernel for all tensors instead of several for each
+    fused = parameters[0].device.type in ("cuda", "cpu")
+    if config.optimizer == "muon":
+        groups = muon_groups(model, config.weight_decay, config.adamw_lr_ratio)
+        return Muon(groups, world, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    # fused: one kernel for all tensors instead of several for each
-    fused = parameters[0].device.type in ("cuda", "cpu")
     return torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate at `step`: linear warm-up, then a cosine down to a tenth at max_steps, then constant."""
+    """Learning rate at `step`: linear warm-up, then a cosine down to a tenth at max_steps; or a trapezoid:
+    constant, then down to 0 in a straight line over the share `cooldown` of all steps."""
     if step < config.warmup_steps:
         return config.max_lr * (step + 1) / config.warmup_steps  # the first step already learns
+    if config.schedule == "trapezoid":
+        left = max(0, config.max_steps - step)
+        return config.max_lr * min(1.0, left / (config.cooldown * config.max_steps))
     if step >= config.max_steps:
         return config.max_lr * MIN_LR_RATIO
     progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)  # 0 to 1
@@ -605,20 +627,6 @@ def make_model(
     return model.pad_vocabulary().to(device)
 
 
-def wrap_model(raw_model: GPT, compiled: bool, world: World) -> nn.Module:
-    """The same weights, compiled if asked to, and wrapped if there are several processes."""
-    model: nn.Module = raw_model
-    if compiled:
-        # One graph for the whole model: gradients are exchanged once in a step, too seldom to break the graph
-        # for overlap. Each size of micro-batch is compiled for itself: faster than one graph for all.
-        torch._dynamo.config.optimize_ddp = False
-        model = cast(nn.Module, torch.compile(raw_model, dynamic=False))
-    if world.size > 1:  # also gives every process the main one's weights
-        gpus = [world.device.index] if world.device.type == "cuda" else None
-        model = DistributedDataParallel(model, device_ids=gpus, gradient_as_bucket_view=True)
-    return model
-
-
 def list_tensors(config: TrainConfig) -> str:
     """The state dictionary of the model that the flags describe, as a table."""
     if config.init_from:
@@ -629,7 +637,7 @@ def list_tensors(config: TrainConfig) -> str:
 
 @faults_in_one_line()
 def main(config: TrainConfig) -> None:
-    check_numbers(config, POSITIVE)
+    check_numbers(config, POSITIVE, at_most_1={"cooldown"})
     if config.describe:
         print(list_tensors(config))
         return
@@ -645,7 +653,8 @@ def main(config: TrainConfig) -> None:
     plan = plan_micro_batch(config.total_batch_size, T, config.micro_batch_size, config.memory_limit_gb,
                             config.recompute, model_config, world)  # fmt: skip
     run = RunFolder(config.log_dir, world.is_main, progress.print, config.keep_every)
-    first_step = world.from_main(lambda: run.open(config.resume, recipe(config, model_config, shards)))
+    recipe = recipe_of(asdict(config), asdict(model_config), shards.fingerprint)
+    first_step = world.from_main(lambda: run.open(config.resume, recipe))
     if 0 < first_step == config.max_steps:
         progress.print(f"{config.log_dir} is finished: its model is {run.checkpoint}")
         return
@@ -657,13 +666,13 @@ def main(config: TrainConfig) -> None:
     raw_model = make_model(config, model_config, run.checkpoint or config.init_from, device)
     autocast, scaler = mixed_precision(device, dtype)
     fit = fit_to_device(
-        plan, raw_model, wrap_model, choose_compile(config.compile, device), autocast, world, progress.print,
+        plan, raw_model, choose_compile(config.compile, device), autocast, world, progress.print,
         lambda: configure_optimizer(raw_model, replace(config, max_lr=0.0)),  # to try without learning
     )  # fmt: skip
     model, B = fit.model, fit.rows
     train_loader.batch_size = val_loader.batch_size = B
     grad_accum_steps = config.total_batch_size // (B * T * W)
-    optimizer = configure_optimizer(raw_model, config)
+    optimizer = configure_optimizer(raw_model, config, world)
     run.restore(optimizer, scaler, first_step, world)
     facts = gather_facts(
         asdict(config), asdict(TrainConfig()), asdict(model_config), shards, world, plan, fit, dtype,
@@ -723,7 +732,7 @@ def main(config: TrainConfig) -> None:
         check_finite(step, train_loss, grad_norm, loss_sum, scaler, world)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=W == 1)  # DDP's gradients are views of its buffers: they stay
@@ -741,4 +750,4 @@ def main(config: TrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, TrainConfig, default=DEMO if "--demo" in sys.argv else None)
+    run_command(main, TrainConfig, default=preset(sys.argv))

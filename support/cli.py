@@ -48,9 +48,9 @@ def in_words(error: BaseException) -> str:
     return str(error)
 
 
-def check_numbers(config: Any, positive: Collection[str] = ()) -> None:
-    """Raises InputError if a numeric field of a dataclass is negative or nan, or is 0 though named in
-    `positive`."""
+def check_numbers(config: Any, positive: Collection[str] = (), at_most_1: Collection[str] = ()) -> None:
+    """Raises InputError if a numeric field of a dataclass is negative or nan, is 0 though named in
+    `positive`, or above 1 though named in `at_most_1`."""
     for field in fields(config):
         value = getattr(config, field.name)
         if not isinstance(value, int | float):
@@ -58,6 +58,8 @@ def check_numbers(config: Any, positive: Collection[str] = ()) -> None:
         if not (value > 0 if field.name in positive else value >= 0):  # written so that nan fails too
             bound = "more than" if field.name in positive else "at least"
             raise InputError(f"--{field.name} {value}: must be {bound} 0")
+        if value > 1 and field.name in at_most_1:
+            raise InputError(f"--{field.name} {value}: must be at most 1")
 
 
 # -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ The tokens of a step stay as the recipe sets them: a smaller micro-batch only me
 import gc
 import time
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, cast
 
 from support.cli import InputError
 from support.device import GB, device_name, fast_attention, head_room, is_out_of_memory, memory_limit
@@ -177,13 +177,23 @@ class Chunked(Protocol):
     loss_chunks: int
 
 
-M = TypeVar("M", bound=Chunked)
+def wrap_model(raw_model: Any, compiled: bool, world: World) -> nn.Module:
+    """The same weights, compiled if asked to, and wrapped if there are several processes."""
+    model: nn.Module = raw_model
+    if compiled:
+        # One graph for the whole model: gradients are exchanged once in a step, too seldom to break the graph
+        # for overlap. Each size of micro-batch is compiled for itself: faster than one graph for all.
+        torch._dynamo.config.optimize_ddp = False
+        model = cast(nn.Module, torch.compile(raw_model, dynamic=False))
+    if world.size > 1:  # also gives every process the main one's weights
+        gpus = [world.device.index] if world.device.type == "cuda" else None
+        model = DistributedDataParallel(model, device_ids=gpus, gradient_as_bucket_view=True)
+    return model
 
 
 def fit_to_device(
     plan: Plan,
-    raw_model: M,
-    wrap: Callable[[M, bool, World], nn.Module],
+    raw_model: Chunked,
     compiling: tuple[bool, str],
     autocast: torch.autocast,
     world: World,
@@ -194,7 +204,6 @@ def fit_to_device(
 
     Args:
         raw_model: the plain model.
-        wrap: (raw_model, compiled or not, world) -> the same model, ready to train.
         compiling: whether to compile, and the reason; if compilation fails, training continues without it.
         make_optimizer: makes one with a learning rate of 0, so that trial steps don't change the weights.
 
@@ -202,7 +211,7 @@ def fit_to_device(
     """
     compiled, note = compiling
     started = time.perf_counter()
-    model = wrap(raw_model, compiled, world)
+    model = wrap_model(raw_model, compiled, world)
     if compiled:
         try:
             fit = search(plan, model, raw_model, True, autocast, world, print, make_optimizer)
@@ -211,7 +220,7 @@ def fit_to_device(
             compiled, note = False, f"off: it failed ({fault})"
             del model  # also frees the gradient buffers of its wrapper
             free_memory(world.device)
-            model = wrap(raw_model, False, world)
+            model = wrap_model(raw_model, False, world)
     if not compiled:
         if len(plan.sizes) == 1 and world.device.type != "cuda":
             return Fit(model, plan.sizes[0], 1, None, note)  # nothing to search

@@ -92,7 +92,8 @@ def gather_facts(
 def is_default_recipe(config: dict[str, Any], defaults: dict[str, Any]) -> bool:
     """Whether a run's losses compare with published ones, given the same data."""
     recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
-              "weight_decay", "grad_clip", "model", "n_layer", "n_head", "n_embd")  # fmt: skip
+              "weight_decay", "grad_clip", "optimizer", "schedule", "model", "n_layer", "n_head",
+              "n_embd")  # fmt: skip
     return all(config[name] == defaults[name] for name in recipe)
 
 

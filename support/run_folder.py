@@ -35,6 +35,8 @@ import torch
 import torch.distributed as dist
 
 SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: the most work that a slow machine may lose
+# what a checkpoint of version 1.0 does not say
+ONLY_CHOICE = {"optimizer": "adamw", "adamw_lr_ratio": 2.0, "schedule": "cosine", "cooldown": 0.6}
 LOG_LINE = re.compile(rb"(\d+) (train|val|hella) \S+\n")
 
 
@@ -159,11 +161,12 @@ class RunFolder:
             scaler.load_state_dict(scaler_state)
         torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
         if world.size > 1:
-            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-                state = optimizer.state[parameter]
-                state.setdefault("step", torch.zeros((), device=parameter.device))
-                for name in ("step", "exp_avg", "exp_avg_sq"):
-                    dist.broadcast(state.setdefault(name, torch.zeros_like(parameter)), src=0)
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            names_of = world.from_main(lambda: [list(optimizer.state[p]) for p in parameters])
+            for parameter, names in zip(parameters, names_of, strict=True):
+                for name in names:
+                    like = torch.zeros((), device=parameter.device) if name == "step" else parameter
+                    dist.broadcast(optimizer.state[parameter].setdefault(name, torch.zeros_like(like)), src=0)
         self.print(f"resuming at step {first_step} from {self.checkpoint}")
 
     def cut_log(self, step: int) -> None:
@@ -286,8 +289,18 @@ def check_sums(folder: Path) -> None:
             raise ValueError(f"{name} is not what SHA256SUMS says")
 
 
+def recipe_of(config: dict[str, Any], model_config: dict[str, Any], data: str) -> dict[str, Any]:
+    """All that decides a run's numbers, as plain values: from train_gpt2.py's configuration, the model's, and
+    the data's fingerprint. What is missing here (processes, micro-batch, precision, intervals) may differ
+    when a run is resumed."""
+    names = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
+             "weight_decay", "grad_clip", "val_tokens", "seed", "shuffle", *ONLY_CHOICE)  # fmt: skip
+    return {**{name: config[name] for name in names}, **model_config, "data": data}
+
+
 def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises InputError, listing every difference, unless the run in `log_dir` has the same recipe."""
+    then = {**ONLY_CHOICE, **then}
     different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if different:
         changes = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in different)

@@ -15,7 +15,7 @@ from support.micro_batch import (
     try_step,
 )
 from support.processes import World
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, wrap_model
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import pytest
 import torch
@@ -308,7 +308,7 @@ def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypat
     raw_model = GPT(replace(SMALL, n_layer=1))
     plan = micro_batch.Plan([12, 6, 4, 3, 2, 1], 16, None, "", raw_model.config)
     model, rows, *_ = fit_to_device(
-        plan, raw_model, wrap_model, (True, "on"), device.autocast_to(CPU.device, torch.float32), CPU,
+        plan, raw_model, (True, "on"), device.autocast_to(CPU.device, torch.float32), CPU,
         lambda _: None, lambda: configure_optimizer(raw_model, TrainConfig(max_lr=0.0)),
     )  # fmt: skip
     assert rows == 1
@@ -323,7 +323,7 @@ def test_of_unlike_devices_the_smallest_decides(monkeypatch):
     monkeypatch.setattr(World, "from_all", lambda _, own: [own, (2, 8, 9.0)] if own else [own, None])
     raw_model = GPT(replace(SMALL, n_layer=1))
     fit = fit_to_device(
-        micro_batch.Plan([4, 2, 1], 16, None, "", raw_model.config), raw_model, wrap_model, (False, "off"),
+        micro_batch.Plan([4, 2, 1], 16, None, "", raw_model.config), raw_model, (False, "off"),
         device.autocast_to(CPU.device, torch.float32), CPU, lambda _: None,
         lambda: configure_optimizer(raw_model, TrainConfig(max_lr=0.0)),
     )  # fmt: skip

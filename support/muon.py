@@ -1,0 +1,116 @@
+"""
+Muon, the optimizer of --recipe fast (K. Jordan et al., 2024: https://kellerjordan.github.io/posts/muon).
+
+The gradient of a weight matrix is dominated by a few directions, those of its largest singular values, so
+that steps along it mostly repeat what the model has already learned. Muon makes all directions equally long:
+it replaces the gradient, averaged over the last steps, by the orthogonal matrix that is nearest to it, and
+rare but useful directions are learned as fast as common ones.
+
+In symbols: where the average is U S V^T, its singular value decomposition, the update is U V^T. A GPU is slow
+at decompositions, but an iteration of Newton and Schulz needs nothing but matrix products.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+from support.processes import World
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+
+MOMENTUM = 0.95  # Jordan et al.
+RMS_OF_ADAMW = 0.2  # of an update, so that AdamW's rates serve (arXiv 2502.16982, section 2.2)
+
+
+def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """(n, rows, columns) matrices U S V^T to U V^T, approximately.
+
+    X X^T is U S^2 U^T, so a step, (a + b X X^T + c (X X^T)^2) X, leaves U and V alone and maps each singular
+    value s to a s + b s^3 + c s^5. Five steps with Jordan's coefficients bring all values from 0.002 to 1
+    between 0.68 and 1.21. Nearer to 1 gains nothing.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    tall = matrices.size(1) > matrices.size(2)
+    X = matrices.mT if tall else matrices  # X X^T is smaller this way round
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above the norm
+    for _ in range(steps):
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
+
+
+def muon_groups(model: nn.Module, weight_decay: float, adamw_lr_ratio: float) -> list[dict[str, Any]]:
+    """The matrices of a GPT's blocks, for Muon, and the rest, for AdamW: embeddings, norms and biases, whose
+    learning rate is `adamw_lr_ratio` times Muon's. Only the matrices decay."""
+    matrices = {name: p for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    parts = [3 if name.endswith("c_attn.weight") else 1 for name in matrices]  # queries, keys, values
+    rest = [p for name, p in model.named_parameters() if name not in matrices]
+    return [
+        {"params": list(matrices.values()), "parts": parts, "weight_decay": weight_decay},
+        {"params": rest, "lr_ratio": adamw_lr_ratio, "weight_decay": 0.0},
+    ]
+
+
+class Muon(torch.optim.AdamW):
+    """Muon for the group of matrices, AdamW for the other groups.
+
+    Args:
+        groups: as for AdamW. The group of matrices has `parts`: into how many matrices of equal height each
+            of its parameters is cut. Queries, keys and values share a parameter, but are three matrices.
+        world: the processes that share the work. All have the same gradients; each orthogonalizes some of the
+            matrices and gets the others' from those who did. None: this process does it alone.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], world: World | None = None, **options: Any):
+        super().__init__(groups, **options)
+        self.world = world
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if "parts" not in group]
+        super().step()
+        self.param_groups = groups
+        for group in groups:
+            if "parts" in group:
+                self.step_matrices(group)
+
+    def step_matrices(self, group: dict[str, Any]) -> None:
+        same_shape = defaultdict(list)  # (rows, columns) -> pairs of a matrix and its averaged gradient
+        for parameter, parts in zip(group["params"], group["parts"], strict=True):
+            state = self.state[parameter]
+            if not state:
+                state["step"] = torch.zeros(
+                    (), device=parameter.device
+                )  # AdamW expects it when it loads a state
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] += 1
+            state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+            average = parameter.grad.lerp(state["momentum_buffer"], MOMENTUM)  # Nesterov's look ahead
+            for pair in zip(parameter.chunk(parts), average.chunk(parts), strict=True):
+                same_shape[pair[0].shape].append(pair)
+        for shape, pairs in same_shape.items():
+            matrices, averages = (list(tensors) for tensors in zip(*pairs, strict=True))
+            updates = self.orthogonalize_together(torch.stack(averages))
+            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+            rate = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(shape))
+            torch._foreach_add_(matrices, updates.unbind(), alpha=-rate)
+
+    def orthogonalize_together(self, matrices: torch.Tensor) -> torch.Tensor:
+        """`orthogonalize`, divided among the processes."""
+        gpu = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device)[0] >= 8
+        X = matrices.to(torch.bfloat16 if gpu else torch.float32)
+        if self.world and self.world.size > 1:
+            share = math.ceil(len(X) / self.world.size)
+            own = orthogonalize(X[self.world.rank * share :][:share])
+            own = F.pad(own, (0, 0, 0, 0, 0, share - len(own)))  # the last processes may have less
+            X = X.new_empty(self.world.size * share, *X.shape[1:])
+            dist.all_gather_into_tensor(X, own)
+            X = X[: len(matrices)]
+        else:
+            X = orthogonalize(X)
+        return X.to(matrices.dtype)
