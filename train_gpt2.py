@@ -28,8 +28,8 @@ from typing import Any, Literal
 from hellaswag import Item, evaluate, items_for_training
 from support.cli import InputError, check_numbers, run_command
 from support.demo import write_demo_shards
-from support.device import choose_compile, choose_dtype, fast_attention, mixed_precision, to_device
-from support.divergence import check_finite
+from support.device import choose_dtype, fast_attention, mixed_precision, start_reading, to_device
+from support.divergence import check_finite, step_if_finite
 from support.encodings import get_encoding
 from support.huggingface import Sizes, find_model, read_sizes, read_tensors, write_model
 from support.kv_cache import KVCache
@@ -39,7 +39,7 @@ from support.muon import Muon, muon_groups
 from support.processes import StopSignals, World, faults_in_one_line, start_processes
 from support.report import Progress, gather_facts, tensor_table
 from support.run_folder import RunFolder, recipe_of
-from support.sampling import PROMPT, stream
+from support.sampling import stream, write_samples
 from support.shards import Shards, load_shards
 
 import numpy as np
@@ -602,17 +602,6 @@ def estimate_val_loss(
     return world.sum(losses.cpu().double().sum()).item() / loader.n_windows
 
 
-def write_samples(raw_model: GPT, encoding: tiktoken.Encoding, autocast: torch.autocast) -> list[str]:
-    """Continuations of "Hello, I'm a language model,", the same draws every time."""
-    # A model of bytes writes one longer text: a GPT-2 token is about four bytes of English.
-    count, max_new_tokens = (1, 256) if encoding.name == "bytes" else (4, 32)
-    prompt = encoding.encode_ordinary(PROMPT)[-raw_model.config.block_size :]
-    idx = torch.tensor([prompt] * count, device=raw_model.lm_head.weight.device)
-    with autocast:
-        rows = raw_model.generate(idx, max_new_tokens, seed=42).tolist()
-    return [encoding.decode(row) for row in rows]
-
-
 # -----------------------------------------------------------------------------
 # main
 
@@ -653,8 +642,7 @@ def main(config: TrainConfig) -> None:
     plan = plan_micro_batch(config.total_batch_size, T, config.micro_batch_size, config.memory_limit_gb,
                             config.recompute, model_config, world)  # fmt: skip
     run = RunFolder(config.log_dir, world.is_main, progress.print, config.keep_every)
-    recipe = recipe_of(asdict(config), asdict(model_config), shards.fingerprint)
-    first_step = world.from_main(lambda: run.open(config.resume, recipe))
+    first_step = world.from_main(lambda: run.open(config.resume, recipe_of(config, model_config, shards)))
     if 0 < first_step == config.max_steps:
         progress.print(f"{config.log_dir} is finished: its model is {run.checkpoint}")
         return
@@ -666,7 +654,7 @@ def main(config: TrainConfig) -> None:
     raw_model = make_model(config, model_config, run.checkpoint or config.init_from, device)
     autocast, scaler = mixed_precision(device, dtype)
     fit = fit_to_device(
-        plan, raw_model, choose_compile(config.compile, device), autocast, world, progress.print,
+        plan, raw_model, config.compile, autocast, world, progress.print,
         lambda: configure_optimizer(raw_model, replace(config, max_lr=0.0)),  # to try without learning
     )  # fmt: skip
     model, B = fit.model, fit.rows
@@ -674,11 +662,8 @@ def main(config: TrainConfig) -> None:
     grad_accum_steps = config.total_batch_size // (B * T * W)
     optimizer = configure_optimizer(raw_model, config, world)
     run.restore(optimizer, scaler, first_step, world)
-    facts = gather_facts(
-        asdict(config), asdict(TrainConfig()), asdict(model_config), shards, world, plan, fit, dtype,
-        parameters=model_config.n_parameters, flops_per_token=model_config.flops_per_token(T),
-        val_tokens=val_loader.n_windows * T, hellaswag_items=len(items),
-    )  # fmt: skip
+    facts = gather_facts(config, TrainConfig(), model_config, shards, world, plan, fit, dtype,
+                         val_tokens=val_loader.n_windows * T, hellaswag_items=len(items))  # fmt: skip
     progress.start(first_step, facts, run)
 
     x, y = to_device(device, *train_loader.batch(first_step, 0))
@@ -727,15 +712,17 @@ def main(config: TrainConfig) -> None:
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         means = world.sum(torch.stack((loss_sum, loss_sum.new_full((), stop.received > 0)))) / W
-        # The step waits for the device once, here: for the loss, whether any process stops, and the norm.
-        train_loss, stopping, grad_norm = torch.cat((means, norm.view(1))).tolist()
-        check_finite(step, train_loss, grad_norm, loss_sum, scaler, world)
+        values = torch.cat((means, norm.view(1)))
+        read_values = start_reading(values)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
-        scaler.step(optimizer)
-        scaler.update()
+        step_if_finite(optimizer, values)
         optimizer.zero_grad(set_to_none=W == 1)  # DDP's gradients are views of its buffers: they stay
+        # The host waits once in a step, here, while a GPU is busy with the update.
+        train_loss, stopping, grad_norm = read_values()
+        check_finite(step, train_loss, grad_norm, loss_sum, scaler, world)
+        scaler.update()
         # ----------------- everything that follows is diagnostics --------------
 
         progress.step(step, train_loss, lr, grad_norm, time.perf_counter() - start)

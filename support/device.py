@@ -9,8 +9,9 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from support.cli import InputError
 
@@ -141,6 +142,21 @@ def to_device(device: torch.device, *values: torch.Tensor | np.ndarray) -> list[
     if device.type != "cuda":
         return [tensor.to(device) for tensor in tensors]
     return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
+
+
+def start_reading(values: torch.Tensor) -> Callable[[], list[Any]]:
+    """Begin to copy values from the device; returns a function that waits for them. A GPU that is given more
+    work in between is busy with it while the host reads."""
+    if values.device.type != "cuda":
+        return values.tolist
+    copy, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[Any]:
+        arrived.synchronize()
+        return copy.tolist()
+
+    return read
 
 
 class PackedLinear(nn.Module):

@@ -1,4 +1,4 @@
-"""Stop training if the loss or the gradient norm is not finite."""
+"""What happens when the loss or the gradient norm is not finite: no update, and the run stops."""
 
 import math
 
@@ -7,6 +7,20 @@ from support.processes import World
 
 import torch
 import torch.distributed as dist
+
+
+def step_if_finite(optimizer: torch.optim.Optimizer, values: torch.Tensor) -> None:
+    """Let the optimizer step if all values (loss and gradient norm) are finite.
+
+    The device decides by itself, so the host need not wait for the values: fused optimizers, and Muon, leave
+    weights and moments alone where their `found_inf` is 1. Others wait.
+    """
+    finite = torch.isfinite(values).all()
+    if optimizer.defaults["fused"]:
+        optimizer.found_inf = 1 - finite.float()  # type: ignore[attr-defined]
+        optimizer.step()
+    elif finite:
+        optimizer.step()
 
 
 def check_finite(

@@ -10,7 +10,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
 from support.cli import InputError
-from support.device import GB, device_name, fast_attention, head_room, is_out_of_memory, memory_limit
+from support.device import (
+    GB,
+    choose_compile,
+    device_name,
+    fast_attention,
+    head_room,
+    is_out_of_memory,
+    memory_limit,
+)
 from support.processes import World
 from support.words import plural
 
@@ -194,7 +202,7 @@ def wrap_model(raw_model: Any, compiled: bool, world: World) -> nn.Module:
 def fit_to_device(
     plan: Plan,
     raw_model: Chunked,
-    compiling: tuple[bool, str],
+    compile: bool,
     autocast: torch.autocast,
     world: World,
     print: Callable[[str], None],
@@ -204,12 +212,12 @@ def fit_to_device(
 
     Args:
         raw_model: the plain model.
-        compiling: whether to compile, and the reason; if compilation fails, training continues without it.
+        compile: whether to compile, where that works; if it fails, training continues without it.
         make_optimizer: makes one with a learning rate of 0, so that trial steps don't change the weights.
 
     Raises InputError if nothing fits.
     """
-    compiled, note = compiling
+    compiled, note = choose_compile(compile, world.device)
     started = time.perf_counter()
     model = wrap_model(raw_model, compiled, world)
     if compiled:

@@ -80,6 +80,8 @@ class Muon(torch.optim.AdamW):
                 self.step_matrices(group)
 
     def step_matrices(self, group: dict[str, Any]) -> None:
+        found_inf = getattr(self, "found_inf", group["params"][0].new_zeros(()))  # 1: skip the step
+        lr = group["lr"] * (1 - found_inf)
         same_shape = defaultdict(list)  # (rows, columns) -> pairs of a matrix and its averaged gradient
         for parameter, parts in zip(group["params"], group["parts"], strict=True):
             state = self.state[parameter]
@@ -88,17 +90,18 @@ class Muon(torch.optim.AdamW):
                     (), device=parameter.device
                 )  # AdamW expects it when it loads a state
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            state["step"] += 1
-            state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-            average = parameter.grad.lerp(state["momentum_buffer"], MOMENTUM)  # Nesterov's look ahead
+            state["step"] += 1 - found_inf
+            gradient = torch.where(found_inf > 0, state["momentum_buffer"], parameter.grad)
+            state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
+            average = gradient.lerp(state["momentum_buffer"], MOMENTUM)  # Nesterov's look ahead
             for pair in zip(parameter.chunk(parts), average.chunk(parts), strict=True):
                 same_shape[pair[0].shape].append(pair)
         for shape, pairs in same_shape.items():
             matrices, averages = (list(tensors) for tensors in zip(*pairs, strict=True))
             updates = self.orthogonalize_together(torch.stack(averages))
-            torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-            rate = group["lr"] * RMS_OF_ADAMW * math.sqrt(max(shape))
-            torch._foreach_add_(matrices, updates.unbind(), alpha=-rate)
+            updates *= -lr * RMS_OF_ADAMW * math.sqrt(max(shape))
+            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(matrices, updates.unbind())
 
     def orthogonalize_together(self, matrices: torch.Tensor) -> torch.Tensor:
         """`orthogonalize`, divided among the processes."""

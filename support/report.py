@@ -14,6 +14,7 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any, Protocol
 
 from support.cli import InputError
@@ -50,9 +51,9 @@ class Score(Protocol):
 
 
 def gather_facts(
-    config: dict[str, Any],
-    defaults: dict[str, Any],
-    model_config: dict[str, Any],
+    train_config: Any,
+    defaults: Any,
+    model_config: Any,
     shards: Shards,
     world: World,
     plan: Plan,
@@ -60,14 +61,18 @@ def gather_facts(
     dtype: torch.dtype,
     **numbers: int,
 ) -> Facts:
-    """What run.json records. `config` is train_gpt2.py's configuration, `defaults` the one without flags."""
+    """What run.json records. `train_config` and `model_config` are train_gpt2.py's dataclasses, `defaults` is
+    the first one without flags."""
+    config = asdict(train_config)
     rows = config["total_batch_size"] // config["sequence_length"]
     accumulate = rows // (fit.rows * world.size)
     backends = ", ".join(backend.name.lower() for backend in choose_attention(world.device))
     return {
         "train_config": config,
-        "model_config": model_config,
-        "default_recipe": is_default_recipe(config, defaults),
+        "model_config": asdict(model_config),
+        "default_recipe": is_default_recipe(config, asdict(defaults)),
+        "parameters": model_config.n_parameters,
+        "flops_per_token": model_config.flops_per_token(train_config.sequence_length),
         **numbers,
         "encoding": shards.encoding,
         "data": {

@@ -20,6 +20,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from support.curves import draw_runs, read_run
 from support.device import device_name
 from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
 from support.processes import World
+from support.shards import Shards
 
 import safetensors
 import torch
@@ -289,13 +291,14 @@ def check_sums(folder: Path) -> None:
             raise ValueError(f"{name} is not what SHA256SUMS says")
 
 
-def recipe_of(config: dict[str, Any], model_config: dict[str, Any], data: str) -> dict[str, Any]:
-    """All that decides a run's numbers, as plain values: from train_gpt2.py's configuration, the model's, and
-    the data's fingerprint. What is missing here (processes, micro-batch, precision, intervals) may differ
-    when a run is resumed."""
+def recipe_of(config: Any, model_config: Any, shards: Shards) -> dict[str, Any]:
+    """All that decides a run's numbers, as plain values. `config` and `model_config` are train_gpt2.py's
+    dataclasses. What is missing here (processes, micro-batch, precision, intervals) may differ when a run is
+    resumed."""
     names = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
              "weight_decay", "grad_clip", "val_tokens", "seed", "shuffle", *ONLY_CHOICE)  # fmt: skip
-    return {**{name: config[name] for name in names}, **model_config, "data": data}
+    values = {name: getattr(config, name) for name in names}
+    return {**values, **asdict(model_config), "data": shards.fingerprint}
 
 
 def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from support.kv_cache import KVCache
 
+import tiktoken
 import torch
 from torch.nn import functional as F
 
@@ -102,3 +103,14 @@ def choose_token(
         probabilities = probabilities.masked_fill(likelier >= top_p, 0)
     choice = torch.multinomial(probabilities, 1, generator=generator)
     return choice if tokens is None else tokens.gather(-1, choice)
+
+
+def write_samples(model: LanguageModel, encoding: tiktoken.Encoding, autocast: torch.autocast) -> list[str]:
+    """Continuations of PROMPT, the same draws every time."""
+    # A model of bytes writes one longer text: a GPT-2 token is about four bytes of English.
+    count, max_new_tokens = (1, 256) if encoding.name == "bytes" else (4, 32)
+    prompt = encoding.encode_ordinary(PROMPT)[-model.config.block_size :]
+    idx = torch.tensor([prompt] * count, device=next(model.parameters()).device)
+    with autocast:
+        rows = torch.cat((idx, *stream(model, idx, max_new_tokens, seed=42)), dim=1).tolist()
+    return [encoding.decode(row) for row in rows]

@@ -34,8 +34,8 @@ rank = os.environ.get("RANK", "0")
 if "gradients" in faults:
     configure_optimizer = train_gpt2.configure_optimizer
 
-    def dumping_optimizer(model, config):
-        optimizer = configure_optimizer(model, config)
+    def dumping_optimizer(model, config, world=None):
+        optimizer = configure_optimizer(model, config, world)
 
         def dump(*_):
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}

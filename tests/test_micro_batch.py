@@ -250,7 +250,7 @@ def compiled_run(monkeypatch, backend, text_shards, log_dir, *flags):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_ = torch.compile
-    monkeypatch.setattr(train_gpt2, "choose_compile", lambda *_: (True, "on"))
+    monkeypatch.setattr(micro_batch, "choose_compile", lambda *_: (True, "on"))
     monkeypatch.setattr(torch, "compile", lambda model, **k: compile_(model, backend=backend, **k))
     said = []
     monkeypatch.setattr(train_gpt2.Progress, "print", lambda _, text: said.append(text))
@@ -308,7 +308,7 @@ def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypat
     raw_model = GPT(replace(SMALL, n_layer=1))
     plan = micro_batch.Plan([12, 6, 4, 3, 2, 1], 16, None, "", raw_model.config)
     model, rows, *_ = fit_to_device(
-        plan, raw_model, (True, "on"), device.autocast_to(CPU.device, torch.float32), CPU,
+        plan, raw_model, True, device.autocast_to(CPU.device, torch.float32), CPU,
         lambda _: None, lambda: configure_optimizer(raw_model, TrainConfig(max_lr=0.0)),
     )  # fmt: skip
     assert rows == 1
@@ -323,7 +323,7 @@ def test_of_unlike_devices_the_smallest_decides(monkeypatch):
     monkeypatch.setattr(World, "from_all", lambda _, own: [own, (2, 8, 9.0)] if own else [own, None])
     raw_model = GPT(replace(SMALL, n_layer=1))
     fit = fit_to_device(
-        micro_batch.Plan([4, 2, 1], 16, None, "", raw_model.config), raw_model, (False, "off"),
+        micro_batch.Plan([4, 2, 1], 16, None, "", raw_model.config), raw_model, False,
         device.autocast_to(CPU.device, torch.float32), CPU, lambda _: None,
         lambda: configure_optimizer(raw_model, TrainConfig(max_lr=0.0)),
     )  # fmt: skip
