@@ -116,6 +116,8 @@ def describe(facts: Facts, dollars_so_far: float) -> str:
         f"({model['encoding']})",
         "data": f"{config['data_dir']}: {data['train_tokens']:,} training tokens, "
         + plural(data["train_shards"], "shard"),
+        "recipe": f"{config['recipe']}: {'AdamW' if config['optimizer'] == 'adamw' else 'Muon'}, "
+        f"{config['schedule']} to {config['max_lr']:.2g}",
         "training": f"{plural(config['max_steps'], 'step')}, {tokens:,} tokens, "
         f"{tokens / data['train_tokens']:.2f} epochs",
         "batch": f"{config['total_batch_size']:,} tokens a step = {plural(facts['micro_batch_size'], 'row')} "

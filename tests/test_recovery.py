@@ -92,7 +92,7 @@ def assert_same_end(folder, undisturbed):
 # ------------------------------------------------------------------ killed
 
 
-def kill_trials(kills, seed, tmp_path, text_shards, timeout):
+def kill_trials(kills, seed, tmp_path, text_shards, timeout, *flags):
     done = run(
         ROOT / "tests/kill_trials.py",
         kills,
@@ -101,21 +101,24 @@ def kill_trials(kills, seed, tmp_path, text_shards, timeout):
         *FLAGS,
         "--checkpoint_every=1",
         f"--data_dir={text_shards}",
+        *flags,
         env={"PYTHONPATH": str(ROOT)},
         timeout=timeout,
     )
     return json.loads(done.stdout)
 
 
-def test_killed_at_a_random_moment_it_ends_the_same(tmp_path, text_shards):
-    result = kill_trials(1, 1, tmp_path, text_shards, 120)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_at_a_random_moment_it_ends_the_same(optimizer, tmp_path, text_shards):
+    result = kill_trials(1, 1, tmp_path, text_shards, 120, f"--optimizer={optimizer}")
     assert result["kills"] == 1
     assert result["differences"] == 0
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_random_moments_it_ends_the_same(tmp_path, text_shards):
-    result = kill_trials(50, 2, tmp_path, text_shards, 900)
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_killed_at_fifty_random_moments_it_ends_the_same(optimizer, tmp_path, text_shards):
+    result = kill_trials(50, 2, tmp_path, text_shards, 900, f"--optimizer={optimizer}")
     print(result)
     assert result["kills"] == 50
     assert result["differences"] == 0
@@ -569,6 +572,25 @@ def test_resumed_on_another_layout_the_tokens_are_the_same(processes, flags, tmp
     assert len(whole) == 12 * 8
     assert windows(*(f"{hashes}_{rank}" for rank in range(processes))) == whole
     compare_losses(tmp_path / "log", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "second"), [(1, 2), (2, 1)])
+def test_muon_goes_on_with_another_number_of_processes(first, second, flags, tmp_path):
+    """Its momentum reaches every process; the losses are those of a run on one layout."""
+    flags = (*flags, "--optimizer=muon", "--max_steps=12", "--checkpoint_every=6", "--val_every=0")
+
+    def train(processes, *more):
+        launch = run if processes == 1 else lambda *a, **k: torchrun(2, *a, **k)
+        launch("train_gpt2.py", *flags, *more)
+
+    train(first)
+    losses = read_log(tmp_path / "log/log.txt")["train"]
+    shutil.rmtree(tmp_path / "log/checkpoint_00012")
+    train(second, "--resume")
+    resumed = read_log(tmp_path / "log/log.txt")["train"]
+    assert [step for step, _ in resumed] == [step for step, _ in losses] == list(range(12))
+    assert [loss for _, loss in resumed] == pytest.approx([loss for _, loss in losses], abs=1e-4)
 
 
 # ------------------------------------------------------------------ bad numbers, bad data

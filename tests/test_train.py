@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -401,3 +402,30 @@ def test_the_state_dictionary_is_listed():
     assert ["transformer.h.11.mlp.c_fc.weight", "[3072,", "768]", "2,359,296"] in rows
     assert len(rows) == 2 + 12 * 12 + 2 + 1 + 1
     assert rows[-1][0] == "124,439,808"
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_float16_recovers_from_overflows_and_resumes(optimizer, text_shards, tmp_path, monkeypatch):
+    """On the CPU as on a GPU without bfloat16: the scale is far too large at first, so that the first steps
+    are skipped; then the losses follow float32's. A run that stops and resumes ends with the same bits."""
+    make = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: make(*a, **{**k, "init_scale": 2.0**26}))
+    flags = (
+        *TINY,
+        f"--data_dir={text_shards}",
+        f"--optimizer={optimizer}",
+        "--val_every=0",
+        "--sample_every=0",
+    )
+    flags = (*flags, "--max_steps=20", "--checkpoint_every=12", "--dtype=float16")
+    call("train_gpt2.py", *flags, f"--log_dir={tmp_path / 'whole'}")
+    losses = [loss for _, loss in read_log(tmp_path / "whole/log.txt")["train"]]
+    state = torch.load(tmp_path / "whole/checkpoint_00020/trainer.pt")
+    assert state["scaler"]["scale"] < 2.0**26
+    assert 10 < state["optimizer"]["state"][0]["step"] < 20  # the others were skipped
+    assert losses[-1] < losses[0] - 0.5
+    shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    shutil.rmtree(tmp_path / "half/checkpoint_00020")
+    call("train_gpt2.py", *flags, f"--log_dir={tmp_path / 'half'}", "--resume")
+    for file in ("log.txt", "checkpoint_00020/model.safetensors"):
+        assert (tmp_path / "half" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
