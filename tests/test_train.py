@@ -422,7 +422,7 @@ def test_float16_recovers_from_overflows_and_resumes(optimizer, text_shards, tmp
     losses = [loss for _, loss in read_log(tmp_path / "whole/log.txt")["train"]]
     state = torch.load(tmp_path / "whole/checkpoint_00020/trainer.pt")
     assert state["scaler"]["scale"] < 2.0**26
-    assert 10 < state["optimizer"]["state"][0]["step"] < 20  # the others were skipped
+    assert 5 < state["optimizer"]["state"][0]["step"] < 20  # the others were skipped
     assert losses[-1] < losses[0] - 0.5
     shutil.copytree(tmp_path / "whole", tmp_path / "half")
     shutil.rmtree(tmp_path / "half/checkpoint_00020")
