@@ -29,6 +29,7 @@ from typing import Any, Literal
 from support.cli import CommandError, InputError, run_command
 from support.device import autocast_to, choose_device, is_out_of_memory, pack_for_cpu, to_device
 from support.encodings import get_encoding
+from support.fsdp import gathered
 from support.hub import hub_or_disk
 from support.huggingface import find_model
 from support.kv_cache import KVCache
@@ -361,7 +362,8 @@ def evaluate(
     order: list[Rendered] = []
     sums = torch.zeros(len(own), 4, device=device)  # a small tensor per batch would fragment the memory
     right, n_counted, shown_at = 0, 0, time.monotonic()
-    with tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True) as bar:
+    bar = tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True)
+    with gathered(model), bar:
         for batch in batches(own, limits):
             on_part(len(order), len(own))
             sums[len(order) : len(order) + len(batch)] = score_within_memory(model, batch, limits)

@@ -31,6 +31,7 @@ from support.demo import write_demo_shards
 from support.device import choose_dtype, fast_attention, mixed_precision, start_reading, to_device
 from support.divergence import check_finite, step_if_finite
 from support.encodings import get_encoding
+from support.fsdp import count_shares, divide, gathered, sync_gradients, whole
 from support.huggingface import Sizes, find_model, read_sizes, read_tensors, write_model
 from support.kv_cache import KVCache
 from support.loss import next_token_loss
@@ -47,7 +48,6 @@ import tiktoken
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 # -----------------------------------------------------------------------------
@@ -150,6 +150,7 @@ class TrainConfig:
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
     micro_batch_size: int | None = None  # rows per forward pass and process; default: the most that fit
     memory_limit_gb: float | None = None  # take at most this many GB (2**30 bytes) of a GPU; default: all
+    shard: bool = False  # divide the model among the processes, for one that no card holds alone
     recompute: bool = False  # compute the blocks again in the backward pass: less memory, more time
     timeout_minutes: float = 10.0  # give up on another process that does not answer for this long
 
@@ -589,16 +590,15 @@ def estimate_val_loss(
     stride = world.size * loader.batch_size
     n_batches = math.ceil(loader.n_windows / stride)
     losses = torch.zeros(n_batches, device=world.device)  # a small tensor per batch would fragment the memory
-    for i, first in enumerate(range(world.rank * loader.batch_size, loader.n_windows, stride)):
-        on_part(i, n_batches)
-        count = min(loader.batch_size, loader.n_windows - first)
-        x, y = loader.windows(first, count)
-        missing = loader.batch_size - count
-        x, y = F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-100)
-        x, y = to_device(world.device, x, y)
-        with fast_attention(world.device), autocast:
-            loss = model(x, y)
-        losses[i] = loss.float() * count
+    with gathered(model), fast_attention(world.device), autocast:
+        for i, first in enumerate(range(world.rank * loader.batch_size, loader.n_windows, stride)):
+            on_part(i, n_batches)
+            count = min(loader.batch_size, loader.n_windows - first)
+            x, y = loader.windows(first, count)
+            missing = loader.batch_size - count
+            x, y = F.pad(x, (0, 0, 0, missing)), F.pad(y, (0, 0, 0, missing), value=-100)
+            x, y = to_device(world.device, x, y)
+            losses[i] = model(x, y).float() * count
     return world.sum(losses.cpu().double().sum()).item() / loader.n_windows
 
 
@@ -607,13 +607,23 @@ def estimate_val_loss(
 
 
 def make_model(
-    config: TrainConfig, model_config: GPTConfig, weights: Path | str | None, device: torch.device
-) -> GPT:
-    """The model with these weights, or with random ones, ready to be trained."""
-    torch.manual_seed(config.seed)
-    model = GPT.from_pretrained(weights) if weights else GPT(model_config)
+    config: TrainConfig, model_config: GPTConfig, weights: Path | str | None, world: World, shares: int,
+    dtype: torch.dtype,
+) -> GPT:  # fmt: skip
+    """The model with these weights, or with random ones, ready to be trained; divided if it is to be."""
+
+    def make_whole() -> GPT:
+        torch.manual_seed(config.seed)
+        return (GPT.from_pretrained(weights) if weights else GPT(model_config)).pad_vocabulary()
+
+    if shares > 1:
+        with torch.device("meta"):
+            model = GPT(model_config).pad_vocabulary()
+        divide(model, make_whole().state_dict() if world.is_main else None, world, shares, dtype)
+    else:
+        model = make_whole().to(world.device)
     model.recompute = config.recompute
-    return model.pad_vocabulary().to(device)
+    return model
 
 
 def list_tensors(config: TrainConfig) -> str:
@@ -638,9 +648,10 @@ def main(config: TrainConfig) -> None:
     shards, encoding, train_loader, val_loader, items = open_data(config, world)
     model_config = choose_model_config(config, encoding)
     dtype = choose_dtype(config.dtype, device, model_config.n_embd)
-    world.require_same(data=shards.fingerprint, dtype=str(dtype))
+    world.require_same(data=shards.fingerprint, dtype=str(dtype), shard=config.shard)
+    shares = count_shares(config.shard, config.optimizer, world)
     plan = plan_micro_batch(config.total_batch_size, T, config.micro_batch_size, config.memory_limit_gb,
-                            config.recompute, model_config, world)  # fmt: skip
+                            config.recompute, model_config, world, shares)  # fmt: skip
     run = RunFolder(config.log_dir, world.is_main, progress.print, config.keep_every)
     first_step = world.from_main(lambda: run.open(config.resume, recipe_of(config, model_config, shards)))
     if 0 < first_step == config.max_steps:
@@ -651,7 +662,7 @@ def main(config: TrainConfig) -> None:
 
     # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
     # the same weights compiled and wrapped: training and validation, whose shapes are fixed, use that.
-    raw_model = make_model(config, model_config, run.checkpoint or config.init_from, device)
+    raw_model = make_model(config, model_config, run.checkpoint or config.init_from, world, shares, dtype)
     autocast, scaler = mixed_precision(device, dtype)
     fit = fit_to_device(
         plan, raw_model, config.compile, autocast, world, progress.print,
@@ -679,7 +690,7 @@ def main(config: TrainConfig) -> None:
                 with autocast:
                     score = evaluate(raw_model, items, encoding, world, on_part=progress.of("HellaSwag"))
                 progress.hellaswag(step, score)
-            if config.due(config.sample_every, step) and world.is_main:
+            if config.due(config.sample_every, step):
                 progress.samples(step, write_samples(raw_model, encoding, autocast))
             if config.due(config.val_every, step):
                 run.draw()
@@ -695,10 +706,8 @@ def main(config: TrainConfig) -> None:
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             progress.micro_step(step, micro_step, grad_accum_steps)
-            if isinstance(model, DistributedDataParallel):
-                # The processes average their gradients during backward, but only in the last micro-step. DDP
-                # reads the flag in the forward pass, so it is set before it.
-                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+            # The processes average their gradients during backward, but only in the last micro-step.
+            sync_gradients(model, micro_step == grad_accum_steps - 1)
             with fast_attention(device):
                 with autocast:
                     loss = model(x, y)
@@ -712,7 +721,7 @@ def main(config: TrainConfig) -> None:
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
         means = world.sum(torch.stack((loss_sum, loss_sum.new_full((), stop.received > 0)))) / W
-        values = torch.cat((means, norm.view(1)))
+        values = torch.cat((means, whole(norm).view(1)))
         read_values = start_reading(values)
         lr = get_lr(step, config)
         for group in optimizer.param_groups:

@@ -5,6 +5,7 @@ The tokens of a step stay as the recipe sets them: a smaller micro-batch only me
 """
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
@@ -19,6 +20,7 @@ from support.device import (
     is_out_of_memory,
     memory_limit,
 )
+from support.fsdp import alone, division_of
 from support.processes import World
 from support.words import plural
 
@@ -53,6 +55,7 @@ class Plan(NamedTuple):
     memory: str  # a description of what the model needs
     model: Architecture
     recompute: bool = False
+    shares: int = 1  # processes among which the model is divided
     first: tuple[int, int] | None = None  # rows and chunks that fitted before an interruption
 
     def gpu_bytes(self, rows: int, chunks: int) -> float:
@@ -63,7 +66,10 @@ class Plan(NamedTuple):
         """
         blocks = (4 if self.recompute else 37) * self.model.n_layer * self.model.n_embd
         per_token = blocks + 2 * self.model.vocab_size / chunks
-        return 16 * self.model.n_parameters + rows * self.sequence_length * per_token
+        states = 16 * self.model.n_parameters / self.shares
+        if self.shares > 1:  # the embedding and its gradient, gathered
+            states += 8 * self.model.vocab_size * self.model.n_embd
+        return states + rows * self.sequence_length * per_token
 
 
 def plan_micro_batch(
@@ -74,6 +80,7 @@ def plan_micro_batch(
     recompute: bool,
     model: Architecture,
     world: World,
+    shares: int = 1,
 ) -> Plan:
     """Plan the search for steps of `total_batch_size` tokens in rows of `sequence_length`. Raises InputError
     if the batch can't be divided, the model can't fit, or the processes differ."""
@@ -81,8 +88,8 @@ def plan_micro_batch(
         total_batch_size, sequence_length, micro_batch_size, memory_limit_gb, model, world
     )
     world.require_same(micro_batch_sizes=tuple(sizes))
-    memory = check_memory(model, memory_limit_gb, world)
-    return Plan(sizes, sequence_length, memory_limit_gb, memory, model, recompute)
+    memory = check_memory(model, memory_limit_gb, world, shares)
+    return Plan(sizes, sequence_length, memory_limit_gb, memory, model, recompute, shares)
 
 
 def micro_batch_sizes(
@@ -125,16 +132,21 @@ def micro_batch_sizes(
     return sizes
 
 
-def check_memory(model: Architecture, memory_limit_gb: float | None, world: World) -> str:
+def check_memory(model: Architecture, memory_limit_gb: float | None, world: World, shares: int = 1) -> str:
     """Describe the memory for weights, gradients and AdamW's moments. InputError if they alone can't fit."""
     each = 4 * model.n_parameters / GB  # float32
-    need = f"{4 * each:.2f} GB for weights, gradients and the optimizer's two moments"
+    own = 4 * each / shares
+    need = f"{own:.2f} GB for weights, gradients and the optimizer's two moments"
+    if shares > 1:
+        need += f", {4 * each:.2f} GB divided among {shares} processes"
     limits = world.from_all(memory_limit(world.device, memory_limit_gb))
     limit = min((limit for limit in limits if limit is not None), default=None)
-    if limit is not None and 4 * each * GB > limit:
+    if limit is not None and own * GB > limit:
+        enough = math.ceil(4 * each * GB / (limit / 2))  # shares that leave half of the memory free
         raise InputError(
-            f"a model of {model.n_parameters:,} parameters needs {need}, {each:.2f} GB each; "
-            f"{device_name(world.device)} has {limit / GB:.2f} GB for it: choose a smaller --model"
+            f"a model of {model.n_parameters:,} parameters needs {need}, {each / shares:.2f} GB each; "
+            f"{device_name(world.device)} has {limit / GB:.2f} GB for it: choose a smaller --model, or "
+            f"divide it among {enough} such devices: torchrun --nproc_per_node={enough} and --shard"
         )
     return need
 
@@ -188,6 +200,10 @@ class Chunked(Protocol):
 def wrap_model(raw_model: Any, compiled: bool, world: World) -> nn.Module:
     """The same weights, compiled if asked to, and wrapped if there are several processes."""
     model: nn.Module = raw_model
+    if division := division_of(raw_model):
+        for block in division.blocks:
+            block.compile(dynamic=False) if compiled else setattr(block, "_compiled_call_impl", None)
+        return model
     if compiled:
         # One graph for the whole model: gradients are exchanged once in a step, too seldom to break the graph
         # for overlap. Each size of micro-batch is compiled for itself: faster than one graph for all.
@@ -263,8 +279,6 @@ def search(
     In every process, raises InputError if nothing fits in one of them, or CompilationFault if the compiler
     fails in one.
     """
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = False  # each process tries for itself
     limit = memory_limit(world.device, plan.memory_limit_gb)
     enough = max(1, ENOUGH_TOKENS // plan.sequence_length)
     seconds = 0.0
@@ -298,7 +312,8 @@ def search(
     found = 0, 0
     own_fault: InputError | CompilationFault | None = None
     try:
-        found = find_micro_batch_size(plan.sizes, fits, enough, plan.first)
+        with alone(model):  # each process tries for itself
+            found = find_micro_batch_size(plan.sizes, fits, enough, plan.first)
     except InputError as error:
         own_fault = error
     except Exception as error:  # any compiler error; uncompiled, a real fault recurs

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Protocol
 
+from support.fsdp import gathered
 from support.kv_cache import KVCache
 
 import tiktoken
@@ -111,6 +112,6 @@ def write_samples(model: LanguageModel, encoding: tiktoken.Encoding, autocast: t
     count, max_new_tokens = (1, 256) if encoding.name == "bytes" else (4, 32)
     prompt = encoding.encode_ordinary(PROMPT)[-model.config.block_size :]
     idx = torch.tensor([prompt] * count, device=next(model.parameters()).device)
-    with autocast:
+    with gathered(model), autocast:
         rows = torch.cat((idx, *stream(model, idx, max_new_tokens, seed=42)), dim=1).tolist()
     return [encoding.decode(row) for row in rows]

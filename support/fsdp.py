@@ -1,0 +1,214 @@
+"""
+A model divided among the processes (--shard), by PyTorch's fully_shard, known as FSDP2.
+
+Each process keeps a share of weights, gradients and moments. A block's weights are gathered when they are
+needed, forward and backward, and given up again; its gradients are averaged and divided. The mathematics is
+that of DDP. So a model can be trained that no card holds alone, for the price of communication.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from support.cli import InputError
+from support.device import memory_limit
+from support.processes import World
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+WHOLE_GRADIENTS = 0.25  # of the memory may be taken by gradients that are not divided yet
+
+
+def count_shares(shard: bool, optimizer: str, world: World) -> int:
+    """Among how many processes each model is divided; 1 without --shard. Raises InputError where --shard
+    can't work."""
+    if not shard:
+        return 1
+    if world.size == 1:
+        raise InputError("--shard divides the model among several processes: start them with torchrun")
+    if optimizer == "muon":
+        raise InputError("--shard with --optimizer muon: Muon needs whole matrices; use --optimizer adamw")
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    return local if local > 1 and world.size % local == 0 else world.size
+
+
+@dataclass
+class Division:
+    """How a model is divided."""
+
+    blocks: list[nn.Module]  # gathered one at a time
+    rest: list[nn.Module]  # gathered for the whole of a micro-step
+    exchange_always: bool  # average gradients in every micro-step, not in a step's last only
+    together: "Together"
+
+    @property
+    def parts(self) -> list[FSDPModule]:
+        return [part for part in (*self.blocks, *self.rest) if isinstance(part, FSDPModule)]
+
+
+def division_of(model: object) -> Division | None:
+    """How the model is divided; None if it is not."""
+    return getattr(model, "division", None)
+
+
+def divide(
+    model: Any, weights: dict[str, torch.Tensor] | None, world: World, shares: int, dtype: torch.dtype
+) -> None:
+    """Divide a GPT that has no weights yet (it is on the meta device), and give it `weights`.
+
+    Args:
+        weights: in the main process, a whole state dictionary on the host; None in the others, which get
+            their shares of it tensor by tensor.
+        shares: among how many processes; where there are more, each such group has a copy.
+        dtype: of the matrix products. In bfloat16 the blocks' weights travel so, too; gradients are summed
+            in float32.
+    """
+    # Several hosts have a copy each: the fast connections within a host carry the weights.
+    sizes = (shares,) if shares == world.size else (world.size // shares, shares)
+    mesh = init_device_mesh(world.device.type, sizes)
+    narrow = torch.bfloat16 if dtype == torch.bfloat16 else None
+    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
+    blocks = list(model.transformer.h)  # gathered one at a time
+    for block in blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    tied = [model.transformer.wte, model.lm_head]  # they share their weight: gathered together
+    fully_shard(tied, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    for method in ("hidden_states", "head"):
+        register_fsdp_forward_method(model, method)
+    model.to_empty(device=world.device)
+    gradients = 4 * sum(p.numel() for p in model.parameters())
+    limits = [limit for limit in world.from_all(memory_limit(world.device, None)) if limit]
+    exchange_always = gradients > WHOLE_GRADIENTS * min(limits, default=0.0)
+    division = Division(blocks, [*tied, model], exchange_always, Together())
+    model.division = division
+    for part in division.parts:
+        part.set_custom_all_gather(Gather(division.together))  # type: ignore[arg-type]
+        part.set_custom_reduce_scatter(Scatter(division.together))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(share_out(weights[name] if weights else None, parameter))
+
+
+# -----------------------------------------------------------------------------
+# tensors, whole and divided
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, put together if it is divided; every process has to call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share_out(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+    """The main process's tensor, divided among the processes as `like` is; the others give None."""
+    assert isinstance(like, DTensor)
+    given = torch.empty(like.shape, dtype=like.dtype) if tensor is None else tensor.detach()
+    return distribute_tensor(given, like.device_mesh, like.placements)
+
+
+@contextlib.contextmanager
+def gathered(model: object) -> Iterator[None]:
+    """Inside, a divided model is whole in every process, which can use it without the others: to score and to
+    sample, where each does something else. It is not compiled there."""
+    division = division_of(model)
+    if division is None:
+        yield
+        return
+    for part in division.parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    for part in division.parts:
+        part.set_reshard_after_forward(part in division.blocks, recurse=False)
+        part.reshard()
+
+
+# -----------------------------------------------------------------------------
+# gradients, and communication
+
+
+def sync_gradients(model: nn.Module, last: bool) -> None:
+    """Say, before a micro-step, whether it is the step's last: only then the processes average their
+    gradients. DDP reads its flag in the forward pass.
+
+    A divided model keeps whole gradients until then. Where they would take more than WHOLE_GRADIENTS of the
+    memory, it averages and divides them in every micro-step.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = last
+    elif isinstance(model, FSDPModule):
+        division = division_of(model)
+        model.set_requires_gradient_sync(last or division is None or division.exchange_always)
+
+
+@contextlib.contextmanager
+def alone(model: nn.Module) -> Iterator[None]:
+    """Inside, this process trains without the others, with meaningless gradients: to find out what fits."""
+    division = division_of(model)
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = False
+    if division is None or not isinstance(model, FSDPModule):
+        yield
+        return
+    division.together.really = False
+    model.set_requires_all_reduce(False)
+    try:
+        yield
+    finally:
+        division.together.really = True
+        model.set_requires_all_reduce(True)
+
+
+@dataclass
+class Together:
+    """Whether the processes really communicate, or each only takes the memory and time for it."""
+
+    really: bool = True
+
+
+@dataclass
+class Communication:
+    """What fully_shard calls to communicate."""
+
+    together: Together
+
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+
+class Gather(Communication):
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        if self.together.really:
+            return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+        output_tensor.view(group.size(), -1).copy_(input_tensor.view(1, -1))
+        return None
+
+
+class Scatter(Communication):
+    def __call__(
+        self,
+        output_tensor: torch.Tensor,
+        input_tensor: torch.Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        if self.together.really:
+            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
+        output_tensor.view(-1).copy_(input_tensor.view(group.size(), -1)[0])
+        return None
