@@ -14,7 +14,7 @@ from typing import Any
 
 from support.cli import InputError
 from support.device import memory_limit
-from support.processes import World
+from support.processes import World, all_gather, reduce_scatter
 
 import torch
 import torch.distributed as dist
@@ -166,6 +166,14 @@ def alone(model: nn.Module) -> Iterator[None]:
     finally:
         division.together.really = True
         model.set_requires_all_reduce(True)
+        for part in division.parts:
+            part.reshard()  # forget what was not really gathered
+
+
+def recover(model: nn.Module) -> None:
+    """Make a divided model usable again after an exception in the midst of a step."""
+    if isinstance(model, FSDPModule):
+        model.reset_iter_state()  # new in PyTorch 2.13
 
 
 @dataclass
@@ -194,8 +202,8 @@ class Gather(Communication):
         async_op: bool = False,
     ) -> dist.Work | None:
         if self.together.really:
-            return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
-        output_tensor.view(group.size(), -1).copy_(input_tensor.view(1, -1))
+            return all_gather(output_tensor, input_tensor, group, async_op)
+        output_tensor.view(group.size(), -1).copy_(input_tensor.clone())  # the input lies within the output
         return None
 
 
@@ -209,6 +217,6 @@ class Scatter(Communication):
         async_op: bool = False,
     ) -> dist.Work | None:
         if self.together.really:
-            return dist.reduce_scatter_tensor(output_tensor, input_tensor, op, group, async_op)
-        output_tensor.view(-1).copy_(input_tensor.view(group.size(), -1)[0])
+            return reduce_scatter(output_tensor, input_tensor, op, group, async_op)
+        output_tensor.view(-1).copy_(input_tensor.view(group.size(), -1)[0].clone())
         return None

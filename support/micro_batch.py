@@ -20,7 +20,7 @@ from support.device import (
     is_out_of_memory,
     memory_limit,
 )
-from support.fsdp import alone, division_of
+from support.fsdp import alone, division_of, recover, sync_gradients
 from support.processes import World
 from support.words import plural
 
@@ -297,6 +297,7 @@ def search(
                 if not is_out_of_memory(error):
                     raise
                 reason = str(error).splitlines()[0][:100]
+                recover(model)
             finally:
                 model.zero_grad(set_to_none=True)
         if reason:
@@ -339,17 +340,22 @@ def try_step(
     x, y = torch.zeros((2, rows, sequence_length), dtype=torch.int64, device=device)
     seconds = 0.0
     with fast_attention(device):
-        for _ in range(2):  # the second time, with gradients and optimizer moments in memory
+        # In the end, gradients and moments are in memory; a divided model's whole gradients, too.
+        divided = division_of(model) is not None
+        for last in (True, False, True) if divided else (True, True):
+            if divided:
+                sync_gradients(model, last)
             start = time.perf_counter()
             with autocast:
                 loss = model(x, y)
             loss.backward()
             loss.item()  # waits for the device
             seconds = time.perf_counter() - start
-            for group in optimizer.param_groups:
+            for group in optimizer.param_groups if last else ():
                 for parameter in group["params"]:
                     parameter.grad.zero_()  # an overflow would still reach the weights
-            optimizer.step()
+            if last:
+                optimizer.step()
         with torch.no_grad(), autocast:
             model(x, y).item()
     return seconds

@@ -15,10 +15,9 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from support.processes import World
+from support.processes import World, all_gather
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -112,7 +111,7 @@ class Muon(torch.optim.AdamW):
             own = orthogonalize(X[self.world.rank * share :][:share])
             own = F.pad(own, (0, 0, 0, 0, 0, share - len(own)))  # the last processes may have less
             X = X.new_empty(self.world.size * share, *X.shape[1:])
-            dist.all_gather_into_tensor(X, own)
+            all_gather(X, own)
             X = X[: len(matrices)]
         else:
             X = orthogonalize(X)

@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+# of one tensor from each process; PyTorch 2.13 has renamed them
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
