@@ -45,13 +45,13 @@ class Division:
     """How a model is divided."""
 
     blocks: list[nn.Module]  # gathered one at a time
-    rest: list[nn.Module]  # gathered for the whole of a micro-step
+    model: nn.Module  # what is not in them is gathered for the whole of a micro-step
     exchange_always: bool  # average gradients in every micro-step, not in a step's last only
     together: "Together"
 
     @property
     def parts(self) -> list[FSDPModule]:
-        return [part for part in (*self.blocks, *self.rest) if isinstance(part, FSDPModule)]
+        return [part for part in (self.model, *self.blocks) if isinstance(part, FSDPModule)]
 
 
 def division_of(model: object) -> Division | None:
@@ -79,8 +79,7 @@ def divide(
     blocks = list(model.transformer.h)  # gathered one at a time
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    tied = [model.transformer.wte, model.lm_head]  # they share their weight: gathered together
-    fully_shard(tied, mesh=mesh, reshard_after_forward=False)
+    # the rest, with wte and lm_head, which share their weight, stays gathered from forward to backward
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("hidden_states", "head"):
         register_fsdp_forward_method(model, method)
@@ -88,8 +87,8 @@ def divide(
     gradients = 4 * sum(p.numel() for p in model.parameters())
     limits = [limit for limit in world.from_all(memory_limit(world.device, None)) if limit]
     exchange_always = gradients > WHOLE_GRADIENTS * min(limits, default=0.0)
-    division = Division(blocks, [*tied, model], exchange_always, Together())
-    model.division = division
+    division = Division(blocks, model, exchange_always, Together())
+    object.__setattr__(model, "division", division)  # not a submodule
     for part in division.parts:
         part.set_custom_all_gather(Gather(division.together))  # type: ignore[arg-type]
         part.set_custom_reduce_scatter(Scatter(division.together))  # type: ignore[arg-type]

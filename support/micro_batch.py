@@ -288,7 +288,7 @@ def search(
         if world.device.type == "cuda" and limit is not None and plan.gpu_bytes(rows, chunks) > limit:
             return False  # without compiling it first
         reason = None
-        with head_room(world.device, limit, plan.memory_limit_gb):
+        with head_room(world.device, limit, plan.memory_limit_gb), alone(model):  # each process for itself
             try:
                 raw_model.loss_chunks = chunks
                 optimizer = make_optimizer()
@@ -313,8 +313,7 @@ def search(
     found = 0, 0
     own_fault: InputError | CompilationFault | None = None
     try:
-        with alone(model):  # each process tries for itself
-            found = find_micro_batch_size(plan.sizes, fits, enough, plan.first)
+        found = find_micro_batch_size(plan.sizes, fits, enough, plan.first)
     except InputError as error:
         own_fault = error
     except Exception as error:  # any compiler error; uncompiled, a real fault recurs
