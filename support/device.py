@@ -218,8 +218,9 @@ def free_host_memory(root: Path = Path("/")) -> int:
     for folder in [group, *group.parents]:
         with contextlib.suppress(OSError, ValueError):  # "max" is no limit; the outermost group has no files
             limit, used = (int((folder / f"memory.{name}").read_bytes()) for name in ("max", "current"))
-            (cache,) = re.findall(rb"^file (\d+)", (folder / "memory.stat").read_bytes(), re.MULTILINE)
-            left.append(limit - used + int(cache))
+            stat = (folder / "memory.stat").read_bytes()
+            cache = sum(map(int, re.findall(rb"^(?:in)?active_file (\d+)", stat, re.MULTILINE)))
+            left.append(limit - used + cache)
     return max(0, min(left))
 
 

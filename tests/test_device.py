@@ -64,7 +64,8 @@ def test_free_host_memory_counts_every_limit(tmp_path):
         for name, text in texts.items():
             (folder / name).write_text(text)
     assert free_host_memory(tmp_path) == 5000 * 1024
-    for name, text in {"max": "1000", "current": "700", "stat": "anon 600\nfile 90\nfile_mapped 5"}.items():
+    stat = "anon 600\nfile 95\nshmem 5\ninactive_file 50\nactive_file 40"  # tmpfs is in "file"
+    for name, text in {"max": "1000", "current": "700", "stat": stat}.items():
         (job / f"memory.{name}").write_text(f"{text}\n")
     assert free_host_memory(tmp_path) == 390
 
