@@ -403,16 +403,15 @@ class GPT(nn.Module):
             own[name].copy_(tensor)  # a state dictionary shares the model's memory
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the model as a folder that Hugging Face's GPT2LMHeadModel reads: float32, without the rows
-        that pad the vocabulary, and for the gpt2 encoding with its tokenizer."""
+    def save_pretrained(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write the model, or a copy of its `weights`, as a folder for Hugging Face's GPT2LMHeadModel:
+        float32, without the rows that pad the vocabulary, and for the gpt2 encoding with its tokenizer."""
         tensors = {}
-        for name, tensor in self.state_dict().items():
+        for name, tensor in (weights or dict(self.named_parameters())).items():  # the tied matrix comes once
             if name == "transformer.wte.weight":
                 tensor = tensor[: self.config.vocab_size]
-            if name != "lm_head.weight":  # the same as wte
-                tensor = tensor.t() if name.endswith(self.TRANSPOSED) else tensor
-                tensors[name] = tensor.detach().float().cpu().contiguous()
+            tensor = tensor.t() if name.endswith(self.TRANSPOSED) else tensor
+            tensors[name] = tensor.detach().float().cpu().contiguous()
         write_model(Path(folder), self.config.sizes, tensors)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:

@@ -45,7 +45,7 @@ def in_words(error: BaseException) -> str:
     """The error as readable text: for an OSError, the file and the reason without the error number."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return str(error)
+    return str(error) or type(error).__name__
 
 
 def check_numbers(config: Any, positive: Collection[str] = (), at_most_1: Collection[str] = ()) -> None:

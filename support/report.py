@@ -227,7 +227,7 @@ class Progress:
         self.tracker.init(project="gpt2", name=label, config=self.facts, resume="allow", **options)
 
     def print(self, text: str) -> None:
-        """Print an event above the bar."""
+        """Print an event above the bar. The thread that saves does so too: tqdm has a lock."""
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()

@@ -9,6 +9,8 @@ A run's folder: its contents, and how they survive crashes.
 
 Nothing half-written ever has a final name: files and folders are written under a temporary name, flushed to
 disk, then renamed. Checksums reveal a checkpoint that is damaged later.
+
+Training waits only while a checkpoint is copied to host memory: a thread writes the copy.
 """
 
 import contextlib
@@ -20,6 +22,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
@@ -27,7 +30,7 @@ from typing import Any, Protocol
 
 from support.cli import InputError, RunFault, in_words
 from support.curves import draw_runs, read_run
-from support.device import device_name
+from support.device import device_name, free_host_memory, to_host
 from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
 from support.processes import World
 from support.shards import Shards
@@ -45,9 +48,9 @@ LOG_LINE = re.compile(rb"(\d+) (train|val|hella) \S+\n")
 class Model(Protocol):
     """The model to save: a GPT."""
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
 
-    def save_pretrained(self, folder: Path) -> None: ...
+    def save_pretrained(self, folder: Path, weights: dict[str, torch.Tensor]) -> None: ...
 
 
 class RunFolder:
@@ -57,6 +60,8 @@ class RunFolder:
         self.path, self.is_main, self.print, self.keep_every = path, is_main, print, keep_every
         self.unwritten = b""  # log.txt lines that a full disk has delayed
         self.saved_at = time.monotonic()
+        self.writer = ThreadPoolExecutor(1)  # Python ends only when its thread has: an error loses no save
+        self.saving: Future[None] | None = None  # the save that the thread was last given
         self.recipe: dict[str, Any] = {}  # all settings that affect the run's numbers
         self.checkpoint: Path | None = None  # to resume from
         self.trainer: dict[str, Any] = {}  # the contents of its trainer.pt
@@ -220,28 +225,54 @@ class RunFolder:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         state: dict[str, Any],
-    ) -> bool:
-        """Write checkpoint_<step>: a Hugging Face folder, trainer.pt with all that --resume needs (tensors
-        and plain values, including `state`), and SHA256SUMS. It is complete on disk before it gets its name.
-        Then delete older checkpoints, except the last two and those at multiples of `keep_every` steps.
+    ) -> None:
+        """Save checkpoint_<step>: a Hugging Face folder, trainer.pt with all that --resume needs (tensors and
+        plain values, including `state`), and SHA256SUMS.
 
-        Returns whether it succeeded. If not (a full disk), print the reason, leave nothing behind, and keep
-        the earlier checkpoints.
+        Returns as soon as all of it is copied to host memory; a thread writes the copy. First waits for the
+        save before. If a save fails (a full disk), prints the reason, leaves nothing behind, and keeps the
+        earlier checkpoints.
         """
+        self.finish_save()
         self.saved_at = time.monotonic()
         if not self.is_main:
-            return True
-        final = self.path / f"checkpoint_{step:05d}"
-        temporary = self.path / f"{final.name}.tmp"
+            return
+        weights: dict[str, torch.Tensor] = dict(raw_model.named_parameters())
         trainer = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                    **state, "rng": torch.get_rng_state(), "recipe": self.recipe}  # fmt: skip
-        try:
-            tensors = [*raw_model.parameters(), *(t for s in optimizer.state.values() for t in s.values())]
-            needed = sum(t.numel() * t.element_size() for t in tensors) + 10_000_000
+        tensors = [*weights.values(), *(t for s in optimizer.state.values() for t in s.values())]
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        with self.failure_reported(step):
+            needed = size + 10_000_000
             if (free := shutil.disk_usage(self.path).free) < needed:
                 raise OSError(f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed")
             self.write_log()
-            raw_model.save_pretrained(temporary)
+            # Twice the copy: the thread needs memory too, to transpose, and training may still grow. If less
+            # is free, training waits while its own tensors are written: the system kills what takes too much.
+            if free_host_memory() < 2 * size:
+                self.write_checkpoint(step, raw_model, weights, trainer)
+            else:
+                copy = to_host(weights), to_host(trainer)
+                self.saving = self.writer.submit(self.write_checkpoint, step, raw_model, *copy)
+
+    @contextlib.contextmanager
+    def failure_reported(self, step: int) -> Iterator[None]:
+        """If what is done inside to save `step` fails: print the reason and leave nothing behind."""
+        try:
+            yield
+        except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
+            shutil.rmtree(self.path / f"checkpoint_{step:05d}.tmp", ignore_errors=True)
+            self.print(f"step {step}: NOT SAVED: {in_words(error)}; the checkpoints before it are intact")
+
+    def write_checkpoint(
+        self, step: int, raw_model: Model, weights: dict[str, torch.Tensor], trainer: dict[str, Any]
+    ) -> None:
+        """Write checkpoint_<step>; it is complete on disk before it gets its name. Then delete older ones,
+        except the last two and those at multiples of `keep_every` steps."""
+        final = self.path / f"checkpoint_{step:05d}"
+        temporary = self.path / f"{final.name}.tmp"
+        with self.failure_reported(step):
+            raw_model.save_pretrained(temporary, weights)
             torch.save(trainer, temporary / "trainer.pt")
             sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
             (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8", newline="\n")
@@ -249,22 +280,24 @@ class RunFolder:
                 flush_to_disk(path)
             os.rename(temporary, final)
             flush_to_disk(self.path)
-        except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            self.print(f"step {step}: NOT SAVED: {in_words(error)}; the checkpoints before it are intact")
-            return False
-        for old in list_checkpoints(self.path)[:-2]:
-            if not self.keep_every or step_of(old) % self.keep_every:
-                shutil.rmtree(old, ignore_errors=True)
-        self.print(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
-        return True
+            for old in list_checkpoints(self.path)[:-2]:
+                if not self.keep_every or step_of(old) % self.keep_every:
+                    shutil.rmtree(old, ignore_errors=True)
+            self.print(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
+
+    def finish_save(self) -> None:
+        """Wait until the save that the thread was given is complete, or has failed."""
+        if self.saving:
+            self.saving.result()  # raises what nobody expected
 
     def overdue(self) -> bool:
         """Whether the last attempt to save was more than SAVE_AT_LEAST_EVERY seconds ago."""
         return time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
 
     def require(self, step: int) -> None:
-        """Raises RunFault unless `step` has a checkpoint: the end of a run must not be lost silently."""
+        """Wait for the save in flight. Raises RunFault unless `step` has a checkpoint: the end of a run must
+        not be lost silently."""
+        self.finish_save()
         if not (self.path / f"checkpoint_{step:05d}").exists():
             raise RunFault(
                 f"the end of the run, step {step}, could not be saved; free some disk space, then "

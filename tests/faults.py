@@ -10,6 +10,7 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     oom_step=STEP         there is too little memory from that step on
     slow=SECONDS          every step takes so much longer
     slow_evaluation=SECONDS  every batch of an evaluation does
+    slow_flush=SECONDS    every file of a checkpoint takes so much longer to be flushed to disk
     step_file=FILE        FILE holds the number of steps begun
     kill_at=N             SIGKILL at the N-th time that something is flushed to disk or renamed
     disk=BYTES            no file may grow beyond so many bytes: a full disk
@@ -120,6 +121,16 @@ if "kill_at" in faults:
     run_folder.flush_to_disk = killing(run_folder.flush_to_disk)
     run_folder.os.rename = killing(os.rename)
     run_folder.os.replace = killing(os.replace)
+
+if "slow_flush" in faults:
+    flush = run_folder.flush_to_disk
+
+    def slow_flush(path):
+        time.sleep(float(faults["slow_flush"]))
+        flush(path)
+
+    run_folder.flush_to_disk = slow_flush
+    run_folder.free_host_memory = lambda: 2**40  # also where the system does not report it
 
 if "disk" in faults:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(faults["disk"]), resource.RLIM_INFINITY))

@@ -1,7 +1,9 @@
 """What the device can do: precision, attention, compilation, memory."""
 
 import json
+import os
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import train_gpt2
@@ -11,6 +13,7 @@ from support.device import (
     choose_attention,
     choose_dtype,
     fast_attention,
+    free_host_memory,
     is_out_of_memory,
     keep_freed_memory,
     memory_limit,
@@ -46,6 +49,30 @@ def test_the_limit_of_memory():
     if limit := memory_limit(torch.device("cpu"), None):
         assert 2**28 < limit < 2**50
     keep_freed_memory()
+
+
+def test_free_host_memory_counts_every_limit(tmp_path):
+    """Bytes, from meminfo in kB; the page cache of a control group can be taken too."""
+    assert free_host_memory(tmp_path) == 0  # no Linux
+    job = tmp_path / "sys/fs/cgroup/slurm/job"
+    for folder, texts in {
+        tmp_path / "proc": {"meminfo": "MemTotal: 9000 kB\nMemFree:  10 kB\nMemAvailable:    5000 kB\n"},
+        tmp_path / "proc/self": {"cgroup": "1:cpu:/\n0::/slurm/job/step\n"},
+        job / "step": {"memory.max": "max\n", "memory.current": "7\n", "memory.stat": "anon 1\nfile 2\n"},
+    }.items():
+        folder.mkdir(parents=True)
+        for name, text in texts.items():
+            (folder / name).write_text(text)
+    assert free_host_memory(tmp_path) == 5000 * 1024
+    stat = "anon 600\nfile 95\nshmem 5\ninactive_file 50\nactive_file 40"  # tmpfs is in "file"
+    for name, text in {"max": "1000", "current": "700", "stat": stat}.items():
+        (job / f"memory.{name}").write_text(f"{text}\n")
+    assert free_host_memory(tmp_path) == 390
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
+def test_free_host_memory_of_this_machine():
+    assert 0 < free_host_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def test_systems_that_lack_what_linux_has(monkeypatch):

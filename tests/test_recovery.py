@@ -1,5 +1,7 @@
 """A run that survives: every fault, made to happen."""
 
+import copy
+import errno
 import itertools
 import json
 import os
@@ -8,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,9 +21,11 @@ from support.curves import read_log
 from support.files import sha256
 from support.processes import World
 from support.run_folder import RunFolder, list_checkpoints
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from filelock import FileLock
 
@@ -360,6 +365,229 @@ def test_a_signal_to_one_of_two_processes_or_to_all(whom, flags, tmp_path, undis
     done = call("train_gpt2.py", *flags, "--resume")  # one process goes on with what two began
     assert f"resuming at step {stopped_at}" in done.stdout
     compare_losses(tmp_path / "log", undisturbed)
+
+
+# ------------------------------------------------------------------ saved while training goes on
+
+
+class Run:
+    """A small model that is trained and saved. `gate` holds the thread back before it writes anything;
+    `events` is the order in which things happened, `said` what was printed."""
+
+    def __init__(self, folder, monkeypatch):
+        self.said, self.events, self.gate = [], [], threading.Event()
+        self.folder = RunFolder(folder, True, self.said.append)
+        self.model = GPT(GPTConfig(16, 257, 2, 2, 16, encoding="bytes")).pad_vocabulary()
+        self.optimizer = configure_optimizer(self.model, TrainConfig())
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        (folder / "log.txt").touch()
+        save_pretrained = GPT.save_pretrained
+
+        def held_back(*arguments):
+            assert self.gate.wait(30)
+            self.events.append("written")
+            save_pretrained(*arguments)
+
+        monkeypatch.setattr(GPT, "save_pretrained", held_back)
+        monkeypatch.setattr(run_folder, "free_host_memory", lambda: 2**40)
+
+    def train(self):
+        tokens = torch.randint(257, (2, 17))
+        loss = self.scaler.scale(self.model(tokens[:, :-1], tokens[:, 1:]))
+        loss.backward()
+        self.optimizer.param_groups[0]["lr"] *= 0.9
+        self.scaler.step(self.optimizer)
+        self.scaler.update(self.scaler.get_scale() / 2)
+        self.optimizer.zero_grad()
+
+    def save(self, step):
+        self.folder.save(step, self.model, self.optimizer, self.scaler, {"loss": 0.5})
+        self.events.append(f"save {step} called")
+
+    def state(self):
+        """All that a checkpoint must restore; not a copy."""
+        return self.model.state_dict(), self.optimizer.state_dict(), self.scaler.state_dict()
+
+    def open_gate_in(self, seconds):
+        threading.Timer(seconds, lambda: (self.events.append("gate opened"), self.gate.set())).start()
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    made = Run(tmp_path, monkeypatch)
+    made.train()
+    yield made
+    made.gate.set()
+    made.folder.writer.shutdown()
+
+
+def test_a_checkpoint_holds_the_moment_of_the_call(small_run, tmp_path):
+    """Though training has gone on before the first byte was written."""
+    oracle, rng = copy.deepcopy(small_run.state()), torch.get_rng_state()
+    small_run.save(7)
+    for _ in range(3):
+        small_run.train()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(small_run.state(), oracle, rtol=0, atol=0)
+    small_run.gate.set()
+    small_run.folder.require(7)
+    assert small_run.folder.find_checkpoint() == []
+    stored = small_run.folder.trainer
+    weights = GPT.from_pretrained(tmp_path / "checkpoint_00007").pad_vocabulary().state_dict()
+    torch.testing.assert_close((weights, stored["optimizer"], stored["scaler"]), oracle, rtol=0, atol=0)
+    assert torch.equal(stored["rng"], rng)
+
+
+def test_a_second_save_and_the_end_wait_for_the_first(small_run):
+    small_run.save(1)
+    small_run.open_gate_in(0.2)
+    small_run.save(2)
+    small_run.folder.require(2)
+    small_run.events.append("end")
+    assert small_run.events[:3] == ["save 1 called", "gate opened", "written"]
+    assert sorted(small_run.events[3:5]) == ["save 2 called", "written"]
+    assert small_run.events[5:] == ["end"]
+    assert [text[:13] for text in small_run.said] == ["step 1: saved", "step 2: saved"]
+
+
+def test_the_end_waits_for_the_save_in_flight(small_run):
+    small_run.save(1)
+    small_run.open_gate_in(0.2)
+    small_run.folder.require(1)
+    assert small_run.events == ["save 1 called", "gate opened", "written"]
+
+
+def test_without_memory_for_a_copy_training_waits(small_run, tmp_path, monkeypatch):
+    """The contents are the same."""
+
+    def contents():
+        folder = tmp_path / "checkpoint_00001"
+        trainer = torch.load(folder / "trainer.pt", weights_only=True)
+        return trainer, {file.name: sha256(file) for file in folder.glob("*[ns]")}  # weights and .json
+
+    small_run.gate.set()
+    small_run.save(1)
+    small_run.folder.require(1)
+    with_copy = contents()
+    shutil.rmtree(tmp_path / "checkpoint_00001")
+    size = sum(t.numel() * 4 for t in small_run.model.parameters()) * 3  # and the optimizer's moments
+    monkeypatch.setattr(run_folder, "free_host_memory", lambda: 2 * size)  # the moments' step counts too
+    monkeypatch.setattr(run_folder, "to_host", None)  # not to be called
+    small_run.save(1)
+    assert small_run.events[-2:] == ["written", "save 1 called"]
+    assert len(with_copy[1]) == 3
+    assert contents()[1] == with_copy[1]
+    torch.testing.assert_close(contents()[0], with_copy[0], rtol=0, atol=0)
+
+
+FAILURES = {
+    "[Errno 28]": OSError(errno.ENOSPC, "No space left on device"),
+    "torch": RuntimeError("PytorchStreamWriter failed writing file data/0"),
+    "safetensors": safetensors.SafetensorError("I/O error"),
+    "memory": MemoryError(),
+}
+
+
+@pytest.mark.parametrize("place", ["to_host", "sha256"])  # in the main process's thread, in the writing one
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_save_that_fails_is_said_and_leaves_nothing(failure, place, small_run, tmp_path, monkeypatch):
+    reason = {"[Errno 28]": "No space left on device", "memory": "MemoryError"}.get(failure)
+    small_run.gate.set()
+    small_run.save(1)
+    with monkeypatch.context() as patch:
+        small_run.folder.finish_save()
+
+        def fail(_):
+            raise FAILURES[failure]
+
+        patch.setattr(run_folder, place, fail)
+        small_run.save(2)
+        small_run.train()
+        small_run.folder.finish_save()
+    text = f"step 2: NOT SAVED: {reason or FAILURES[failure]}; the checkpoints before it are intact"
+    assert small_run.said[1:] == [text]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00001", "log.txt"]
+    with pytest.raises(run_folder.RunFault, match="step 2, could not be saved"):
+        small_run.folder.require(2)
+    small_run.save(3)
+    small_run.folder.require(3)
+
+
+def test_what_nobody_expects_in_the_thread_is_not_lost(small_run, monkeypatch):
+    monkeypatch.setattr(run_folder, "sha256", lambda _: 1 / 0)
+    small_run.gate.set()
+    small_run.save(1)
+    with pytest.raises(ZeroDivisionError):
+        small_run.folder.require(1)
+
+
+def in_flight(flags, tmp_path, faults=""):
+    """A run whose first checkpoint is being written, for seconds, while training goes on."""
+    steps = tmp_path / "steps"
+    process = start(f"slow=0.05 slow_flush=0.25 step_file={steps} {faults}", *flags)
+    wait_for_step(steps, 6)
+    assert (tmp_path / "log/checkpoint_00004.tmp").exists()
+    return process
+
+
+def test_a_signal_while_a_save_is_in_flight(flags, tmp_path, undisturbed):
+    process = in_flight(flags, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 143
+    stopped_at = int(re.search(r"stopped at step (\d+), state saved", out)[1])
+    names = [path.name for path in list_checkpoints(tmp_path / "log")]
+    assert names == ["checkpoint_00004", f"checkpoint_{stopped_at:05d}"]
+    assert out.index("step 4: saved") < out.index(f"step {stopped_at}: saved") < out.index("stopped at")
+    call("train_gpt2.py", *flags, "--resume")
+    assert_same_end(tmp_path / "log", undisturbed)
+
+
+@pytest.mark.slow
+def test_killed_while_a_save_is_in_flight(flags, tmp_path, undisturbed):
+    process = in_flight(flags, tmp_path)
+    process.kill()
+    process.communicate(timeout=30)
+    assert not list_checkpoints(tmp_path / "log")
+    call("train_gpt2.py", *flags, "--resume")
+    assert_same_end(tmp_path / "log", undisturbed)
+    assert not list((tmp_path / "log").glob("*.tmp"))
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_while_a_save_is_in_flight(flags, tmp_path):
+    process = in_flight(flags, tmp_path)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.8)  # the step is finished: the second save waits for the first
+    process.send_signal(signal.SIGINT)
+    sent = time.monotonic()
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert time.monotonic() - sent < 1
+    assert not list_checkpoints(tmp_path / "log")
+
+
+def test_an_error_lets_the_save_in_flight_finish(flags, tmp_path):
+    steps = tmp_path / "steps"
+    done = faulty(f"nan_gradient=5 slow_flush=0.2 step_file={steps}", *flags, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: step 5: the gradient norm is nan")
+    assert done.stderr.count("\n") == 1
+    assert "step 4: saved" in done.stdout
+    assert "resuming at step 4" in call("train_gpt2.py", *flags, "--resume").stdout
+
+
+@pytest.mark.slow
+def test_two_processes_save_while_training_goes_on(flags, tmp_path, undisturbed):
+    """The second one waits at the end until the first one has saved."""
+    done = faulty(
+        "slow_flush=0.2", *flags, "--micro_batch_size=2", launch=lambda *a, **k: torchrun(2, *a, **k)
+    )
+    assert done.stdout.count(": saved") == 5
+    assert done.stdout.index("step 20: saved") < done.stdout.index("done: 20 steps")
+    compare_losses(tmp_path / "log", undisturbed)
+    folder = RunFolder(tmp_path / "log", True, print)
+    assert (folder.find_checkpoint(), folder.trainer["step"]) == ([], 20)
 
 
 # ------------------------------------------------------------------ disks

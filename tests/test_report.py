@@ -4,6 +4,8 @@ import contextlib
 import json
 import sqlite3
 import sys
+import threading
+import time
 import types
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -212,6 +214,24 @@ def test_the_closing_table_compares_where_it_is_fair():
     assert json.loads(json.dumps(result)) == result
     nothing = report.result_of(facts, 5, spent, float("nan"), None)
     assert "validation" not in report.closing_table(facts | {"result": nothing})
+
+
+def test_a_thread_may_print_too(capsys, monkeypatch):
+    """Whole lines, though the stream is slow."""
+    lines = report.Progress(CPU, None)
+    write = sys.stdout.write
+    monkeypatch.setattr(sys.stdout, "write", lambda text: (time.sleep(0.0005), write(text)))
+
+    def say(text):
+        for _ in range(20):
+            lines.print(text)
+
+    threads = [threading.Thread(target=say, args=text) for text in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(capsys.readouterr().out.splitlines()) == 20 * ["a"] + 20 * ["b"]
 
 
 # ------------------------------------------------------------------ trackers
