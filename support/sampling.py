@@ -100,5 +100,8 @@ def choose_token(
     if top_p < 1:
         likelier = probabilities.cumsum(dim=-1) - probabilities  # total probability of likelier tokens
         probabilities = probabilities.masked_fill(likelier >= top_p, 0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
+    # A race: noise_i / p_i is the time of an event of rate p_i, and event i comes first with probability p_i.
+    # torch.multinomial does the same, but checks its input, for which it waits for a GPU.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)  # never 0
+    choice = (probabilities / noise).argmax(dim=-1, keepdim=True)
     return choice if tokens is None else tokens.gather(-1, choice)
