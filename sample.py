@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from support.cli import InputError, run_command
-from support.device import autocast_to, choose_device, pack_for_cpu
+from support.device import autocast_to, choose_device
 from support.encodings import get_encoding
 from support.sampling import PROMPT, stream
 
@@ -60,8 +60,6 @@ def main(config: SampleConfig) -> None:
     n_new = config.max_new_tokens
     if n_new is None:
         n_new = 120 if encoding.name == "bytes" else 30  # about the same length of text
-    if device.type == "cpu" and config.dtype == "float32":
-        pack_for_cpu(model)
 
     prompt = config.prompt
     if prompt == "-":

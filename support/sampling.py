@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from typing import Protocol
 
+from support.device import pack_for_cpu, packing_pays
 from support.kv_cache import KVCache
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 PROMPT = "Hello, I'm a language model,"  # the lecture's
@@ -64,6 +66,9 @@ def stream(
     generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
     block_size = model.config.block_size
     tokens = unread = idx[:, -block_size:]
+    weight = next(model.parameters())
+    if isinstance(model, nn.Module) and packing_pays(weight, model.config.n_embd, max_new_tokens):
+        model = pack_for_cpu(model)
     caches = model.new_caches(min(tokens.size(1) + max_new_tokens, block_size))
     for _ in range(max_new_tokens):
         if caches[0].n_read + unread.size(1) <= block_size:
