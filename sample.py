@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from support.cli import InputError, run_command
-from support.device import autocast_to, choose_device, pack_for_cpu
+from support.device import autocast_to, choose_device
 from support.encodings import get_encoding
 from support.sampling import PROMPT, stream
 
@@ -35,6 +35,7 @@ class SampleConfig:
     temperature: float = 1.0  # below 1 safer, above 1 wilder; 0 always takes the most likely token
     seed: int = 42  # same seed, same text
     stream: bool = False  # print the words of one sample as they come
+    compile: bool = False  # on a GPU, compile the step for one token: begins late, then saves launches
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
@@ -60,8 +61,6 @@ def main(config: SampleConfig) -> None:
     n_new = config.max_new_tokens
     if n_new is None:
         n_new = 120 if encoding.name == "bytes" else 30  # about the same length of text
-    if device.type == "cpu" and config.dtype == "float32":
-        pack_for_cpu(model)
 
     prompt = config.prompt
     if prompt == "-":
@@ -87,6 +86,7 @@ def main(config: SampleConfig) -> None:
             top_k=config.top_k or None,
             top_p=config.top_p,
             seed=config.seed,
+            compile=config.compile,
         ):
             n_steps += 1
             for row, token in zip(rows, step.flatten().tolist(), strict=True):

@@ -240,13 +240,10 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, nh, T, hs)
-        if cache is not None:  # not in training
-            k, v = cache.append(k, v)
-        if k.size(2) == T:
+        if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # the T queries are the last of all positions; a single query may attend to all of them
-            mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(k.size(2) - T)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask if T > 1 else None)
+        else:  # not in training
+            y = cache.attend(q, k, v)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads' outputs side by side
         return self.c_proj(y)
 
@@ -344,13 +341,13 @@ class GPT(nn.Module):
 
     def hidden_states(self, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
         """The residual stream after the last block and its norm: (B, T) token ids to (B, T, n_embd)."""
-        start = caches[0].n_read if caches else 0
-        end = start + idx.size(1)
-        if self.config.block_size < end:
+        T, block_size = idx.size(1), self.config.block_size
+        longest = caches[0].length if caches else T
+        if longest > block_size:
             raise ValueError(
-                f"a sequence of {end} tokens is longer than the model's block size, {self.config.block_size}"
+                f"a sequence of {longest} tokens is longer than the model's block size, {block_size}"
             )
-        pos = torch.arange(start, end, device=idx.device)
+        pos = caches[0].positions(T, idx.device) if caches else torch.arange(T, device=idx.device)
         x = self.transformer.wte(idx) + self.transformer.wpe(pos)  # (B, T, C) + (T, C)
         for i, block in enumerate(self.transformer.h):
             if self.recompute and torch.is_grad_enabled():
@@ -417,7 +414,7 @@ class GPT(nn.Module):
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
         """Continue each row of `idx`, (B, T): returns (B, T + max_new_tokens) int64. Each new token is drawn
         from the model's probabilities for it; support/sampling.py has the loop and explains the `options`
-        temperature, top_k, top_p and seed."""
+        temperature, top_k, top_p, seed and compile."""
         return torch.cat((idx, *stream(self, idx, max_new_tokens, **options)), dim=1)
 
 

@@ -8,7 +8,6 @@ Each round times both ways on --limit items spread over the file. --all scores e
 and compares predictions and losses.
 """
 
-import copy
 import json
 import os
 import platform
@@ -67,9 +66,8 @@ def main(config: Config) -> None:
     torch.manual_seed(0)
     device = torch.device(config.device)
     model = (GPT.from_pretrained(config.model) if config.model else GPT(GPTConfig())).to(device)
-    packed = copy.deepcopy(model)
-    if device.type == "cpu" and config.dtype == "float32":
-        pack_for_cpu(packed, ("lm_head",))  # as hellaswag.py does
+    on_cpu = device.type == "cpu" and config.dtype == "float32"
+    packed = pack_for_cpu(model, ("lm_head",)) if on_cpu else model  # as hellaswag.py does
     items, encoding = load_items(config.data), get_encoding("gpt2")
     some = load_items(config.data, config.limit)
     dtype = getattr(torch, config.dtype)

@@ -4,10 +4,10 @@ same prompt, the most likely token each time, and the same text in the end.
 
     python -m benchmarks.sampling [--n 5] [--device cuda] [--out results.json]
 
-"plain" is our model as training uses it, "packed" as sample.py does on a CPU.
+"generate" is GPT.generate as it stands: on a CPU it packs the weights each time. "packed" finds them packed,
+"plain" never packs. On a GPU, "compiled" replays CUDA graphs.
 """
 
-import copy
 import functools
 import json
 import os
@@ -15,8 +15,10 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from support.device import device_name, pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
@@ -38,28 +40,33 @@ class Config:
     out: Path | None = None  # write the figures here as JSON
 
 
+def unpacked(write: Callable[[GPT], torch.Tensor], model: GPT) -> torch.Tensor:
+    """What `write` does with the model as it is."""
+    with mock.patch("support.sampling.packing_pays", return_value=False):
+        return write(model)
+
+
 def main(config: Config) -> None:
     torch.manual_seed(0)
     dtype, device = getattr(torch, config.dtype), torch.device(config.device)
-    plain = GPT(GPTConfig(encoding="bytes")).eval()
+    model = GPT(GPTConfig(encoding="bytes")).eval()
     with tempfile.TemporaryDirectory() as folder:
-        plain.save_pretrained(folder)
+        model.save_pretrained(folder)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval().to(device, dtype)
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
-    plain = plain.to(device, dtype)
-    ours = {"plain": plain}
-    if device.type == "cpu":
-        ours["packed"] = copy.deepcopy(plain)
-        pack_for_cpu(ours["packed"])
+    model = model.to(device, dtype)
     print(f"{device_name(device)}, PyTorch {torch.__version__}, transformers {transformers.__version__}, "
           f"{config.dtype}, n = {config.n}")  # fmt: skip
     results = {}
     for batch_size in config.batch_sizes:
         prompt = torch.randint(0, 50257, (batch_size, 16), device=device)
-        ways = {
-            name: lambda model=model, prompt=prompt: model.generate(prompt, config.new_tokens, temperature=0)
-            for name, model in ours.items()
-        }
+        write = functools.partial(GPT.generate, idx=prompt, max_new_tokens=config.new_tokens, temperature=0)
+        ways = {"generate": functools.partial(write, model)}
+        if device.type == "cpu":
+            ways["packed"] = functools.partial(unpacked, write, pack_for_cpu(model))
+            ways["plain"] = functools.partial(unpacked, write, model)
+        else:
+            ways["compiled"] = functools.partial(write, model, compile=True)
         options = {"max_new_tokens": config.new_tokens, "do_sample": False, "use_cache": True}
         ways["transformers"] = functools.partial(theirs.generate, prompt, **options)
         rates: dict[str, list[float]] = {name: [] for name in ways}

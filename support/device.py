@@ -1,6 +1,7 @@
 """What the device can do: precision, attention, compiler, peak rate, copies and memory."""
 
 import contextlib
+import copy
 import ctypes
 import importlib.util
 import os
@@ -11,7 +12,7 @@ import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from support.cli import InputError
 
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Module = TypeVar("Module", bound=nn.Module)
 
 GB = 2**30  # bytes, as GPU makers count
 HEAD_ROOM = 0.07  # share of memory kept free for fragmentation, communication and evaluation
@@ -183,13 +186,26 @@ class PackedLinear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
-def pack_for_cpu(model: nn.Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> None:
-    """Replace a float32 model's linear layers of these names by PackedLinear, if PyTorch has oneDNN."""
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        for module in list(model.modules()):
-            for name, child in module.named_children():
-                if name in names and isinstance(child, nn.Linear):
-                    setattr(module, name, PackedLinear(child))
+def pack_for_cpu(module: Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> Module:
+    """The same function as a float32 model on a CPU, with PackedLinear for its linear layers of these names,
+    if PyTorch has oneDNN. It shares everything else with the model, which stays as it is."""
+    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
+        return module
+    twin = copy.copy(module)
+    twin._modules = module._modules.copy()
+    for name, child in module._modules.items():
+        if name in names and isinstance(child, nn.Linear):
+            twin._modules[name] = PackedLinear(child)
+        elif child is not None:
+            twin._modules[name] = pack_for_cpu(child, names)
+    return twin
+
+
+def packing_pays(weight: torch.Tensor, n_embd: int, max_new_tokens: int) -> bool:
+    """Whether `pack_for_cpu` saves more time than it takes, for a model of this width. Measured on two cores:
+    packing the 124M model takes as long as it saves in 10 to 25 tokens; a width of 192 gains nothing."""
+    on_cpu = weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
+    return on_cpu and weight.dtype == torch.float32 and n_embd >= 384 and max_new_tokens >= 24
 
 
 def keep_freed_memory() -> None:

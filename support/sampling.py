@@ -1,15 +1,20 @@
 """Sampling: draw the next token from the model's probabilities, again and again."""
 
-from collections.abc import Iterator
+import math
+import sys
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from support.device import choose_compile, pack_for_cpu, packing_pays
 from support.fsdp import gathered
-from support.kv_cache import KVCache
+from support.kv_cache import FixedKVCache, KVCache
 
 import tiktoken
 import torch
+from torch import nn
 from torch.nn import functional as F
 
+COMPILE_FROM = 32  # tokens; for fewer, compilation is not tried
 PROMPT = "Hello, I'm a language model,"  # the lecture's
 
 
@@ -50,13 +55,16 @@ def stream(
     top_k: int | None = 50,
     top_p: float = 1.0,
     seed: int | None = None,
+    compile: bool = False,
 ) -> Iterator[torch.Tensor]:
-    """Continue each row of `idx`, one token at a time.
+    """Continue each row of `idx`, one token at a time, without ever waiting for the device.
 
     Args:
         idx: (B, T) int64, T at least 1.
         temperature, top_k, top_p: see `choose_token`.
         seed: same seed, same text; None draws from PyTorch's global generator.
+        compile: on a GPU, compile the step for one token and replay it as a CUDA graph. Compilation takes a
+            while, and serves all later texts of this process with as many rows and a similar length.
 
     Yields:
         (B, 1) int64: the next token of each row, max_new_tokens times. A text longer than block_size is
@@ -66,15 +74,64 @@ def stream(
     generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
     block_size = model.config.block_size
     tokens = unread = idx[:, -block_size:]
-    caches = model.new_caches(min(tokens.size(1) + max_new_tokens, block_size))
-    for _ in range(max_new_tokens):
-        if caches[0].n_read + unread.size(1) <= block_size:
-            last = model.hidden_states(unread, caches)[:, -1]  # (B, C)
+    length = min(tokens.size(1) + max_new_tokens, block_size)
+    enough = length - tokens.size(1) >= COMPILE_FROM
+    compiled, _ = choose_compile(compile and enough, idx.device)
+    weight = next(model.parameters())
+    if isinstance(model, nn.Module) and packing_pays(weight, model.config.n_embd, max_new_tokens):
+        model = pack_for_cpu(model)
+    caches, step = model.new_caches(length), None
+    for n in range(max_new_tokens):
+        if compiled and n == 1:  # the prompt has been read
+            step = CompiledStep(model, caches, min(math.ceil(length / 128) * 128, block_size))
+        if tokens.size(1) > block_size:
+            logits = next_logits(model, tokens[:, -block_size:])
         else:
-            last = model.hidden_states(tokens[:, -block_size:])[:, -1]
-        unread = choose_token(model.head(last).float(), temperature, top_k, top_p, generator)
+            logits = step(unread) if step else next_logits(model, unread, caches)
+        unread = choose_token(logits, temperature, top_k, top_p, generator)
         tokens = torch.cat((tokens, unread), dim=1)
         yield unread
+
+
+def next_logits(model: LanguageModel, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
+    """The logits of the token after `idx`: (B, T) int64 to (B, vocab_size) float32."""
+    return model.head(model.hidden_states(idx, caches)[:, -1]).float()
+
+
+class CompiledStep:
+    """`next_logits` for one token of each row, going on from `caches` up to `length` tokens: compiled once,
+    then replayed as a CUDA graph. If compilation fails, it goes on without.
+
+    A replay overwrites the logits of the one before.
+    """
+
+    def __init__(self, model: LanguageModel, caches: list[KVCache], length: int):
+        self.model = model
+        # filled by the device, because it would have to wait for a copy
+        self.position = torch.full((1,), caches[0].n_read, device=caches[0].keys.device)
+        self.caches: list[KVCache] = [FixedKVCache(cache, length, self.position) for cache in caches]
+        self.read: Callable[..., torch.Tensor] | None = None
+
+    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+        """(B, 1) int64 to (B, vocab_size) float32."""
+        try:
+            self.read = self.read or self.compile()
+            logits = self.read(self.model, token, self.caches)
+        except Exception as error:  # any compiler error; uncompiled, a real fault recurs
+            if self.read is next_logits:
+                raise
+            fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
+            print(f"torch.compile failed, sampling goes on without it ({fault})", file=sys.stderr)
+            self.read = next_logits
+            logits = self.read(self.model, token, self.caches)
+        self.position += 1
+        return logits
+
+    def compile(self) -> Callable[..., torch.Tensor]:
+        for cache in self.caches:
+            for tensor in (cache.keys, cache.values):  # a graph writes only to addresses that it knows
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        return torch.compile(next_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
 def choose_token(
@@ -102,7 +159,10 @@ def choose_token(
     if top_p < 1:
         likelier = probabilities.cumsum(dim=-1) - probabilities  # total probability of likelier tokens
         probabilities = probabilities.masked_fill(likelier >= top_p, 0)
-    choice = torch.multinomial(probabilities, 1, generator=generator)
+    # A race: noise_i / p_i is the time of an event of rate p_i, and event i comes first with probability p_i.
+    # torch.multinomial does the same, but checks its input, for which it waits for a GPU.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)  # never 0
+    choice = (probabilities / noise).argmax(dim=-1, keepdim=True)
     return choice if tokens is None else tokens.gather(-1, choice)
 
 

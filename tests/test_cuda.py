@@ -2,6 +2,8 @@
 
 from conftest import TINY, run
 from support.curves import read_log
+from support.sampling import stream
+from train_gpt2 import GPT, GPTConfig
 
 import pytest
 import torch
@@ -53,3 +55,18 @@ def test_a_run_on_the_gpu_resumes(text_shards, tmp_path):
     assert "resuming at step 8" in done.stdout
     for (_, a), (_, b) in zip(before["train"], after["train"], strict=True):
         assert a == pytest.approx(b, abs=1e-3)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_sampling_never_waits_and_a_graph_writes_the_same_text(compile):
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=256, vocab_size=300, n_layer=2, n_head=2, n_embd=64)).to("cuda")
+    idx = torch.randint(0, 300, (3, 9), device="cuda")
+    expected = model.generate(idx, 100, temperature=0)
+    for _ in range(2):  # the second text replays the first one's graph
+        assert torch.equal(model.generate(idx, 100, temperature=0, compile=compile), expected)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        list(stream(model, idx, 300, seed=1, top_p=0.9))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,18 +1,23 @@
 """The model against Hugging Face's GPT-2."""
 
+import itertools
 import json
 import math
 from dataclasses import replace
 
+from support import sampling
 from support.cli import InputError
 from support.encodings import get_encoding
 from support.huggingface import read_sizes
-from support.sampling import choose_token
+from support.kv_cache import FixedKVCache
+from support.sampling import COMPILE_FROM, choose_token
 from train_gpt2 import GPT, PRESETS, GPTConfig
 
 import pytest
 import safetensors.torch
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 GPT2 = get_encoding("gpt2")
@@ -198,13 +203,20 @@ def test_greedy_generation_is_hugging_faces(padded, tmp_path):
     assert min(len(set(row)) for row in ours.tolist()) > 10
 
 
-def test_a_cache_changes_no_logit():
-    """Read in parts of every size, rows that go on in several ways included, against all at once; 1e-4."""
+def sharp_model() -> GPT:
+    """Tiny, with weights so large that a wrong position or mask shows."""
     torch.manual_seed(0)
     model = GPT(TINY)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(3)  # so that a wrong position or mask shows
+            parameter.mul_(3)
+    return model
+
+
+def test_a_cache_changes_no_logit():
+    """Read in parts of every size, rows that go on in several ways included, against all at once; 1e-4."""
+    model = sharp_model()
+    with torch.no_grad():
         idx = torch.randint(0, 300, (3, TINY.block_size))
         whole = model(idx)
         for sizes in (
@@ -218,8 +230,10 @@ def test_a_cache_changes_no_logit():
                 logits = model(idx[:, start : start + size], caches=caches)
                 assert torch.allclose(logits, whole[:, start : start + size], atol=1e-4)
                 start += size
-        with pytest.raises(ValueError, match="longer than the model's block size"):
+        with pytest.raises(ValueError, match="a cache for 64 tokens is given 65"):
             model(idx[:, :1], caches=caches)
+        with pytest.raises(ValueError, match="longer than the model's block size"):
+            model(idx[:, :1], caches=model.new_caches(65))
         caches = model.new_caches(10)
         model(idx[:, :10], caches=caches)
         with pytest.raises(ValueError, match="a cache for 10 tokens is given 11"):
@@ -231,6 +245,100 @@ def test_a_cache_changes_no_logit():
         for row in range(6):
             alone = model(torch.cat((idx[row // 2, :20], ways[row])).unsqueeze(0))
             assert torch.allclose(logits[row], alone[0, 20:], atol=1e-4)
+
+
+def test_fixed_shapes_change_no_logit():
+    """A prompt read at once, then token by token: against the growing cache and against none."""
+    model, idx = sharp_model(), torch.randint(0, 300, (3, TINY.block_size))
+    with torch.no_grad():
+        whole = model(idx)
+        for n_prompt, length in ((1, 64), (10, 40), (39, 40)):
+            growing = model.new_caches(length)
+            model(idx[:, :n_prompt], caches=growing)
+            position = torch.tensor([n_prompt])
+            fixed = [FixedKVCache(cache, length, position) for cache in growing]
+            for t in range(n_prompt, length):
+                logits = model(idx[:, t : t + 1], caches=fixed)
+                for expected in (model(idx[:, t : t + 1], caches=growing), whole[:, t : t + 1]):
+                    assert torch.allclose(logits, expected, atol=1e-5, rtol=1e-5)
+                position += 1
+
+
+@pytest.fixture
+def compilations(monkeypatch):
+    """Compile on the CPU too, quickly, and count."""
+    counter, compile = CompileCounterWithBackend("aot_eager"), torch.compile
+    torch.compiler.reset()
+
+    def quickly(function, *, mode, **options):
+        assert mode == "reduce-overhead"  # CUDA graphs
+        return compile(function, backend=counter, **options)
+
+    monkeypatch.setattr(torch, "compile", quickly)
+    monkeypatch.setattr(sampling, "choose_compile", lambda wanted, _: (wanted, ""))
+    return counter
+
+
+def test_a_compiled_step_serves_all_positions_and_the_next_text(compilations):
+    """Without a break in the graph (fullgraph), so without a wait for the device; past the block size too."""
+    model, sampled = sharp_model(), {"seed": 5, "top_p": 0.9}
+    for rows, n_prompt, n_new, options, n_compiled in (
+        (3, 5, 50, {"temperature": 0}, 1),
+        (3, 7, 80, sampled, 1),
+        (2, 70, 9, sampled, 1),  # no room for a cache
+        (2, 5, COMPILE_FROM // 2, sampled, 1),  # would not pay
+        (2, 5, 50, sampled, 2),  # another number of rows
+    ):
+        idx = torch.randint(0, 300, (rows, n_prompt))
+        expected = model.generate(idx, n_new, **options)
+        assert torch.equal(model.generate(idx, n_new, compile=True, **options), expected)
+        assert compilations.frame_count == n_compiled
+    # CUDA graphs are not made of a step that writes into tensors at unknown addresses.
+    for graph in compilations.graphs:
+        writes = [node.args[0].meta for node in graph.graph.nodes if node.target == "index_copy_"]
+        assert len(writes) == 2 * TINY.n_layer
+        assert all(meta["tensor_dict"]["_dynamo_static_input_type"] == "unguarded" for meta in writes)
+
+
+def test_where_compilation_fails_sampling_goes_on(compilations, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("no such luck\nand more")
+
+    model, idx = sharp_model(), torch.randint(0, 300, (2, 5))
+    expected = model.generate(idx, 50, temperature=0)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    assert torch.equal(model.generate(idx, 50, temperature=0, compile=True), expected)
+    said = "torch.compile failed, sampling goes on without it (RuntimeError: no such luck)\n"
+    assert capsys.readouterr().err == said
+    monkeypatch.setattr(sampling, "choose_compile", lambda *_: (False, ""))
+    assert torch.equal(model.generate(idx, 50, temperature=0, compile=True), expected)
+    assert capsys.readouterr().err == ""
+
+
+class Operations(TorchDispatchMode):
+    """Notes what PyTorch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name().split(".")[0].removeprefix("aten::"))
+        return function(*args, **(kwargs or {}))
+
+
+def test_sampling_runs_nothing_that_waits_for_a_gpu(compilations):
+    """No value is read, no shape depends on one, and no number comes from the host."""
+    waits = {"_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_unique2",
+             "multinomial", "_to_copy", "lift_fresh"}  # fmt: skip
+    model, idx = sharp_model(), torch.zeros(2, 5, dtype=torch.long)
+    for compile, options in itertools.product(
+        (False, True), ({"temperature": 0}, {"top_k": 9, "top_p": 0.9, "seed": 1}, {"top_k": None})
+    ):
+        with Operations() as operations:
+            list(sampling.stream(model, idx, 70, compile=compile, **options))
+        assert {"addmm", "index_copy_" if compile else "select"} <= operations.names
+        assert not operations.names & waits
 
 
 def test_the_training_graph_knows_nothing_of_the_cache():

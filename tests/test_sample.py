@@ -9,8 +9,9 @@ import sample
 from conftest import call, run
 from hub import serve
 from sample import SampleConfig, main
+from support import sampling
 from support.cli import InputError, RunFault
-from support.device import PackedLinear, pack_for_cpu
+from support.device import PackedLinear, autocast_to, pack_for_cpu, packing_pays
 from support.encodings import get_encoding
 from support.huggingface import find_model
 from train_gpt2 import GPT, GPTConfig
@@ -95,13 +96,63 @@ def test_a_text_ends_at_the_end_of_text_token(model_folder, tmp_path):
 
 
 def test_weights_packed_for_a_cpu_give_the_same_logits(model_folder):
+    """...in a model that shares the rest with the one it was made of, which stays as it was."""
     model = GPT.from_pretrained(model_folder)
+    before = list(model.modules())
     idx = torch.randint(0, 257, (3, 20))
     with torch.no_grad():
-        plain = model(idx)
-        pack_for_cpu(model)
-        assert any(isinstance(module, PackedLinear) for module in model.modules())
-        assert torch.allclose(model(idx), plain, atol=1e-5)
+        packed = pack_for_cpu(model)
+        assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 5
+        assert list(model.modules()) == before
+        assert torch.allclose(packed(idx), model(idx), atol=1e-5)
+        assert packed.transformer.wte.weight is model.transformer.wte.weight
+        only_head = pack_for_cpu(model, ("lm_head",))
+        assert [name for name, m in only_head.named_modules() if isinstance(m, PackedLinear)] == ["lm_head"]
+
+
+def test_generation_packs_and_leaves_the_model_alone(model_folder, monkeypatch):
+    """...finished, closed or failed; a model trained after that is packed anew."""
+    model, idx = GPT.from_pretrained(model_folder), torch.randint(0, 257, (3, 20))
+    modules, names = list(model.modules()), list(model.state_dict())
+    plain = model.generate(idx, 40, temperature=0)
+    packings = []
+
+    def count(model):
+        packings.append(model)
+        return pack_for_cpu(model)
+
+    monkeypatch.setattr(sampling, "packing_pays", lambda *_: True)
+    monkeypatch.setattr(sampling, "pack_for_cpu", count)
+    assert torch.equal(model.generate(idx, 40, temperature=0), plain)
+    texts = sampling.stream(model, idx, 40)
+    next(texts)
+    texts.close()
+    with pytest.raises(IndexError):
+        model.generate(torch.full((1, 3), 999), 40)  # not a token
+    assert packings == [model] * 3
+    assert list(model.modules()) == modules
+    assert list(model.state_dict()) == names
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    now = model.generate(idx, 40, temperature=0)
+    assert not torch.equal(now, plain)
+    monkeypatch.setattr(sampling, "packing_pays", lambda *_: False)
+    assert torch.equal(model.generate(idx, 40, temperature=0), now)
+
+
+def test_where_packing_pays():
+    cpu = torch.zeros(1)
+    assert packing_pays(cpu, 768, 200)
+    assert not packing_pays(cpu, 768, 5)
+    assert not packing_pays(cpu, 192, 200)
+    assert not packing_pays(cpu.bfloat16(), 768, 200)
+    assert not packing_pays(torch.zeros(1, device="meta"), 768, 200)
+    with autocast_to(cpu.device, torch.bfloat16):
+        assert not packing_pays(cpu, 768, 200)
+    with autocast_to(cpu.device, torch.float32):
+        assert packing_pays(cpu, 768, 200)
 
 
 @pytest.mark.parametrize(
