@@ -7,6 +7,7 @@ same prompt, the most likely token each time, and the same text in the end.
 "plain" is our model as training uses it, "packed" as sample.py does on a CPU.
 """
 
+import contextlib
 import copy
 import functools
 import json
@@ -17,8 +18,10 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from support.device import device_name, pack_for_cpu
+from benchmarks.training import default_attention
+from support.device import choose_device, device_name, pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 import torch
@@ -33,15 +36,19 @@ class Config:
     n: int = 5  # rounds
     batch_sizes: tuple[int, ...] = (1, 8)
     new_tokens: int = 200
+    n_layer: int = 12
+    n_embd: int = 768  # width; a head has 64 of it
     device: str = "cpu"
     dtype: str = "float32"
     out: Path | None = None  # write the figures here as JSON
 
 
-def main(config: Config) -> None:
+def measure(config: Config) -> dict[str, Any]:
+    """Print the figures and return them, raw."""
     torch.manual_seed(0)
-    dtype, device = getattr(torch, config.dtype), torch.device(config.device)
-    plain = GPT(GPTConfig(encoding="bytes")).eval()
+    dtype, device = getattr(torch, config.dtype), choose_device(config.device)
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_embd // 64, "n_embd": config.n_embd}
+    plain = GPT(GPTConfig(encoding="bytes", **sizes)).eval()
     with tempfile.TemporaryDirectory() as folder:
         plain.save_pretrained(folder)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval().to(device, dtype)
@@ -66,9 +73,11 @@ def main(config: Config) -> None:
         for _ in range(config.n + 1):
             texts = {}
             for name, way in ways.items():
-                start = time.perf_counter()
-                texts[name] = way().cpu()
-                rates[name].append(batch_size * config.new_tokens / (time.perf_counter() - start))
+                with default_attention() if name == "transformers" else contextlib.nullcontext():
+                    start = time.perf_counter()
+                    texts[name] = way().cpu()
+                    seconds = time.perf_counter() - start
+                rates[name].append(batch_size * config.new_tokens / seconds)
         rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
         same = all(torch.equal(text, texts["transformers"]) for text in texts.values())
         for name, values in rates.items():
@@ -80,17 +89,21 @@ def main(config: Config) -> None:
             print(line + f"({min(ratios):.2f} to {max(ratios):.2f})")
         print(f"batch {batch_size}: {'the same' if same else 'NOT the same'} text")
         results[batch_size] = {"tokens_per_second": rates, "same_text": same}
+    return {
+        "device": device_name(device),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": config.dtype,
+        "n": config.n,
+        "new_tokens": config.new_tokens,
+        "by_batch_size": results,
+    }
+
+
+def main(config: Config) -> None:
+    result = measure(config)
     if config.out:
-        result = {
-            "device": device_name(device),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "dtype": config.dtype,
-            "n": config.n,
-            "new_tokens": config.new_tokens,
-            "by_batch_size": results,
-        }
         config.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
