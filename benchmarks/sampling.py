@@ -25,7 +25,6 @@ from support.device import choose_device, device_name, pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 import torch
-import transformers
 import tyro
 
 
@@ -45,6 +44,8 @@ class Config:
 
 def measure(config: Config) -> dict[str, Any]:
     """Print the figures and return them, raw."""
+    import transformers
+
     torch.manual_seed(0)
     dtype, device = getattr(torch, config.dtype), choose_device(config.device)
     sizes = {"n_layer": config.n_layer, "n_head": config.n_embd // 64, "n_embd": config.n_embd}

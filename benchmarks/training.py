@@ -163,10 +163,9 @@ def measure(way: str, config: Config, seconds: float) -> dict[str, Any]:
     start = time.perf_counter()
     step = matmul_step(config) if way == "matmul" else make_step(way, config)
     step(), step()
-    warm_up, on_gpu = time.perf_counter() - start, config.device == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
+    warm_up = time.perf_counter() - start
+    if config.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # compilation may have taken more than training does
     times: list[float] = []
     value = 0.0
     while len(times) < config.n and (len(times) < 3 or sum(times) < seconds):
@@ -184,9 +183,6 @@ def measure(way: str, config: Config, seconds: float) -> dict[str, Any]:
     result |= {"loss": value, "tokens_per_second": median, "least": min(rates), "most": max(rates),
                "mfu": median * work / peak if peak else None, "loss_chunks": config.loss_chunks,
                "recompute": config.recompute, "memory_budget": config.memory_budget}  # fmt: skip
-    if on_gpu:
-        result |= {"max_memory_allocated": torch.cuda.max_memory_allocated(),
-                   "max_memory_reserved": torch.cuda.max_memory_reserved()}  # fmt: skip
     return result
 
 
