@@ -48,11 +48,12 @@ from support.files import to_json, write_file
 from support.micro_batch import LOSS_CHUNKS
 from support.run_folder import versions
 from support.words import plural
+from train_gpt2 import TrainConfig
 
 import torch
 
 ROOT = Path(__file__).parent.parent
-LONGEST = 300  # seconds; a measurement of part b or c without a result by then has failed
+LONGEST = 400  # seconds; a measurement of part b or c without a result by then has failed
 START_UP = 120  # seconds of part d that its steps don't get: compilation, validation, saving
 TO_SAVE = 40  # seconds between part d's SIGTERM and the end
 
@@ -91,7 +92,7 @@ class Scale:
     backend: str  # of torch.compile
 
 
-FULL = Scale(12, 768, 1024, 2**19, (64, 32, 16, 8, 4, 2, 1), 32, 10, 8.0, 1000, 200, "inductor")
+FULL = Scale(12, 768, 1024, 2**19, (64, 32, 16, 8, 4, 2, 1), 32, 10, 8.0, 500, 200, "inductor")
 # Inductor would compile C++ for half a minute; this backend does all else.
 TINY = Scale(2, 64, 64, 256, (2, 1), 2, 3, 0.1, 4, 5, "aot_eager_decomp_partition")
 CHANGES: list[dict[str, Any]] = [
@@ -299,36 +300,42 @@ def run_tests(seconds: float) -> dict[str, Any]:
     return result
 
 
+def flags_of_run(config: Config, scale: Scale, rate: float | None, seconds: float) -> list[str]:
+    """The flags of part d, its paths apart. At a known rate, in tokens/s, the schedule is as long as the
+    time; without one, it is the default and will be cut off."""
+    flags = [f"--device={config.device}"]
+    if config.tiny:
+        flags += [f"--n_layer={scale.n_layer}", "--n_head=1", f"--n_embd={scale.n_embd}",
+                  f"--sequence_length={scale.sequence_length}", "--val_tokens=256", "--hellaswag_limit=4",
+                  f"--total_batch_size={scale.total_batch_size}"]  # fmt: skip
+    every = 250
+    if rate is not None:
+        for_steps = max(40.0, 0.85 * (seconds - TO_SAVE - START_UP))  # seconds
+        steps = 4 if config.tiny else math.ceil(for_steps * rate / scale.total_batch_size)
+        every = max(1, steps // 4)
+        flags += [f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}"]
+    scored = not missing_input("HellaSwag", config)
+    return [*flags, f"--val_every={every}", f"--sample_every={every}",
+            f"--hellaswag_every={every if scored else 0}"]  # fmt: skip
+
+
 def run_training(
     config: Config, scale: Scale, rate: float | None, beside: Path, seconds: float
 ) -> dict[str, Any]:
-    """Part d: train_gpt2.py on real shards. At a known rate in tokens/s, its schedule is as long as the time;
-    without one, the default schedule is cut off."""
+    """Part d: train_gpt2.py on real shards, for at most `seconds`; see `flags_of_run`. What it leaves gets
+    names that begin like the results' file, `beside`."""
+    flags = flags_of_run(config, scale, rate, seconds)
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        flags = [f"--data_dir={config.data_dir.absolute()}", f"--log_dir={run}", f"--device={config.device}"]
-        if missing_input("HellaSwag", config):
-            flags += ["--hellaswag_every=0"]
-        else:
-            flags += [f"--hellaswag_data={config.hellaswag_data.absolute()}"]
-        if config.tiny:
-            flags += [f"--n_layer={scale.n_layer}", "--n_head=1", f"--n_embd={scale.n_embd}",
-                      f"--sequence_length={scale.sequence_length}", "--val_tokens=256", "--hellaswag_limit=4",
-                      f"--total_batch_size={scale.total_batch_size}"]  # fmt: skip
-        if rate is not None or config.tiny:
-            for_steps = max(40.0, 0.85 * (seconds - TO_SAVE - START_UP))  # seconds
-            steps = 4 if config.tiny else math.ceil(for_steps * rate / scale.total_batch_size)
-            every = max(1, steps // 4)
-            flags += [f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}", f"--val_every={every}",
-                      f"--sample_every={every}"]  # fmt: skip
-            if not missing_input("HellaSwag", config):
-                flags += [f"--hellaswag_every={every}"]
+        paths = [f"--data_dir={config.data_dir.absolute()}", f"--log_dir={run}"]
+        if not missing_input("HellaSwag", config):
+            paths.append(f"--hellaswag_data={config.hellaswag_data.absolute()}")
         start = time.perf_counter()
-        command = [sys.executable, "train_gpt2.py", *flags]
+        command = [sys.executable, "train_gpt2.py", *flags, *paths]
         status, text = run_program(
             command, beside.with_name(beside.stem + "_output.txt"), seconds - TO_SAVE, TO_SAVE - 5
         )
-        result = {"exit_status": status, "seconds": time.perf_counter() - start, "flags": flags[3:],
+        result = {"exit_status": status, "seconds": time.perf_counter() - start, "flags": flags,
                   "output": tail(text)}  # fmt: skip
         if status not in (0, 128 + signal.SIGTERM):
             return result | {"error": f"train_gpt2.py ended with exit status {status}"}
@@ -489,6 +496,13 @@ def tables(record: dict[str, Any]) -> str:
         for result in done.values():
             if result.get("way") == "matmul" and "error" not in result:
                 texts.append(f"Matrix products alone: {summary(result)}.")
+        best = max((r for r in done.values() if r.get("way") == "ours compiled" and "error" not in r),
+                   key=lambda r: r["tokens_per_second"], default=None)  # fmt: skip
+        if best:
+            recipe = TrainConfig()
+            seconds = recipe.max_steps * recipe.total_batch_size / best["tokens_per_second"]
+            hours = f"{seconds / 3600:.1f} of training, computed from {median_rate(best)} tokens/s"
+            texts.append(f"For the README: | 1 x {facts['device']} | {hours} | | the same |")
     for name, result in parts.get("c", {}).items():
         texts.append(f"{name} {summary(result)}" if "error" in result else
                      (sampling_table if name == "sampling" else hellaswag_table)(result))  # fmt: skip

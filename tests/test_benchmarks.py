@@ -2,14 +2,17 @@
 
 import json
 import os
+import re
+import shlex
 import signal
 import sys
 import time
 from dataclasses import replace
 
-from benchmarks import gpu, hellaswag, sampling, training
-from conftest import make_shards, run
-from support.cli import InputError
+from benchmarks import gpu, hellaswag, paper, sampling, training
+from conftest import ROOT, make_shards, run
+from support.cli import InputError, parse
+from support.curves import read_log
 
 import pytest
 import torch
@@ -214,6 +217,50 @@ def is_running(pid):
             return file.read().split()[2] != "Z"
     except FileNotFoundError:
         return False
+
+
+def test_the_documented_command_parses():
+    page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^python -m benchmarks\.gpu (.+)$", page, re.MULTILINE)
+    config = parse(gpu.Config, {}, shlex.split(command))
+    assert config.parts == ("a", "b", "c", "d")
+    assert all(getattr(config, flag) for flag in gpu.NEEDS.values())
+    assert parse(gpu.Config, {}, ["--parts", "b", "--retry", "--tiny", "--minutes_per_part=1"]).parts == (
+        "b",
+    )
+
+
+def test_the_shares_on_paper_add_up(capsys, monkeypatch):
+    monkeypatch.setattr(paper, "drawing_seconds", lambda n: [0.25, 0.5, 0.75])
+    paper.main(paper.Config(n=3))
+    printed = capsys.readouterr().out
+    assert "drawing: 0.50 (0.25 to 0.75) s" in printed
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")][2:]
+    names, numbers = [row[0] for row in rows], [[float(cell.replace(",", "").strip("%")) for cell in row[1:]]
+                                                for row in rows]  # fmt: skip
+    assert names[0] == "training"
+    assert names[-1] == "all but training"
+    for seconds, shares in (list(zip(*numbers, strict=True))[i : i + 2] for i in (0, 2)):
+        assert sum(shares[:-1]) == pytest.approx(100, abs=0.3)  # rounded to a tenth
+        assert shares[0] + shares[-1] == pytest.approx(100, abs=0.15)
+        assert sum(seconds[1:-1]) == pytest.approx(seconds[-1], abs=0.03)
+    # by hand: 250 x 524,288 tokens at 45 minutes for 10 billion; a third of the work for 10,485,760
+    assert numbers[0][0] == pytest.approx(250 * 524_288 * 45 * 60 / 10e9, abs=0.01)
+    assert numbers[1][0] == pytest.approx(10_485_760 / 3 * 45 * 60 / 10e9, abs=0.01)
+
+
+def test_drawings_are_timed_on_a_whole_run(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        paper, "draw_runs", lambda folders, out: drawn.append(read_log(folders[0] / "log.txt"))
+    )
+    assert len(paper.drawing_seconds(2)) == 2
+    assert len(drawn) == 3
+    assert {kind: len(values) for kind, values in drawn[0].items()} == {
+        "train": 19_073,
+        "val": 77,
+        "hella": 77,
+    }
 
 
 @pytest.mark.slow
