@@ -15,9 +15,11 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from benchmarks.training import default_attention
 from hellaswag import Item, evaluate, load_items
-from support.device import device_name, pack_for_cpu
+from support.device import choose_device, device_name, pack_for_cpu
 from support.encodings import get_encoding
 from train_gpt2 import GPT, GPTConfig
 
@@ -30,7 +32,9 @@ from torch.nn import functional as F
 class Config:
     """Time HellaSwag."""
 
-    model: str | None = None  # as hellaswag.py takes it; default: the 124M model with random weights
+    model: str | None = None  # as hellaswag.py takes it; default: random weights
+    n_layer: int = 12  # of the model with random weights
+    n_embd: int = 768  # its width; a head has 64 of it
     data: Path | None = None  # items as JSON lines; default: from the Hub
     n: int = 3  # rounds
     limit: int = 200  # items a round
@@ -62,10 +66,12 @@ def one_at_a_time(model: GPT, items: list[Item]) -> list[list[float]]:
     return losses
 
 
-def main(config: Config) -> None:
+def measure(config: Config) -> dict[str, Any]:
+    """Print the figures and return them, raw."""
     torch.manual_seed(0)
-    device = torch.device(config.device)
-    model = (GPT.from_pretrained(config.model) if config.model else GPT(GPTConfig())).to(device)
+    device = choose_device(config.device)
+    shape = GPTConfig(n_layer=config.n_layer, n_head=config.n_embd // 64, n_embd=config.n_embd)
+    model = (GPT.from_pretrained(config.model) if config.model else GPT(shape)).to(device)
     on_cpu = device.type == "cpu" and config.dtype == "float32"
     packed = pack_for_cpu(model, ("lm_head",)) if on_cpu else model  # as hellaswag.py does
     items, encoding = load_items(config.data), get_encoding("gpt2")
@@ -87,7 +93,8 @@ def main(config: Config) -> None:
             start = time.perf_counter()
             evaluate(packed, some, encoding)
             middle = time.perf_counter()
-            one_at_a_time(model, some)
+            with default_attention():
+                one_at_a_time(model, some)
             seconds["ours"].append(middle - start)
             seconds["one at a time"].append(time.perf_counter() - middle)
         seconds = {name: values[1:] for name, values in seconds.items()}  # the first round warms up
@@ -102,7 +109,8 @@ def main(config: Config) -> None:
             score = evaluate(packed, items, encoding)
             result["all_seconds"] = time.perf_counter() - start
             middle = time.perf_counter()
-            theirs = one_at_a_time(model, items)
+            with default_attention():
+                theirs = one_at_a_time(model, items)
             result["all_seconds_one_at_a_time"] = time.perf_counter() - middle
             pairs = list(zip(score.predictions, theirs, strict=True))
             lengths = [[len(encoding.encode_ordinary(" " + e)) for e in item.endings] for item in items]
@@ -123,6 +131,11 @@ def main(config: Config) -> None:
             print(f"all {len(items):,} items in {result['all_seconds']:.1f} s, one at a time in "
                   f"{result['all_seconds_one_at_a_time']:.1f} s: {score}")  # fmt: skip
             print(f"{different} predictions differ, losses by {max(differences):.1e} nats at most")
+    return result
+
+
+def main(config: Config) -> None:
+    result = measure(config)
     if config.out:
         config.out.write_text(json.dumps(result, indent=1) + "\n")
 

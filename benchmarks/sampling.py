@@ -8,6 +8,7 @@ same prompt, the most likely token each time, and the same text in the end.
 "plain" never packs. On a GPU, "compiled" replays CUDA graphs.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -18,13 +19,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
-from support.device import device_name, pack_for_cpu
+from benchmarks.training import default_attention
+from support.device import choose_device, device_name, pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 import torch
-import transformers
 import tyro
 
 
@@ -35,6 +37,8 @@ class Config:
     n: int = 5  # rounds
     batch_sizes: tuple[int, ...] = (1, 8)
     new_tokens: int = 200
+    n_layer: int = 12
+    n_embd: int = 768  # width; a head has 64 of it
     device: str = "cpu"
     dtype: str = "float32"
     out: Path | None = None  # write the figures here as JSON
@@ -46,10 +50,14 @@ def unpacked(write: Callable[[GPT], torch.Tensor], model: GPT) -> torch.Tensor:
         return write(model)
 
 
-def main(config: Config) -> None:
+def measure(config: Config) -> dict[str, Any]:
+    """Print the figures and return them, raw."""
+    import transformers
+
     torch.manual_seed(0)
-    dtype, device = getattr(torch, config.dtype), torch.device(config.device)
-    model = GPT(GPTConfig(encoding="bytes")).eval()
+    dtype, device = getattr(torch, config.dtype), choose_device(config.device)
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_embd // 64, "n_embd": config.n_embd}
+    model = GPT(GPTConfig(encoding="bytes", **sizes)).eval()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval().to(device, dtype)
@@ -73,9 +81,11 @@ def main(config: Config) -> None:
         for _ in range(config.n + 1):
             texts = {}
             for name, way in ways.items():
-                start = time.perf_counter()
-                texts[name] = way().cpu()
-                rates[name].append(batch_size * config.new_tokens / (time.perf_counter() - start))
+                with default_attention() if name == "transformers" else contextlib.nullcontext():
+                    start = time.perf_counter()
+                    texts[name] = way().cpu()
+                    seconds = time.perf_counter() - start
+                rates[name].append(batch_size * config.new_tokens / seconds)
         rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
         same = all(torch.equal(text, texts["transformers"]) for text in texts.values())
         for name, values in rates.items():
@@ -87,17 +97,21 @@ def main(config: Config) -> None:
             print(line + f"({min(ratios):.2f} to {max(ratios):.2f})")
         print(f"batch {batch_size}: {'the same' if same else 'NOT the same'} text")
         results[batch_size] = {"tokens_per_second": rates, "same_text": same}
+    return {
+        "device": device_name(device),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "dtype": config.dtype,
+        "n": config.n,
+        "new_tokens": config.new_tokens,
+        "by_batch_size": results,
+    }
+
+
+def main(config: Config) -> None:
+    result = measure(config)
     if config.out:
-        result = {
-            "device": device_name(device),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "dtype": config.dtype,
-            "n": config.n,
-            "new_tokens": config.new_tokens,
-            "by_batch_size": results,
-        }
         config.out.write_text(json.dumps(result, indent=1) + "\n")
 
 

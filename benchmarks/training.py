@@ -10,6 +10,8 @@ all alike. "tutorial" is its eager loop written out: no compilation, AdamW witho
 defaults for everything else.
 """
 
+import contextlib
+import importlib.metadata
 import json
 import multiprocessing
 import platform
@@ -19,17 +21,27 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.device import choose_device, choose_dtype, device_name, fast_attention, keep_freed_memory
+from support.device import (
+    autocast_to,
+    choose_device,
+    choose_dtype,
+    device_name,
+    fast_attention,
+    peak_flops,
+    set_up_for_training,
+    to_device,
+)
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import torch
-import transformers
+import torch._functorch.config
 import tyro
+from torch import nn
 from torch.nn import functional as F
 
 
@@ -42,64 +54,144 @@ class Config:
     ways: tuple[str, ...] = ("tutorial", "ours", "ours compiled", "transformers", "transformers compiled")
     peer: tuple[str, ...] = ()  # commands to run in every round, whose output holds tokens/s or tok/sec
     n_layer: int = 12
-    batch_size: int = 4  # rows of a step
+    n_embd: int = 768  # width; a head has 64 of it
+    batch_size: int = 4  # rows of a micro-step
+    micro_steps: int = 1  # of a step
     sequence_length: int = 256  # tokens in a row
     device: str = "cpu"
     dtype: str = "auto"
+    backend: str = "inductor"  # of torch.compile
+    loss_chunks: int = 1  # see support/loss.py; this and the next two: ours alone
+    recompute: bool = False  # compute the blocks again in the backward pass
+    memory_budget: float = 1.0  # share of the activations that compiled code keeps; 0: as if all recomputed
     out: Path | None = None  # write the figures here as JSON
+
+    @property
+    def shape(self) -> GPTConfig:
+        return GPTConfig(n_layer=self.n_layer, n_head=self.n_embd // 64, n_embd=self.n_embd)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.micro_steps * self.batch_size * self.sequence_length
+
+
+@contextlib.contextmanager
+def default_attention() -> Iterator[None]:
+    """A context with PyTorch's own choice of attention, which `choose_device` changes for ours: peers get
+    it."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+class TutorialGPT(GPT):
+    """The tutorial's forward pass: logits and loss come back, the loss from all columns."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.lm_head(self.hidden_states(idx))
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1))
+
+
+def make_model(way: str, config: Config) -> nn.Module:
+    """The model of a way, with random weights."""
+    if way.startswith("transformers"):
+        import transformers
+
+        options = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        sizes = {"n_layer": config.n_layer, "n_head": config.shape.n_head, "n_embd": config.n_embd}
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **options, use_cache=False))
+    model = (TutorialGPT if way.startswith("tutorial") else GPT)(config.shape).pad_vocabulary()
+    if way.startswith("ours"):
+        model.loss_chunks, model.recompute = config.loss_chunks, config.recompute
+        torch._functorch.config.activation_memory_budget = config.memory_budget
+    return model
 
 
 def make_step(way: str, config: Config) -> Callable[[], float]:
-    """A function that trains one step and returns its loss."""
+    """A function that trains one step and returns its loss: micro-steps, clipping, AdamW, one wait for the
+    device."""
     torch.manual_seed(0)
     device = choose_device(config.device)
-    shape = GPTConfig(n_layer=config.n_layer)
-    dtype = choose_dtype(config.dtype, device, shape.n_embd)
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    x, y = torch.randint(0, shape.vocab_size, (2, config.batch_size, config.sequence_length), device=device)
-    if way.startswith("transformers"):
-        model = transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(n_layer=config.n_layer, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
-        )
-    else:
-        model = GPT(shape).pad_vocabulary()
-    model = model.to(device)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+    ours = way.startswith("ours")
+    autocast = autocast_to(device, choose_dtype(config.dtype, device, config.n_embd))
+    # 1 / rank, as words in a text: few tokens come often, and their gradients collide
+    uniform = torch.rand(2, config.batch_size, config.sequence_length)
+    batch = [(config.shape.vocab_size**u).long() for u in uniform]
+    model = make_model(way, config).to(device)
+    if device.type == "cuda" or ours:  # a peer on a CPU gets PyTorch's defaults
+        set_up_for_training(device)
     optimizer = configure_optimizer(model, TrainConfig())
-    if way == "tutorial" and device.type == "cpu":
+    if way.startswith("tutorial") and device.type == "cpu":
         optimizer = torch.optim.AdamW(optimizer.param_groups, lr=6e-4, betas=(0.9, 0.95), fused=False)
-    if way.startswith("ours") and device.type == "cpu":
-        keep_freed_memory()
-    run = torch.compile(model, dynamic=False) if way.endswith("compiled") else model
+    compiled = way.endswith("compiled")
+    run = torch.compile(model, dynamic=False, backend=config.backend) if compiled else model
 
-    def loss_of() -> torch.Tensor:
-        if way.startswith("ours"):
-            with fast_attention(device), autocast:
-                return run(x, y)
-        with autocast:
-            if way == "tutorial":
-                logits = model.lm_head(model.hidden_states(x))
-                return F.cross_entropy(logits.view(-1, logits.size(-1)), y.view(-1))
-            return run(x, labels=x).loss
+    def micro_step() -> torch.Tensor:
+        """Forward and backward; returns this micro-step's share of the loss."""
+        x, y = to_device(device, *batch) if ours else [t.to(device) for t in batch]
+        with fast_attention(device) if ours else default_attention():
+            with autocast:
+                if ours:
+                    loss = run(x, y)
+                elif way.startswith("tutorial"):
+                    _, loss = run(x, y)
+                else:
+                    loss = run(x, labels=x).loss
+            loss = loss / config.micro_steps
+            loss.backward()
+        return loss.detach()
 
     def step() -> float:
-        loss = loss_of()
-        loss.backward()
+        loss_sum = torch.zeros((), device=device)
+        for _ in range(config.micro_steps):
+            loss_sum += micro_step()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return loss_sum.item()  # waits for the device
 
     return step
 
 
+def measure(way: str, config: Config, seconds: float) -> dict[str, Any]:
+    """Two steps to warm up, then `config.n` timed ones; fewer if they take longer than `seconds`, but three.
+    Meant for a process of its own, whose memory is nobody else's."""
+    start = time.perf_counter()
+    step = matmul_step(config) if way == "matmul" else make_step(way, config)
+    step(), step()
+    warm_up = time.perf_counter() - start
+    if config.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # compilation may have taken more than training does
+    times: list[float] = []
+    value = 0.0
+    while len(times) < config.n and (len(times) < 3 or sum(times) < seconds):
+        start = time.perf_counter()
+        value = step()  # ends with a wait for the device
+        times.append(time.perf_counter() - start)
+    result = {"way": way, "rows": config.batch_size, "micro_steps": config.micro_steps, "n": len(times),
+              "step_seconds": times, "warm_up_seconds": warm_up}  # fmt: skip
+    if way == "matmul":
+        return result | {"flop_per_second": value / statistics.median(times)}
+    rates = [config.tokens / t for t in times]
+    peak = peak_flops(device_name(torch.device(config.device)))
+    work = config.shape.flops_per_token(config.sequence_length)
+    median = statistics.median(rates)
+    result |= {"loss": value, "tokens_per_second": median, "least": min(rates), "most": max(rates),
+               "mfu": median * work / peak if peak else None, "loss_chunks": config.loss_chunks,
+               "recompute": config.recompute, "memory_budget": config.memory_budget}  # fmt: skip
+    return result
+
+
 def matmul_step(config: Config) -> Callable[[], float]:
     """A function that multiplies matrices of an MLP's shapes and returns the FLOP it did."""
-    device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device, 768)
+    device, C = choose_device(config.device), config.n_embd
+    dtype = choose_dtype(config.dtype, device, C)
     rows = config.batch_size * config.sequence_length
-    a, b = torch.randn(rows, 768, device=device), torch.randn(768, 3072, device=device)
+    a, b = torch.randn(rows, C, device=device), torch.randn(C, 4 * C, device=device)
     a, b, count = a.to(dtype), b.to(dtype), 20
     out = a @ b
 
@@ -107,7 +199,7 @@ def matmul_step(config: Config) -> Callable[[], float]:
         for _ in range(count):
             torch.mm(a, b, out=out)
         out[0, 0].item()
-        return count * 2 * rows * 768 * 3072
+        return count * 2 * rows * 4 * C**2
 
     return step
 
@@ -146,12 +238,12 @@ def spread(values: list[float], form: str) -> str:
 
 
 def main(config: Config) -> None:
-    tokens = config.batch_size * config.sequence_length
-    work = GPTConfig(n_layer=config.n_layer).flops_per_token(config.sequence_length)
+    work = config.shape.flops_per_token(config.sequence_length)
     name = device_name(choose_device(config.device))
-    print(f"{name}, PyTorch {torch.__version__}, transformers {transformers.__version__}, {config.dtype}; "
-          f"{config.n_layer} layers, {config.batch_size} x {config.sequence_length} tokens a step, "
-          f"n = {config.n} x {config.steps}")  # fmt: skip
+    version = importlib.metadata.version("transformers")
+    print(f"{name}, PyTorch {torch.__version__}, transformers {version}, {config.dtype}; "
+          f"{config.n_layer} layers, {config.micro_steps} x {config.batch_size} x {config.sequence_length} "
+          f"tokens a step, n = {config.n} x {config.steps}")  # fmt: skip
     context = multiprocessing.get_context("spawn")
     pipes, cold, peaks = {}, {}, {}
     for way in (*config.ways, "matmul"):
@@ -165,7 +257,7 @@ def main(config: Config) -> None:
             pipes[way].send(True)
             seconds, _, peaks[way] = pipes[way].recv()
             steps[way] += seconds
-            rates[way].append(tokens * len(seconds) / sum(seconds))
+            rates[way].append(config.tokens * len(seconds) / sum(seconds))
         for command in config.peer:
             rates[command].append(peer_rate(command))
         pipes["matmul"].send(True)
@@ -184,7 +276,7 @@ def main(config: Config) -> None:
     if config.out:
         results = {
             "device": name, "machine": platform.machine(), "torch": torch.__version__,
-            "transformers": transformers.__version__, "dtype": config.dtype, "n": config.n,
+            "transformers": version, "dtype": config.dtype, "n": config.n,
             "n_layer": config.n_layer, "batch_size": config.batch_size,
             "sequence_length": config.sequence_length, "tokens_per_second": rates, "step_seconds": steps,
             "peak_bytes": peaks, "warm_up_seconds": cold,
