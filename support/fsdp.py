@@ -101,6 +101,10 @@ def divide(
 # tensors, whole and divided
 
 
+def is_divided(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, DTensor)
+
+
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, put together if it is divided; every process has to call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -111,6 +115,36 @@ def share_out(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
     assert isinstance(like, DTensor)
     given = torch.empty(like.shape, dtype=like.dtype) if tensor is None else tensor.detach()
     return distribute_tensor(given, like.device_mesh, like.placements)
+
+
+def collect(value: Any, keep: bool) -> Any:
+    """A copy in host memory of a tensor, or of all tensors in dictionaries, lists and tuples, put together
+    one by one; every process has to call it. Only with `keep` it stays: one process has room for it."""
+    if isinstance(value, torch.Tensor):
+        tensor = whole(value.detach())
+        return tensor.to("cpu", copy=True) if keep else None
+    if isinstance(value, dict):
+        return {key: collect(item, keep) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(collect(item, keep) for item in value)
+    return value
+
+
+def share_out_states(
+    optimizer: torch.optim.Optimizer, states: dict[int, dict[str, torch.Tensor]], world: World
+) -> None:
+    """Give every process its share of the optimizer's state, which the main process has as a state dictionary
+    has it."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    names_of = world.from_main(lambda: [list(states[i]) for i in range(len(parameters))])
+    for i, (parameter, names) in enumerate(zip(parameters, names_of, strict=True)):
+        for name in names:
+            value = states[i][name] if world.is_main else None
+            if name == "step":
+                step = world.from_main(lambda value=value: value)  # type: ignore[misc]
+                optimizer.state[parameter][name] = step.to(world.device)
+            else:
+                optimizer.state[parameter][name] = share_out(value, parameter)
 
 
 @contextlib.contextmanager

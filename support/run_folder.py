@@ -32,6 +32,7 @@ from support.cli import InputError, RunFault, in_words
 from support.curves import draw_runs, read_run
 from support.device import device_name, free_host_memory, to_host
 from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
+from support.fsdp import collect, is_divided, share_out_states
 from support.processes import World
 from support.shards import Shards
 
@@ -162,12 +163,15 @@ class RunFolder:
         self.cut_log(first_step)
         if first_step == 0:
             return
-        if world.is_main:
+        divided = any(is_divided(p) for p in optimizer.param_groups[0]["params"])
+        if divided:
+            share_out_states(optimizer, self.trainer.get("optimizer", {}).get("state", {}), world)
+        elif world.is_main:
             optimizer.load_state_dict(self.trainer["optimizer"])
         if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if the scaler was off
             scaler.load_state_dict(scaler_state)
         torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
-        if world.size > 1:
+        if world.size > 1 and not divided:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]
             names_of = world.from_main(lambda: [list(optimizer.state[p]) for p in parameters])
             for parameter, names in zip(parameters, names_of, strict=True):
@@ -235,11 +239,14 @@ class RunFolder:
         """
         self.finish_save()
         self.saved_at = time.monotonic()
-        if not self.is_main:
-            return
         weights: dict[str, torch.Tensor] = dict(raw_model.named_parameters())
         trainer = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                    **state, "rng": torch.get_rng_state(), "recipe": self.recipe}  # fmt: skip
+        divided = any(map(is_divided, weights.values()))
+        if divided:
+            weights, trainer = collect((weights, trainer), keep=self.is_main)
+        if not self.is_main:
+            return
         tensors = [*weights.values(), *(t for s in optimizer.state.values() for t in s.values())]
         size = sum(t.numel() * t.element_size() for t in tensors)
         with self.failure_reported(step):
@@ -249,10 +256,10 @@ class RunFolder:
             self.write_log()
             # Twice the copy: the thread needs memory too, to transpose, and training may still grow. If less
             # is free, training waits while its own tensors are written: the system kills what takes too much.
-            if free_host_memory() < 2 * size:
+            if not divided and free_host_memory() < 2 * size:
                 self.write_checkpoint(step, raw_model, weights, trainer)
             else:
-                copy = to_host(weights), to_host(trainer)
+                copy = (weights, trainer) if divided else (to_host(weights), to_host(trainer))
                 self.saving = self.writer.submit(self.write_checkpoint, step, raw_model, *copy)
 
     @contextlib.contextmanager

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from support.device import choose_compile, pack_for_cpu, packing_pays
-from support.fsdp import gathered
+from support.fsdp import division_of, gathered
 from support.kv_cache import FixedKVCache, KVCache
 
 import tiktoken
@@ -77,8 +77,8 @@ def stream(
     length = min(tokens.size(1) + max_new_tokens, block_size)
     enough = length - tokens.size(1) >= COMPILE_FROM
     compiled, _ = choose_compile(compile and enough, idx.device)
-    weight = next(model.parameters())
-    if isinstance(model, nn.Module) and packing_pays(weight, model.config.n_embd, max_new_tokens):
+    weight, n_embd, divided = next(model.parameters()), model.config.n_embd, division_of(model)
+    if isinstance(model, nn.Module) and not divided and packing_pays(weight, n_embd, max_new_tokens):
         model = pack_for_cpu(model)
     caches, step = model.new_caches(length), None
     for n in range(max_new_tokens):
