@@ -11,6 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+FLOAT_ROWS = 64  # of a chunk's logits exist in float32 at a time
+WEIGHT_PARTS = 8  # the head's gradient grows by one of so many parts at a time
+
 
 def next_token_loss(
     lm_head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, vocab_size: int, n_chunks: int = 1
@@ -90,26 +93,54 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         # float16 ends at 65,504: a frequent token's sum over a chunk must stay below
         shrink = 1 / 16 if dtype == torch.float16 else 1.0
-        with torch.autocast(device, enabled=False):
-            if any(ctx.needs_input_grad):
-                grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-            for i, (h, t) in enumerate(zip(hidden.chunk(n_chunks), targets.chunk(n_chunks), strict=True)):
-                h, valid, t = h.to(dtype), (t != -100)[:, None], t.clamp(min=0)[:, None]
-                logits = (h @ w.t()).float()
-                logits -= logits.logsumexp(dim=-1, keepdim=True)  # now log-probabilities
-                total -= (logits.gather(-1, t) * valid).sum()
-                if any(ctx.needs_input_grad):
-                    gradient = logits.exp_()
-                    gradient.scatter_add_(-1, t, torch.full_like(t, -1, dtype=gradient.dtype))
-                    gradient = gradient.mul_(valid * shrink).to(dtype)
-                    grad_hidden.chunk(n_chunks)[i].copy_(gradient @ w)
-                    grad_weight[:vocab_size] += gradient.t() @ h
+        grad_hidden = grad_weight = None
         if any(ctx.needs_input_grad):
-            ctx.save_for_backward(grad_hidden, grad_weight, count * shrink)
+            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+            ctx.gradients = grad_hidden, grad_weight, count * shrink
+        with torch.autocast(device, enabled=False):
+            for i, (h, t) in enumerate(zip(hidden.chunk(n_chunks), targets.chunk(n_chunks), strict=True)):
+                grad_h = None if grad_hidden is None else grad_hidden.chunk(n_chunks)[i]
+                total += chunk_loss(h.to(dtype), w, t, shrink, grad_h, grad_weight)
         return total / count
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        grad_hidden, grad_weight, divisor = ctx.saved_tensors
+        (grad_hidden, grad_weight, divisor), ctx.gradients = ctx.gradients, None  # a backward pass runs once
         scale = grad_output / divisor
-        return grad_hidden * scale, grad_weight * scale, None, None, None
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None
+
+
+def chunk_loss(
+    h: torch.Tensor,
+    w: torch.Tensor,
+    targets: torch.Tensor,
+    shrink: float,
+    grad_h: torch.Tensor | None,
+    grad_w: torch.Tensor | None,
+) -> torch.Tensor:
+    """The summed cross-entropy from hidden states (N, n_embd) and the head's weight (vocab_size, n_embd).
+    Puts its gradient, times `shrink`, into grad_h (N, n_embd) and adds it to grad_w (columns, n_embd)."""
+    logits = h @ w.t()
+    parts = zip(logits.split(FLOAT_ROWS), targets.split(FLOAT_ROWS), strict=True)
+    total = torch.stack([to_gradient(some, targets_of_some, shrink) for some, targets_of_some in parts]).sum()
+    if grad_h is not None and grad_w is not None:
+        grad_h.copy_(logits @ w)
+        for part, columns in zip(
+            grad_w[: len(w)].chunk(WEIGHT_PARTS), logits.chunk(WEIGHT_PARTS, dim=1), strict=True
+        ):
+            part += columns.t() @ h
+    return total
+
+
+def to_gradient(logits: torch.Tensor, targets: torch.Tensor, shrink: float) -> torch.Tensor:
+    """Turn logits (N, vocab_size) into the gradient of their summed cross-entropy, times `shrink`, in place;
+    returns that sum, a scalar. Targets (N,) of -100 are ignored."""
+    valid, targets = (targets != -100)[:, None], targets.clamp(min=0)[:, None]
+    values = logits.float()  # the same memory if they are float32 already
+    values -= values.amax(dim=-1, keepdim=True)
+    of_target = values.gather(-1, targets)
+    totals = values.exp_().sum(dim=-1, keepdim=True)
+    values /= totals  # the softmax
+    values.scatter_add_(-1, targets, torch.full_like(targets, -1, dtype=values.dtype))
+    logits.copy_(values.mul_(valid * shrink))
+    return ((totals.log() - of_target) * valid).sum()

@@ -28,7 +28,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-LOSS_CHUNKS = 8  # when memory is short, logits exist for one chunk of a micro-batch at a time
+LOSS_CHUNKS = 32  # when memory is short, logits exist for one chunk of a micro-batch at a time
 ENOUGH_TOKENS = 2**13  # tokens from which a larger micro-batch gains less than chunks would cost
 MOST_TOKENS = {"cuda": 2**16, "mps": 2**14, "cpu": 2**12}  # per micro-batch, at most
 

@@ -114,7 +114,7 @@ def test_nothing_fits():
     ("faults", "rows", "says"),
     [
         pytest.param("oom=2", 2, "1 process x 4 micro-steps", marks=pytest.mark.slow),
-        ("oom=1:4", 4, "the loss in 8 chunks"),
+        ("oom=1:4", 4, "the loss in 32 chunks"),
     ],
 )
 def test_out_of_memory_leads_to_a_smaller_micro_batch_and_the_same_losses(
@@ -157,7 +157,7 @@ def test_a_resumed_run_tries_first_what_fitted_before(tmp_path, text_shards):
     again = faulty("oom=1:4", *flags, "--resume")
     assert "warm-up: trying a micro-batch of 4 rows" in again.stdout
     assert "out of memory" not in again.stdout.lower()
-    assert "micro-batches of 4 rows, the loss in 8 chunks" in again.stdout
+    assert "micro-batches of 4 rows, the loss in 32 chunks" in again.stdout
     other = faulty("oom=8", *flags, "--recompute", "--resume")  # finished: nothing is tried
     assert "is finished" in other.stdout
 
