@@ -169,6 +169,9 @@ POSITIVE = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size"
             "cooldown", "micro_batch_size", "val_tokens", "hellaswag_limit", "memory_limit_gb",
             "timeout_minutes"}  # fmt: skip
 
+MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
+PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
+
 # What --recipe fast and --demo change; any flag still overrides it. The rates and steps of fast are others'
 # (docs/fast.md) and not yet measured with this model.
 FAST = TrainConfig(
@@ -190,10 +193,6 @@ def preset(arguments: list[str]) -> TrainConfig:
         return FAST if "--recipe fast" in words else TrainConfig()
     slow = replace(DEMO, recipe="tutorial", optimizer="adamw", schedule="cosine", max_lr=4e-3)
     return slow if "--recipe tutorial" in words else DEMO
-
-
-MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
-PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
 
 
 def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPTConfig:
@@ -674,7 +673,7 @@ def main(config: TrainConfig) -> None:
     progress.start(first_step, facts, run)
 
     x, y = to_device(device, *train_loader.batch(first_step, 0))
-    stopping, train_loss, val_loss, score = False, math.nan, math.nan, None
+    stopping, overdue, train_loss, val_loss, score = False, False, math.nan, math.nan, None
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
         stopping = stopping and not last_step  # a signal in the last step: only the end is left
@@ -690,7 +689,7 @@ def main(config: TrainConfig) -> None:
                 progress.samples(step, write_samples(raw_model, encoding, autocast))
             if config.due(config.val_every, step):
                 run.draw()
-        save = config.due(config.checkpoint_every, step) or (config.checkpoint_every and run.overdue())
+        save = config.due(config.checkpoint_every, step) or (config.checkpoint_every and overdue)
         if stopping or (save and (step > first_step or last_step)):  # not what was loaded a moment ago
             run.save(step, raw_model, optimizer, scaler, {"loss": train_loss, "spent": progress.spent})
         if last_step or stopping:
@@ -716,7 +715,8 @@ def main(config: TrainConfig) -> None:
                 x, y = to_device(device, *train_loader.batch(next_step, next_micro_step))
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        means = world.sum(torch.stack((loss_sum, loss_sum.new_full((), stop.received > 0)))) / W
+        flags = [loss_sum.new_full((), flag) for flag in (stop.received > 0, run.overdue())]  # one's is all's
+        means = world.sum(torch.stack((loss_sum, *flags))) / W
         values = torch.cat((means, whole(norm).view(1)))
         read_values = start_reading(values)
         lr = get_lr(step, config)
@@ -725,7 +725,7 @@ def main(config: TrainConfig) -> None:
         step_if_finite(optimizer, values)
         optimizer.zero_grad(set_to_none=W == 1)  # DDP's gradients are views of its buffers: they stay
         # The host waits once in a step, here, while a GPU is busy with the update.
-        train_loss, stopping, grad_norm = read_values()
+        train_loss, stopping, overdue, grad_norm = read_values()
         check_finite(step, train_loss, grad_norm, loss_sum, scaler, world)
         scaler.update()
         # ----------------- everything that follows is diagnostics --------------

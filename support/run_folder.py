@@ -298,8 +298,9 @@ class RunFolder:
             self.saving.result()  # raises what nobody expected
 
     def overdue(self) -> bool:
-        """Whether the last attempt to save was more than SAVE_AT_LEAST_EVERY seconds ago."""
-        return time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
+        """Whether the last attempt to save was more than SAVE_AT_LEAST_EVERY seconds ago. Only the main
+        process says so: all have to save at the same step."""
+        return self.is_main and time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
 
     def require(self, step: int) -> None:
         """Wait for the save in flight. Raises RunFault unless `step` has a checkpoint: the end of a run must
