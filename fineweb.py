@@ -4,6 +4,7 @@ Text in, token shards out.
     python fineweb.py                           # FineWeb-Edu sample-10BT from the Hub: 100 shards, 20 GB
     python fineweb.py --max_tokens 300000000    # a trial: its first 300 million tokens
     python fineweb.py --input my_text/ --output_dir my_shards --shard_size 1000000
+    python fineweb.py --shards OWNER/NAME       # no text: fetch the ready token shards of a dataset
     python fineweb.py --check my_shards         # verify shards, made here or elsewhere
 
 A shard is a 1-D uint16 `.npy` file of token ids. All documents, in input order and each preceded by
@@ -14,7 +15,8 @@ You may kill the job at any time: the same command resumes after the last finish
 `shards.partial.json`, and produces the same bytes.
 
 Files on the Hub (support/hub.py) or on disk become documents (support/documents.py), tokens
-(support/tokens.py) and shards (support/shards.py). This file connects these steps.
+(support/tokens.py) and shards (support/shards.py). This file connects these steps. Shards that others have
+made take a shorter way (support/ready_shards.py).
 """
 
 import math
@@ -32,6 +34,7 @@ from support.documents import File, Piece, local_files, read_documents, text_byt
 from support.encodings import get_encoding
 from support.files import lock_folder
 from support.hub import Downloads, dataset_files
+from support.ready_shards import fetch_shards
 from support.shards import (
     Place,
     Record,
@@ -70,13 +73,18 @@ class ShardConfig:
     """Its branch, tag or commit; resolved to a commit at the start, and recorded."""
     text_column: str = "text"
     """The column of a parquet file, or the key of a JSON line, that holds the text."""
+    # -- instead: shards that others have made
+    shards: str | None = None
+    """OWNER/NAME of a dataset on the Hub that holds token shards in the gpt2 encoding, .npy or llm.c's .bin,
+    with 'train' or 'val' in their names; goes with --revision, --output_dir and --max_tokens only."""
     # -- what is written
     output_dir: Path = Path("edu_fineweb10B")
     """Folder for the shards; made if missing."""
     shard_size: int = 100_000_000
     """Tokens per shard (2 bytes each)."""
     max_tokens: int | None = None
-    """Stop after this many tokens; default: the whole input."""
+    """Stop after this many tokens, with --shards after the shard that holds the last of them; default: the
+    whole input."""
     encoding: Literal["gpt2", "bytes"] = "gpt2"
     """gpt2: the 50,257 tokens of GPT-2; bytes: one token per byte."""
     # -- how
@@ -97,7 +105,12 @@ def check_flags(config: ShardConfig) -> None:
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise InputError(f"--{name} {value}: must be at least {smallest}")
-    if config.max_tokens is not None and config.max_tokens <= config.shard_size:
+    if config.shards is not None:
+        usable = {"shards", "revision", "output_dir", "max_tokens"}
+        for name, default in vars(ShardConfig()).items():
+            if name not in usable and getattr(config, name) != default:
+                raise InputError(f"--{name} does not go with --shards, whose files are tokens already")
+    elif config.max_tokens is not None and config.max_tokens <= config.shard_size:
         raise InputError(
             f"--max_tokens {config.max_tokens} with --shard_size {config.shard_size}: the first shard is the "
             "validation split, so none would be left to train on; choose a smaller --shard_size"
@@ -204,6 +217,10 @@ def main(config: ShardConfig) -> None:
     if config.check:
         check_folder(config.check, config.encoding, config.write_shards_json)
         return
+    if config.shards is not None:
+        with lock_folder(config.output_dir, "--output_dir"):
+            fetch_shards(config.shards, config.revision, config.output_dir, config.max_tokens)
+        return
     folder = config.output_dir
     files = local_files(config.input, folder)
     from_hub = not files
@@ -226,7 +243,7 @@ def main(config: ShardConfig) -> None:
             "files": record["source"].get("files", []),
             **record["settings"],
         }
-        compare_records(folder, then, {"encoding": config.encoding, **source, **settings})
+        compare_records(folder, then, {"shards": None, "encoding": config.encoding, **source, **settings})
         if not drop_damaged(folder, record) and (folder / "shards.json").exists():
             shards = plural(len(record["shards"]), "shard")
             print(f"{folder} is finished: {record['tokens']:,} tokens in {shards}")

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from support.cli import CommandError, InputError, RunFault
+from support.cli import CommandError, InputError, RunFault, in_words
 from support.documents import KINDS, File
 from support.files import sha256
 
@@ -42,9 +42,21 @@ def hub_errors(wanted: str) -> Iterator[None]:
         full = getattr(error, "errno", None) == errno.ENOSPC
         if isinstance(error, CommandError) or full or not (from_client or isinstance(error, network)):
             raise
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         kind = RunFault if may_pass(error) else InputError
-        raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {first_line}") from error
+        raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {reason(error)}") from error
+
+
+def reason(error: Exception) -> str:
+    """The first line of the library's message, or what to do where it names a status only."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "it is gated; accept its conditions on its page, then log in with `hf auth login`"
+    if isinstance(error, RepositoryNotFoundError):
+        return "it does not exist, or it is private; for a private one, log in with `hf auth login`"
+    if isinstance(error, RevisionNotFoundError):
+        return "it has no such branch, tag or commit"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def may_pass(error: BaseException | None) -> bool:
@@ -152,7 +164,6 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
     can't be read here; RunFault if the Hub can't be reached.
     """
     from datasets import load_dataset_builder
-    from huggingface_hub import HfApi
 
     wanted = f"the file list of {dataset}, configuration {config}, at {revision}"
     try:
@@ -176,19 +187,41 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
     if unreadable := [name for name in names if not name.endswith(KINDS)]:
         raise InputError(f"{dataset}: {unreadable[0]} can't be read here; supported are {', '.join(KINDS)}")
     folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
+    files = retried(wanted, lambda: list_files(dataset, commit, folder))
+    return commit, [files[name] for name in names]
 
-    def list_files() -> list[File]:
-        tree = HfApi().list_repo_tree(
-            dataset, folder or None, recursive=True, revision=commit, repo_type="dataset"
-        )
-        entries = {entry.path: entry for entry in tree}
-        files = []
-        for name in names:
-            lfs = getattr(entries[name], "lfs", None)  # None for files that git itself stores
-            files.append(File(name, getattr(entries[name], "size", 0), None, lfs.sha256 if lfs else None))
-        return files
 
-    return commit, retried(wanted, list_files)
+def repository_files(dataset: str, revision: str) -> tuple[str, list[File]]:
+    """The commit that `revision` stands for, and all files of the dataset's repository.
+
+    Raises InputError if the dataset or revision does not exist; RunFault if the Hub can't be reached.
+    """
+    from huggingface_hub import HfApi
+
+    wanted = f"the file list of {dataset} at {revision}"
+    commit = retried(wanted, lambda: HfApi().dataset_info(dataset, revision=revision).sha) or revision
+    return commit, list(retried(wanted, lambda: list_files(dataset, commit)).values())
+
+
+def list_files(dataset: str, commit: str, folder: str = "") -> dict[str, File]:
+    """The files in a folder of a dataset's repository, and in the folders below it, by name."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    tree = HfApi().list_repo_tree(
+        dataset, folder or None, recursive=True, revision=commit, repo_type="dataset"
+    )
+    files = {}
+    for entry in tree:
+        if isinstance(entry, RepoFile):
+            digest = entry.lfs.sha256 if entry.lfs else None  # git itself stores small files, without
+            files[entry.path] = File(entry.path, entry.size, None, digest)
+    return files
+
+
+def is_copy(path: Path, file: File) -> bool:
+    """Whether `path` has the size and SHA-256 that the Hub lists for `file`."""
+    return path.stat().st_size == file.size and file.sha256 in (None, sha256(path))
 
 
 class Downloads:
@@ -249,9 +282,15 @@ class Downloads:
                     self.dataset, file.name, repo_type="dataset", revision=self.commit, local_dir=self.folder
                 )
             )
-            if path.stat().st_size == file.size and file.sha256 in (None, sha256(path)):
+            if is_copy(path, file):
                 return path
             path.unlink()
             raise OSError("the download does not match the Hub's size or SHA-256")
 
-        return retried(file.name, attempt)
+        try:
+            return retried(file.name, attempt)
+        except OSError as error:  # only a full disk is not a CommandError by now
+            raise RunFault(
+                f"{file.name} could not be written ({in_words(error)}); free some disk space, then run the "
+                "same command again"
+            ) from error

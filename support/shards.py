@@ -81,7 +81,8 @@ def read_record(file: Path) -> Record:
         for entry in record["shards"]:
             if not isinstance(entry["tokens"], int) or not isinstance(entry["file"] + entry["sha256"], str):
                 raise TypeError
-            if file.name == PARTIAL and not {"file", "document", "token"} <= entry["ends_at"].keys():
+            resumable = file.name == PARTIAL and "shards" not in record["settings"]
+            if resumable and not {"file", "document", "token"} <= entry["ends_at"].keys():
                 raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
@@ -97,7 +98,7 @@ def find_record(folder: Path) -> Record | None:
         if (folder / name).exists():
             record = read_record(folder / name)
             return record if record["shards"] else None  # no shards: the job had only begun
-    if list(folder.glob("*.npy")):
+    if [*folder.glob("*.npy"), *folder.glob("*.bin")]:
         raise InputError(
             f"{folder} holds shards made elsewhere, of which there is no record; see what they are with "
             f"--check {folder}, or choose another --output_dir"
@@ -246,15 +247,19 @@ def drop_damaged(folder: Path, record: Record) -> bool:
     """Remove the first missing or damaged shard, and all that follow it, from the record; returns whether
     there was one."""
     for i, shard in enumerate(record["shards"]):
-        try:
-            if len(open_shard(folder / shard["file"])) == shard["tokens"]:
-                continue
-        except InputError:
-            pass
-        print(f"{folder / shard['file']} is missing or damaged: continuing from there")
-        del record["shards"][i:]
-        return True
+        if not is_sound(folder, shard):
+            print(f"{folder / shard['file']} is missing or damaged: continuing from there")
+            del record["shards"][i:]
+            return True
     return False
+
+
+def is_sound(folder: Path, shard: ShardEntry) -> bool:
+    """Whether a recorded shard is in `folder`, with as many tokens as the record says."""
+    try:
+        return len(open_shard(folder / shard["file"])) == shard["tokens"]
+    except InputError:
+        return False
 
 
 # -----------------------------------------------------------------------------
@@ -276,25 +281,28 @@ class Shards:
         return sum(len(tokens) for tokens in self.tokens[split])
 
 
-def open_shard(file: Path) -> np.ndarray:
+def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np.ndarray:
     """Memory-map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (header: 256 int32, first 20240520, 1, n).
 
-    Raises InputError, naming the file, for anything else.
+    Raises InputError, naming the file and the remedy, for anything else.
     """
-    remedy = "write it again with fineweb.py"
     tokens: np.ndarray
     try:
         if file.suffix == ".bin":
             header = np.fromfile(file, dtype="<i4", count=256)
             if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise InputError(f"{file}: not a token shard of llm.c (its header is wrong)")
+                raise InputError(f"{file}: not a token shard of llm.c (its header is wrong); {remedy}")
             tokens = np.memmap(file, dtype="<u2", mode="r", offset=header.nbytes)
             if len(tokens) != header[2]:
                 raise InputError(
                     f"{file}: holds {len(tokens):,} tokens, its header says {header[2]:,}; {remedy}"
                 )
         else:
-            tokens = np.lib.format.open_memmap(file, mode="r")
+            tokens = mapped = np.lib.format.open_memmap(file, mode="r")
+            if extra := file.stat().st_size - mapped.offset - mapped.nbytes:
+                raise InputError(
+                    f"{file}: {extra:,} bytes follow the {tokens.size:,} tokens of its header; {remedy}"
+                )
     except InputError:
         raise
     except Exception as error:  # NumPy parses the header as Python, so a damaged one can fail in any way
@@ -305,9 +313,12 @@ def open_shard(file: Path) -> np.ndarray:
 
 
 def split_of(file: Path) -> str | None:
-    """The split that a shard's name contains as a word: "train" in edufineweb_train_000001.npy."""
-    found = re.search(r"(?<![a-z])(train|val)(ing|idation)?(?![a-z])", file.name.lower())
-    return found[1] if found else None
+    """The split that a shard's name contains as a word: "train" in edufineweb_train_000001.npy. Raises
+    InputError if it contains both."""
+    words = set(re.findall(r"(?<![a-z])(train|val)(?:ing|id|idation)?(?![a-z])", file.name.lower()))
+    if len(words) > 1:
+        raise InputError(f"{file}: its name says both 'train' and 'val', so its split is unknown")
+    return words.pop() if words else None
 
 
 def load_shards(folder: Path, verify: bool = False) -> Shards:
@@ -365,6 +376,17 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
 # checking
 
 
+def check_ids(file: Path, tokens: np.ndarray, encoding: tiktoken.Encoding) -> None:
+    """Raises InputError, naming the file and the place, for a token id beyond the encoding's."""
+    for start in range(0, len(tokens), 10_000_000):  # not all in memory at once
+        part = tokens[start : start + 10_000_000]
+        if (largest := int(part.max())) >= encoding.n_vocab:
+            raise InputError(
+                f"{file}: token {start + int(part.argmax()):,} is {largest}, beyond the "
+                f"{encoding.n_vocab:,} of the {encoding.name} encoding"
+            )
+
+
 def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
     """Verify the shards in `folder`, whoever made them, and print what they hold. Raises InputError, naming
     the shard, if one is damaged or holds ids beyond the encoding's."""
@@ -377,13 +399,7 @@ def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
     print(f"{folder}: {encoding.name} encoding ({said_by})")
     for split in ("val", "train"):
         for file, tokens in zip(shards.files[split], shards.tokens[split], strict=True):
-            for start in range(0, len(tokens), 10_000_000):  # not all in memory at once
-                part = tokens[start : start + 10_000_000]
-                if (largest := int(part.max())) >= encoding.n_vocab:
-                    raise InputError(
-                        f"{file}: token {start + int(part.argmax()):,} is {largest}, beyond the "
-                        f"{encoding.n_vocab:,} of the {encoding.name} encoding"
-                    )
+            check_ids(file, tokens, encoding)
         words = encoding.decode(shards.tokens[split][0][:30].tolist())
         n_shards = plural(len(shards.files[split]), "shard")
         print(f"{split:6} {shards.count(split):14,} tokens in {n_shards:>10}, beginning {words!r}")

@@ -4,6 +4,7 @@ lies."""
 import gc
 import io
 import os
+import random
 import runpy
 import signal
 import subprocess
@@ -77,6 +78,24 @@ def call(script: str, *arguments, check: bool = True):
     return subprocess.CompletedProcess(arguments, status, stdout, stderr)
 
 
+def kill_until_done(command, env: dict[str, str], kills: int, wait, seed: int = 0):
+    """Run `command` to its end, SIGKILLed `kills` times on the way, each time after `wait()` seconds."""
+    random.seed(seed)
+    killed = 0
+    while True:
+        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, **env}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+        try:
+            out, _ = process.communicate(timeout=wait() if killed < kills else 100)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.communicate()
+            killed += 1
+            continue
+        assert process.returncode == 0, out
+        return killed, out
+
+
 def torchrun(n: int, *arguments, **options):
     """The same under torchrun with n processes."""
     return run("-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", *arguments, **options)
@@ -90,6 +109,13 @@ def make_shards(folder: Path, sizes: list[int], vocab_size: int = 257, seed: int
         tokens = generator.integers(0, vocab_size, size, dtype=np.uint16)
         np.save(folder / f"edufineweb_{'train' if i else 'val'}_{i:06d}.npy", tokens)
     return folder
+
+
+def bin_shard(path: Path, tokens) -> None:
+    """A shard in llm.c's format."""
+    header = np.zeros(256, np.int32)
+    header[:3] = 20240520, 1, len(tokens)
+    path.write_bytes(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
 
 
 def write_texts(texts, folder: Path, shard_size: int, max_tokens=None, source=None, workers=1):

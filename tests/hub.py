@@ -77,6 +77,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
             "Accept-Ranges": "bytes",
         }
         faults = self.server.faults.get(file.name, [])
+        if faults[:1] == ["gated"]:
+            return self.answer(403, b"", X_Error_Code="GatedRepo")
         fault = faults.pop(0) if faults and self.command == "GET" else None
         if fault in ("500", "404"):
             return self.answer(int(fault), b"")
@@ -86,17 +88,20 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if found := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start = int(found[1])
             headers["Content-Range"] = f"bytes {start}-{len(body) - 1}/{len(body)}"
-        if fault not in ("cut", "stall"):
+        if fault not in ("cut", "stall", "slow"):
             return self.answer(206 if start else 200, body[start:], **headers)
         self.send_response(206 if start else 200)
         for name, value in {"Content-Length": str(len(body) - start), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body[start : (start + len(body)) // 2])
+        half = (start + len(body)) // 2
+        self.wfile.write(body[start:half])
         self.wfile.flush()
-        if fault == "stall":
+        if fault != "cut":
             time.sleep(self.server.stall)
-        self.close_connection = True
+        if fault == "slow":
+            self.wfile.write(body[half:])
+        self.close_connection = fault != "slow"
 
     do_HEAD = do_GET
 
@@ -107,12 +112,13 @@ def serve(folder: Path, faults: dict[str, list[str]] | None = None, stall: float
     make the libraries talk to it, and the list of requests it got.
 
     `faults` says, for the name of a file, what its first downloads meet: "cut" (half of it, then the
-    connection ends), "stall" (half of it, then nothing for `stall` seconds), "wrong" (another first byte),
-    "500", "404".
+    connection ends), "stall" (half of it, then nothing for `stall` seconds), "slow" (the other half follows
+    then), "wrong" (another first byte), "500", "404"; and "gated": refused until the fault is taken away.
     """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.folder, server.requests, server.faults, server.stall = folder, [], faults or {}, stall
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.folder, server.requests, server.stall = folder, [], stall
+    server.faults = {} if faults is None else faults
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # polls, seconds
     try:
         endpoint = f"http://127.0.0.1:{server.server_port}"
         yield (

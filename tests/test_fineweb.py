@@ -2,17 +2,14 @@
 
 import gzip
 import json
-import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 
 import fineweb
-from conftest import ROOT, call, make_shards, run, write_texts
+from conftest import ROOT, bin_shard, call, kill_until_done, make_shards, run, write_texts
 from hub import COMMIT, serve
 from support import documents
 from support.cli import InputError, RunFault, run_command
@@ -417,24 +414,6 @@ def test_shards_made_elsewhere_are_not_written_over(tmp_path):
 # killed and run again
 
 
-def kill_until_done(command, env, kills, wait, seed=0):
-    """Run `command` to its end, SIGKILLed `kills` times on the way, each time after `wait()` seconds."""
-    random.seed(seed)
-    killed = 0
-    while True:
-        process = subprocess.Popen([sys.executable, *command], cwd=ROOT, env={**os.environ, **env}, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-        try:
-            out, _ = process.communicate(timeout=wait() if killed < kills else 100)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-            killed += 1
-            continue
-        assert process.returncode == 0, out
-        return killed, out
-
-
 def test_killed_after_every_shard_it_ends_the_same(tmp_path):
     """SIGKILL right after each flush to disk, in the process that writes; no piece of work is lost or done
     twice."""
@@ -709,12 +688,6 @@ def test_the_next_file_comes_while_this_one_is_read(tmp_path):
 
 # -----------------------------------------------------------------------------
 # shards from elsewhere, and the way every script ends
-
-
-def bin_shard(path, tokens):
-    header = np.zeros(256, np.int32)
-    header[:3] = 20240520, 1, len(tokens)
-    path.write_bytes(header.tobytes() + np.asarray(tokens, np.uint16).tobytes())
 
 
 def test_check_tells_what_a_folder_holds(text_shards, tmp_path, capsys):
