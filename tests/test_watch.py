@@ -354,7 +354,9 @@ def test_a_run_is_read_while_it_writes(tmp_path):
     with served(tmp_path) as get:
         writer, seen = threading.Thread(target=write), [0]
         writer.start()
+        end = time.monotonic() + 30
         while not stop.is_set() or seen[-1] < 3000:
+            assert time.monotonic() < end, "the last line does not appear"
             data = json.loads(get("/data.json")[2])
             assert data["notes"] == []
             rows = data["curves"]["train"]
