@@ -1,9 +1,10 @@
 """
-Plot the curves of runs, or the position embeddings of a model.
+Plot the curves of runs, or the position embeddings of a model; watch a run in a browser.
 
     python plot.py run log                                # a run's curves, to log/loss.png
     python plot.py run log other_log --out both.png       # several runs together
     python plot.py positions gpt2 --out wpe.png           # the position embeddings of a model
+    python plot.py watch log                              # a run's page, at http://127.0.0.1:8124
 """
 
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Annotated
 
 from support.cli import InputError, run_command
 from support.curves import draw_runs, save_picture
+from support.watch import serve
 
 import numpy as np
 import tyro
@@ -33,6 +35,14 @@ class Positions:
     out: Path = Path("wpe.png")  # the picture
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Show a run in this machine's browser: curves, speed, time and money left, samples and events."""
+
+    folder: Annotated[Path, tyro.conf.Positional]  # a run's folder, or a copy of it
+    port: int = 8124  # of the page's address, http://127.0.0.1:PORT; 0: any that is free
+
+
 def draw_positions(weights: np.ndarray, out: Path, name: str) -> None:
     """Plot a position embedding matrix, (block_size, n_embd), to the image file `out`."""
     from matplotlib.figure import Figure
@@ -50,7 +60,10 @@ def draw_positions(weights: np.ndarray, out: Path, name: str) -> None:
     save_picture(figure, out)
 
 
-def main(config: Run | Positions) -> None:
+def main(config: Run | Positions | Watch) -> None:
+    if isinstance(config, Watch):
+        serve(config.folder, config.port)
+        return
     if isinstance(config, Run):
         if not config.folders:
             raise InputError("name at least one run folder")
@@ -66,4 +79,4 @@ def main(config: Run | Positions) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, Run | Positions, usual_flag="run")
+    run_command(main, Run | Positions | Watch, usual_flag="run")

@@ -22,6 +22,7 @@ GPT2_VAL_LOSS = 3.2924  # OpenAI's 124M on FineWeb-Edu's validation shard (build
 GPT2_HELLASWAG = 0.2955  # OpenAI's 124M, acc_norm, tutorial protocol (build-nanogpt, hellaswag.py)
 GPT3_HELLASWAG = 0.337  # GPT-3 Small (GPT-3 paper, table H.1)
 ALL_HELLASWAG_ITEMS = 10_042
+GPT2, GPT3 = "OpenAI's GPT-2 (124M)", "GPT-3 of the same size"  # labels
 
 
 def read_log(file: Path) -> dict[str, Points]:
@@ -37,11 +38,17 @@ def read_log(file: Path) -> dict[str, Points]:
         raise InputError(f"{folder} holds no run ({in_words(error)}){hint}") from error
     for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
         try:
-            step, kind, value = line.split()
-            events[kind].append((int(step), float(value)))
+            kind, point = read_event(line)
+            events[kind].append(point)
         except (ValueError, KeyError) as error:
             raise InputError(f"{file}, line {number}: not 'STEP train|val|hella VALUE'") from error
     return events
+
+
+def read_event(line: str) -> tuple[str, tuple[int, float]]:
+    """The kind of event in a line of log.txt, and its (step, value). Raises ValueError for another line."""
+    step, kind, value = line.split()
+    return kind, (int(step), float(value))
 
 
 def read_run(folder: Path) -> dict[str, Any]:
@@ -54,6 +61,15 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise InputError(f"{folder / 'run.json'}: damaged ({error})") from error
 
 
+def read_status(folder: Path) -> dict[str, Any]:
+    """The contents of a run's status.json, see `Progress`; empty if it has none or it is damaged."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) and isinstance(status.get("events"), list) else {}
+
+
 def comparable_loss(run: dict[str, Any]) -> bool:
     """Whether a run's loss is comparable with OpenAI's: same data, same tokens. `run` is its run.json."""
     dataset = run.get("data", {}).get("dataset")
@@ -63,6 +79,16 @@ def comparable_loss(run: dict[str, Any]) -> bool:
 def comparable_hellaswag(run: dict[str, Any]) -> bool:
     """Whether a run's HellaSwag scores are comparable with OpenAI's: same tokens, all items."""
     return run.get("encoding") == "gpt2" and run.get("hellaswag_items") == ALL_HELLASWAG_ITEMS
+
+
+def published_values(runs: Sequence[dict[str, Any]]) -> dict[str, list[tuple[str, float]]]:
+    """The published values that all these runs can be compared with, as (label, value), for "loss" and
+    "hella". `runs` are their run.json."""
+    hella = [(GPT2, GPT2_HELLASWAG), (GPT3, GPT3_HELLASWAG)]
+    return {
+        "loss": [(GPT2, GPT2_VAL_LOSS)] if all(map(comparable_loss, runs)) else [],
+        "hella": [*(hella if all(map(comparable_hellaswag, runs)) else []), ("chance", 0.25)],
+    }
 
 
 def smooth(values: Sequence[float], span: int) -> list[float]:
@@ -92,14 +118,12 @@ def draw_runs(folders: list[Path], out: Path) -> None:
         draw_losses(loss_axis, events, scale, f"C{i}", name)
         if events["hella"]:
             draw_scores(hella_axis, events["hella"], scale, f"C{i}", name, run.get("hellaswag_items"))
-    # show OpenAI's numbers only beside runs with the same data, tokens and items
-    if all(comparable_loss(run) for _, _, run in runs):
-        published(loss_axis, GPT2_VAL_LOSS, "OpenAI's GPT-2 (124M)", "firebrick")
+    lines = published_values([run for _, _, run in runs])
+    for label, value in lines["loss"]:
+        published(loss_axis, value, label)
     if scores:
-        if all(comparable_hellaswag(run) for _, _, run in runs):
-            published(hella_axis, GPT2_HELLASWAG, "OpenAI's GPT-2 (124M)", "firebrick", "left")
-            published(hella_axis, GPT3_HELLASWAG, "GPT-3 of the same size", "seagreen", "left")
-        published(hella_axis, 0.25, "chance", "gray")
+        for label, value in lines["hella"]:
+            published(hella_axis, value, label, "right" if label == "chance" else "left")
         hella_axis.set_title("HellaSwag accuracy", fontsize=15)
     # fit the axis to the losses after the first 2% of the run; before that, they only fall
     late = [v for _, events, _ in runs for kind in ("train", "val")
@@ -152,8 +176,9 @@ def draw_scores(axis: "Axes", scores: Points, scale: int, color: str, name: str,
     axis.fill_between(tokens, low, high, color=color, alpha=0.15, linewidth=0)
 
 
-def published(axis: "Axes", value: float, label: str, color: str, side: str = "right") -> None:
+def published(axis: "Axes", value: float, label: str, side: str = "right") -> None:
     """Draw a horizontal line, labelled on the side where no curve is."""
+    color = {GPT2: "firebrick", GPT3: "seagreen"}.get(label, "gray")
     axis.axhline(value, color=color, linestyle="--", linewidth=1.4)
     axis.annotate(f"{label}: {value:.4g}", (side == "right", value), xytext=(0, 3),
                   xycoords=("axes fraction", "data"),

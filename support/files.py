@@ -20,17 +20,19 @@ def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, default=str) + "\n"
 
 
-def write_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
+def write_file(path: Path, write: Callable[[BinaryIO], object], flush: bool = True) -> None:
     """Write atomically: call `write(file)` on a temporary file, flush it to disk, then rename it to `path`.
 
-    Raises OSError, naming `path`.
+    Without `flush`, it does not wait for the disk, and a power cut may leave an empty file. Raises OSError,
+    naming `path`.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         if error.strerror is None:  # from a library, with its own message

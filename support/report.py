@@ -1,6 +1,6 @@
 """
 What a run reports: a table at the start, lines or a bar during training, a table at the end, and the facts
-in run.json. It reports to the terminal, to log.txt, and to wandb or trackio.
+in run.json. It reports to the terminal, to log.txt, to status.json, and to wandb or trackio.
 """
 
 import importlib
@@ -11,6 +11,7 @@ import shutil
 import statistics
 import sys
 import textwrap
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from dataclasses import asdict
 from typing import Any, Protocol
 
 from support.cli import InputError
-from support.curves import GPT2_HELLASWAG, GPT2_VAL_LOSS, comparable_hellaswag, comparable_loss
+from support.curves import GPT2_HELLASWAG, GPT2_VAL_LOSS, comparable_hellaswag, comparable_loss, read_status
 from support.device import choose_attention, device_name, peak_flops
 from support.micro_batch import Fit, Plan
 from support.processes import World
@@ -34,6 +35,7 @@ HEALTHY_LOSS = {250: 6.16, 1000: 4.15, 1250: 3.95}
 TOLERANCE = 0.03  # relative; a loss higher by more than this is not healthy
 MANY_EPOCHS = 20
 A_LONG_TIME = 48 * 3600  # seconds
+EVENTS_KEPT = 200  # in status.json
 LITTLE_DATA = 1_000_000  # training tokens; fewer are too few to learn a language
 Facts = dict[str, Any]  # run.json: plain values, all that is needed to understand or repeat the run
 
@@ -170,8 +172,8 @@ def check_tracker(name: str | None) -> None:
 
 class Progress:
     """Reports for the main process, and keeps time. A terminal shows one bar, with events above it;
-    elsewhere, the tutorial's lines appear, at most one per second. Events also go to log.txt and to the
-    tracker, if there is one."""
+    elsewhere, the tutorial's lines appear, at most one per second. Losses and scores also go to log.txt and
+    to the tracker, if there is one; events and the last step go to status.json, for `plot.py watch`."""
 
     def __init__(self, world: World, tracker: str | None):
         self.is_main, self.world_size = world.is_main, world.size
@@ -182,6 +184,10 @@ class Progress:
         self.n_steps = 0  # trained by this process
         self.warned = self.estimated = False
         self.began = self.shown = 0.0  # when the current long task began, and was last shown
+        self.task = ""  # the long task, and how far it is
+        self.events: deque[list[Any]] = deque(maxlen=EVENTS_KEPT)  # [Unix time, text], the oldest first
+        self.status: dict[str, Any] = {}  # what the last step and the last samples add to status.json
+        self.status_at = -math.inf  # when it was last written
         world.from_main(lambda: check_tracker(tracker))
         self.run: RunFolder  # see `start`
         self.tracker: Any = None  # the module wandb or trackio; the calls used here work in both
@@ -207,10 +213,15 @@ class Progress:
         facts |= {"run_id": run.run_id, "interruptions": run.interruptions}
         run.describe(facts)
         self.before |= run.trainer.get("spent", {})  # from the checkpoint, if resumed
+        if run.interruptions:  # the events of the parts before stay, also those of steps that run again
+            before = read_status(run.path)
+            self.events = deque([*before.get("events", []), *self.events], maxlen=EVENTS_KEPT)
+            self.status = {name: before[name] for name in ("samples", "samples_step") if name in before}
         if facts["precision"].startswith("float32"):
             self.peak = None  # the table's peaks are for 16-bit types
         hours = (self.spent["training"] + self.spent["other"]) / 3600
-        self.print(describe(facts, hours * (self.config["dollars_per_hour"] or 0)))
+        self.show(describe(facts, hours * (self.config["dollars_per_hour"] or 0)))
+        self.write_status()
         if self.config["tracker"] and self.is_main:
             self.track(self.start_tracker)
         silent = not (self.is_main and self.on_terminal)
@@ -227,10 +238,37 @@ class Progress:
         self.tracker.init(project="gpt2", name=label, config=self.facts, resume="allow", **options)
 
     def print(self, text: str) -> None:
-        """Print an event above the bar. The thread that saves does so too: tqdm has a lock."""
+        """Print an event, and keep it for status.json."""
+        self.show(text)
+        self.events.append([time.time(), text])
+        if threading.current_thread() is threading.main_thread():  # not the one that saves: two would collide
+            self.write_status()
+
+    def show(self, text: str) -> None:
+        """Print above the bar. The thread that saves does so too: tqdm has a lock."""
         if self.is_main:
             tqdm.write(text)
             sys.stdout.flush()
+
+    def write_status(self, ended: bool = False) -> None:
+        """Write status.json: at most once a second, and when the run has ended. Times are Unix times, the
+        rest are seconds, tokens and dollars of all parts of the run."""
+        now = time.monotonic()
+        if not (self.is_main and self.facts) or (now - self.status_at < 1 and not ended):
+            return
+        self.status_at = now
+        spent, price = self.spent, self.config["dollars_per_hour"]
+        left = self.status.get("training_seconds_left")
+        self.run.write_status(self.status | {
+            "time": time.time(),
+            "ended": ended,
+            "task": self.task,
+            "training_seconds": spent["training"],
+            "other_seconds": spent["other"],
+            "dollars": price and price * (spent["training"] + spent["other"]) / 3600,
+            "dollars_left": price and left and price * left / 3600,
+            "events": list(self.events),
+        })  # fmt: skip
 
     def track(self, send: Callable[[], object]) -> None:
         """Call `send`, which sends something to the tracker. If it fails, training continues without it."""
@@ -253,6 +291,7 @@ class Progress:
 
     def measured(self, step: int, kind: str, value: float, text: str) -> None:
         """Report an evaluation: `text` is printed; `kind` and `value` go to log.txt and the tracker."""
+        self.task = ""
         self.bar.set_postfix_str("", refresh=False)  # clear what `sign_of_life` left
         self.print(f"step {step}: {text}")
         self.run.event(step, kind, f"{value:.4f}")
@@ -262,8 +301,10 @@ class Progress:
 
     def samples(self, step: int, texts: list[str]) -> None:
         """Print texts sampled at `step`."""
+        self.status |= {"samples": [printable(text) for text in texts], "samples_step": step}
         for text in texts:
-            self.print(f"step {step}: sample: {printable(text)}")
+            self.show(f"step {step}: sample: {printable(text)}")
+        self.write_status()
 
     def of(self, what: str) -> Callable[[int, int], None]:
         """A callback (parts done, parts in all) that shows the progress of a long task."""
@@ -274,11 +315,13 @@ class Progress:
         now = time.monotonic()
         if done == 0:
             self.began = self.shown = now
-        if not self.is_main or now - self.shown < (0.5 if self.on_terminal else 60):
+        if not self.is_main or done == 0:
             return
-        self.shown = now
-        text = f"{what} {done}/{total}, {duration((now - self.began) / done * (total - done))} left"
-        self.bar.set_postfix_str(text) if self.on_terminal else self.print(text)
+        self.task = f"{what} {done}/{total}, {duration((now - self.began) / done * (total - done))} left"
+        self.write_status()
+        if now - self.shown >= (0.5 if self.on_terminal else 60):
+            self.shown = now
+            self.bar.set_postfix_str(self.task) if self.on_terminal else self.show(self.task)
 
     def micro_step(self, step: int, done: int, total: int) -> None:
         """Show that `done` of a step's `total` micro-steps are done, unless steps are short."""
@@ -309,6 +352,10 @@ class Progress:
         mfu = rate * self.facts["flops_per_token"] / (self.peak * self.world_size) if self.peak else None
         typical = statistics.median(self.step_seconds)
         left = self.config["max_steps"] - step - 1
+        self.task = ""
+        self.status |= {"tokens_per_second": self.config["total_batch_size"] / typical, "mfu": mfu,
+                        "step_seconds": typical, "training_seconds_left": left * typical}  # fmt: skip
+        self.write_status()
         if self.on_terminal:
             every = self.config["val_every"]
             until = min(left, every - 1 - step % every) if every else 0
@@ -325,9 +372,9 @@ class Progress:
             self.bar.update()
         elif time.monotonic() - self.last_line >= 1:
             self.last_line = time.monotonic()
-            self.print(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-                       f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}"
-                       + (f" | mfu: {mfu:.1%}" if mfu else ""))  # fmt: skip
+            self.show(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                      f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}"
+                      + (f" | mfu: {mfu:.1%}" if mfu else ""))  # fmt: skip
         if self.tracker:
             values = {"train/loss": loss, "train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
             self.track(lambda: self.tracker.log(values | ({"mfu": mfu} if mfu else {}), step=step))
@@ -340,6 +387,7 @@ class Progress:
         if self.tracker:
             self.track(self.tracker.finish)
         self.print(text)
+        self.write_status(ended=True)
 
     def finish(self, step: int, val_loss: float, score: Score | None) -> None:
         """Print the results and write them to run.json."""

@@ -3,6 +3,7 @@ A run's folder: its contents, and how they survive crashes.
 
     log.txt             one line per event: step, "train", "val" or "hella", value
     run.json            the run's settings and, once it is finished, its results
+    status.json         how far it is, its last events and samples, for plot.py watch
     loss.png            its curves
     checkpoint_00250/   a Hugging Face GPT-2 folder, plus trainer.pt (what --resume needs) and SHA256SUMS
     .lock               held by the process that trains here
@@ -14,6 +15,7 @@ Training waits only while a checkpoint is copied to host memory: a thread writes
 """
 
 import contextlib
+import json
 import os
 import platform
 import re
@@ -196,6 +198,12 @@ class RunFolder:
             self.unwritten += f"{step} {kind} {value}\n".encode()
             with contextlib.suppress(OSError):
                 self.write_log()
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replace status.json, without waiting for the disk. On a full disk the old one stays."""
+        with contextlib.suppress(OSError):
+            text = json.dumps(status).encode()
+            write_file(self.path / "status.json", lambda file: file.write(text), flush=False)
 
     def write_log(self) -> None:
         """Append the unwritten lines to log.txt: all of them, or none and an OSError."""

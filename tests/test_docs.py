@@ -20,7 +20,7 @@ CONFIGS = {
     "fineweb.py": (fineweb.ShardConfig, "--input"),
     "hellaswag.py": (hellaswag.ScoreConfig, "--model"),
     "sample.py": (sample.SampleConfig, "--model"),
-    "plot.py": (plot.Run | plot.Positions, "run"),
+    "plot.py": (plot.Run | plot.Positions | plot.Watch, "run"),
 }
 
 

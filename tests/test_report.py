@@ -49,7 +49,7 @@ def progress(monkeypatch, tmp_path):
     def make(facts=None, on_terminal=False, first_step=0, **changes):
         made = report.Progress(CPU, None)
         made.on_terminal, made.said = on_terminal, []
-        monkeypatch.setattr(made, "print", made.said.append)
+        monkeypatch.setattr(made, "show", made.said.append)
         made.start(first_step, facts_of(**changes) | (facts or {}), RunFolder(tmp_path, True, print))
         return made
 

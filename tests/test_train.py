@@ -188,6 +188,7 @@ def test_a_run_leaves_its_folder(finished_run, text_shards):
         ".lock",
         "log.txt",
         "run.json",
+        "status.json",
         "loss.png",
         "checkpoint_00050",
         "checkpoint_00060",
@@ -335,7 +336,7 @@ def test_the_demo_runs(tmp_path):
     )
     assert DEMO.log_dir.as_posix() == "log/demo"
     assert "4 steps" in done.stdout
-    assert {".lock", "log.txt", "run.json", "loss.png", "checkpoint_00004"} == {
+    assert {".lock", "log.txt", "run.json", "status.json", "loss.png", "checkpoint_00004"} == {
         p.name for p in (tmp_path / "log/demo").iterdir()
     }
     record = json.loads((tmp_path / "demo_data/shards.json").read_text())
