@@ -1,5 +1,6 @@
 """README and docs: every command parses, every link leads somewhere."""
 
+import json
 import os
 import re
 import shlex
@@ -14,7 +15,8 @@ from support.cli import check_first_word, parse
 
 import pytest
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += [*sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/*.ipynb"))]
 CONFIGS = {
     "train_gpt2.py": (train_gpt2.TrainConfig, "--help"),
     "fineweb.py": (fineweb.ShardConfig, "--input"),
@@ -24,10 +26,19 @@ CONFIGS = {
 }
 
 
+def text_of(page):
+    """A page's text; of a notebook, its cells of text."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix != ".ipynb":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
 def commands():
     """(page, command) for each line in a fenced block, and each span of code, that calls a script."""
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = text_of(page)
         fenced = [
             line for block in re.findall(r"```\w*\n(.*?)```", text, re.DOTALL) for line in block.splitlines()
         ]
@@ -61,7 +72,7 @@ def test_there_are_commands():
 
 def test_every_link_leads_somewhere():
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = text_of(page)
         for target in re.findall(r"\]\(([^)\s]+)\)", text):
             if target.startswith("http"):
                 continue
@@ -77,7 +88,7 @@ def test_every_link_leads_somewhere():
 def test_every_file_and_test_that_is_named_exists():
     tests = "\n".join(file.read_text(encoding="utf-8") for file in ROOT.glob("tests/*.py"))
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = text_of(page)
         for name in re.findall(r"`((?:support|tests|benchmarks|docs)/[\w./]+\.\w+)`", text):
             assert (ROOT / name).exists(), f"{page.name}: {name}"
         for name in re.findall(r"`(test_\w+)`", text):
@@ -104,7 +115,7 @@ def test_every_room_is_on_the_map():
 
 def test_no_page_knows_this_machine():
     for page in PAGES:
-        text = page.read_text(encoding="utf-8")
+        text = text_of(page)
         assert not re.search(r"(^|[\s`(])/(home|root|tmp|work|Users)/|\.\./shared|PLACEHOLDER", text), (
             page.name
         )
