@@ -261,7 +261,8 @@ class Progress:
             self.track(lambda: self.tracker.log({name: value}, step=step))
 
     def samples(self, step: int, texts: list[str]) -> None:
-        """Print texts sampled at `step`."""
+        """Print texts sampled at `step`; the model card shows the latest."""
+        self.run.samples = (step, texts)
         for text in texts:
             self.print(f"step {step}: sample: {printable(text)}")
 
