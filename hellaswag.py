@@ -78,6 +78,7 @@ class Rendered:
     endings: list[list[int]]  # four
     lengths: list[float]  # acc_norm divides each ending's loss by this: its tokens or characters
     truncated: bool = False
+    starts: tuple[int, ...] = (0, 0, 0, 0)  # the context of each ending begins at this token of `context`
 
 
 @dataclass(frozen=True)
@@ -240,18 +241,23 @@ def render(item: Item, encoding: tiktoken.Encoding, protocol: Protocol = "tutori
     return Rendered(item, context or [encoding.eot_token], endings, [max(1, len(text)) for text in texts])
 
 
-def fit(rendered: Rendered, block_size: int) -> Rendered:
+def fit(rendered: Rendered, block_size: int, protocol: Protocol = "tutorial") -> Rendered:
     """Cut the beginning of the context so that the longest ending fits after it; an ending's last token is
-    predicted, never read. An ending that leaves no room for a context loses its own end."""
+    predicted, never read. The harness cuts it for each ending on its own (`_loglikelihood_tokens` of its
+    HFLM). An ending that leaves no room for a context loses its own end; the harness refuses it."""
     endings = [ending[:block_size] for ending in rendered.endings]
-    room = block_size + 1 - max(map(len, endings))
-    truncated = len(rendered.context) > room or endings != rendered.endings
+    rooms = [block_size + 1 - len(ending) for ending in endings]  # tokens of context before each ending
+    if protocol == "tutorial":
+        rooms = [min(rooms)] * len(rooms)
+    context = rendered.context[-max(rooms) :]
+    starts = tuple(max(0, len(context) - room) for room in rooms)
+    truncated = len(rendered.context) > min(rooms) or endings != rendered.endings
     lengths = [
         length * len(cut) / len(whole)
         for length, cut, whole in zip(rendered.lengths, endings, rendered.endings, strict=True)
     ]
     return replace(
-        rendered, context=rendered.context[-room:], endings=endings, lengths=lengths, truncated=truncated
+        rendered, context=context, endings=endings, lengths=lengths, truncated=truncated, starts=starts
     )
 
 
@@ -260,12 +266,14 @@ def fit(rendered: Rendered, block_size: int) -> Rendered:
 
 
 def batches(rendered: list[Rendered], limits: Limits) -> Iterator[list[Rendered]]:
-    """Group items of similar length."""
+    """Group items of similar length; those whose endings share no context come last, by themselves."""
     batch: list[Rendered] = []
-    for one in sorted(rendered, key=lambda r: (len(r.context), max(map(len, r.endings)))):
+    for one in sorted(rendered, key=lambda r: (any(r.starts), len(r.context), max(map(len, r.endings)))):
         length = len(one.context) + max(len(ending) for other in (*batch, one) for ending in other.endings)
         too_many = 4 * (len(batch) + 1) * length > limits.tokens
-        if batch and (too_many or len(one.context) > len(batch[0].context) + limits.spread):
+        first = batch[0] if batch else one
+        longer = len(one.context) > len(first.context) + limits.spread
+        if batch and (too_many or longer or any(one.starts) != any(first.starts)):
             yield batch
             batch = []
         batch.append(one)
@@ -289,17 +297,22 @@ def score_batch(model: LanguageModel, batch: list[Rendered], limits: Limits) -> 
     """The summed loss of every ending, in nats: (n_items, 4) float32. Never waits for the device.
 
     The first n_read tokens of each context are read once; the shortest context has one more. Each row
-    continues with the rest of a context and one ending; rows of similar length are read together.
+    continues with the rest of a context and one ending; rows of similar length are read together. Where
+    endings don't share a context, nothing is read beforehand.
     """
     device = next(model.parameters()).device
-    n_read = min(len(one.context) for one in batch) - 1  # the last token predicts, so it goes into the rows
+    shared = not any(any(one.starts) for one in batch)
+    # the last token of a context predicts, so it goes into the rows
+    n_read = min(len(one.context) for one in batch) - 1 if shared else 0
     caches = None
     if n_read > 0:
         caches = model.new_caches(n_read)
         (contexts,) = to_device(device, np.array([one.context[:n_read] for one in batch]))
         model.hidden_states(contexts, caches)
-    rows = [one.context[n_read:] + ending for one in batch for ending in one.endings]
-    starts = [len(one.context) - n_read for one in batch for _ in one.endings]  # of the ending in each row
+    rests = [one.context[n_read + start :] for one in batch for start in one.starts]
+    endings = [ending for one in batch for ending in one.endings]
+    rows = [rest + ending for rest, ending in zip(rests, endings, strict=True)]
+    starts = [len(rest) for rest in rests]  # of the ending in each row
     sums = torch.zeros(len(rows), device=device)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for first in range(0, len(rows), limits.rows):
@@ -353,12 +366,13 @@ def evaluate(
     """Score `model` on `items`, split among the processes of `world`; each returns the accuracies over all
     items. `progress` shows a bar; `on_part` is called with the items done and the items in all.
 
-    An item longer than the block size loses the beginning of its context and is counted as truncated.
+    An item longer than the block size loses the beginning of its context (see `fit`) and is counted as
+    truncated.
     """
     device = next(model.parameters()).device
     world = world or World(0, 1, device)
     own_items, limits = items[world.rank :: world.size], limits_for(model)
-    own = [fit(render(item, encoding, protocol), model.config.block_size) for item in own_items]
+    own = [fit(render(item, encoding, protocol), model.config.block_size, protocol) for item in own_items]
     order: list[Rendered] = []
     sums = torch.zeros(len(own), 4, device=device)  # a small tensor per batch would fragment the memory
     right, n_counted, shown_at = 0, 0, time.monotonic()

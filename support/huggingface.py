@@ -17,6 +17,7 @@ from support.cli import InputError
 from support.encodings import END_OF_TEXT, get_encoding, letters, merges
 from support.files import to_json
 from support.hub import model_files
+from support.model_card import CARD, short_card
 from support.run_folder import list_checkpoints
 
 import safetensors
@@ -126,7 +127,8 @@ def read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
 
 
 def write_model(folder: Path, sizes: Sizes, tensors: dict[str, torch.Tensor]) -> None:
-    """Write config.json, generation_config.json, model.safetensors and, for the gpt2 encoding, the tokenizer.
+    """Write config.json, generation_config.json, model.safetensors, for the gpt2 encoding the tokenizer, and
+    a short model card unless there is one.
 
     Args:
         tensors: float32, under transformers' names and in its layout.
@@ -147,6 +149,9 @@ def write_model(folder: Path, sizes: Sizes, tensors: dict[str, torch.Tensor]) ->
     texts["generation_config.json"] = to_json({**special_tokens, "_from_model_config": True})
     if sizes["encoding"] == "gpt2":
         texts |= tokenizer_files(sizes["block_size"])
+    if not (folder / CARD).exists():
+        n_parameters = sum(tensor.numel() for tensor in tensors.values())
+        texts[CARD] = short_card(n_parameters, sizes["encoding"], sizes["block_size"])
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 

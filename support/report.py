@@ -300,7 +300,8 @@ class Progress:
             self.track(lambda: self.tracker.log({name: value}, step=step))
 
     def samples(self, step: int, texts: list[str]) -> None:
-        """Print texts sampled at `step`."""
+        """Print texts sampled at `step`; the model card shows the latest."""
+        self.run.samples = (step, texts)
         self.status |= {"samples": [printable(text) for text in texts], "samples_step": step}
         for text in texts:
             self.show(f"step {step}: sample: {printable(text)}")

@@ -5,7 +5,8 @@ A run's folder: its contents, and how they survive crashes.
     run.json            the run's settings and, once it is finished, its results
     status.json         how far it is, its last events and samples, for plot.py watch
     loss.png            its curves
-    checkpoint_00250/   a Hugging Face GPT-2 folder, plus trainer.pt (what --resume needs) and SHA256SUMS
+    checkpoint_00250/   a Hugging Face GPT-2 folder with a model card, plus trainer.pt (what --resume needs)
+                        and SHA256SUMS
     .lock               held by the process that trains here
 
 Nothing half-written ever has a final name: files and folders are written under a temporary name, flushed to
@@ -31,10 +32,11 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 from support.cli import InputError, RunFault, in_words
-from support.curves import draw_runs, read_run
+from support.curves import draw_runs, read_log, read_run
 from support.device import device_name, free_host_memory, to_host
 from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
 from support.fsdp import collect, is_divided, share_out_states
+from support.model_card import CARD, PICTURE, run_card
 from support.processes import World
 from support.shards import Shards
 
@@ -71,6 +73,8 @@ class RunFolder:
         self.run_id = uuid.uuid4().hex[:8]  # the same after every --resume
         self.interruptions = 0
         self.before: dict[str, Any] = {}  # run.json, of a run that is resumed
+        self.facts: dict[str, Any] = {}  # the contents of run.json
+        self.samples: tuple[int, list[str]] | None = None  # the latest ones: their step, their texts
 
     def open(self, resume: bool, recipe: dict[str, Any]) -> int:
         """Create the folder, or find its newest sound checkpoint; returns the step to start at.
@@ -219,6 +223,7 @@ class RunFolder:
 
     def describe(self, facts: dict[str, Any]) -> None:
         """Write run.json."""
+        self.facts = facts
         if self.is_main:
             write_file(self.path / "run.json", lambda file: file.write(to_json(facts).encode()))
 
@@ -226,7 +231,7 @@ class RunFolder:
         """Redraw loss.png. If that fails, print the reason and carry on."""
         if self.is_main:
             try:
-                draw_runs([self.path], self.path / "loss.png")
+                draw_runs([self.path], self.path / PICTURE)
             except Exception as error:
                 self.print(f"loss.png could not be drawn: {error}")
 
@@ -239,7 +244,7 @@ class RunFolder:
         state: dict[str, Any],
     ) -> None:
         """Save checkpoint_<step>: a Hugging Face folder, trainer.pt with all that --resume needs (tensors and
-        plain values, including `state`), and SHA256SUMS.
+        plain values, including `state`), a model card, and SHA256SUMS.
 
         Returns as soon as all of it is copied to host memory; a thread writes the copy. First waits for the
         save before. If a save fails (a full disk), prints the reason, leaves nothing behind, and keeps the
@@ -262,13 +267,17 @@ class RunFolder:
             if (free := shutil.disk_usage(self.path).free) < needed:
                 raise OSError(f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed")
             self.write_log()
+            card = self.make_card(step, state)
             # Twice the copy: the thread needs memory too, to transpose, and training may still grow. If less
             # is free, training waits while its own tensors are written: the system kills what takes too much.
             if not divided and free_host_memory() < 2 * size:
-                self.write_checkpoint(step, raw_model, weights, trainer)
+                self.write_checkpoint(step, raw_model, weights, trainer, card)
             else:
-                copy = (weights, trainer) if divided else (to_host(weights), to_host(trainer))
-                self.saving = self.writer.submit(self.write_checkpoint, step, raw_model, *copy)
+                if not divided:
+                    weights, trainer = to_host(weights), to_host(trainer)
+                self.saving = self.writer.submit(
+                    self.write_checkpoint, step, raw_model, weights, trainer, card
+                )
 
     @contextlib.contextmanager
     def failure_reported(self, step: int) -> Iterator[None]:
@@ -279,8 +288,28 @@ class RunFolder:
             shutil.rmtree(self.path / f"checkpoint_{step:05d}.tmp", ignore_errors=True)
             self.print(f"step {step}: NOT SAVED: {in_words(error)}; the checkpoints before it are intact")
 
+    def make_card(self, step: int, state: dict[str, Any]) -> dict[str, bytes]:
+        """The model card and its picture, as they are now: file name to contents. If that fails, print the
+        reason: no checkpoint is lost for want of a card."""
+        if not self.facts:
+            return {}
+        try:
+            picture = self.path / PICTURE
+            files = {PICTURE: picture.read_bytes()} if picture.exists() else {}
+            events = read_log(self.path / "log.txt")
+            text = run_card(self.facts, step, state.get("spent", {}), events, self.samples, bool(files))
+            return {CARD: text.encode(), **files}
+        except Exception as error:
+            self.print(f"step {step}: the model card could not be written: {error}")
+            return {}
+
     def write_checkpoint(
-        self, step: int, raw_model: Model, weights: dict[str, torch.Tensor], trainer: dict[str, Any]
+        self,
+        step: int,
+        raw_model: Model,
+        weights: dict[str, torch.Tensor],
+        trainer: dict[str, Any],
+        card: dict[str, bytes],
     ) -> None:
         """Write checkpoint_<step>; it is complete on disk before it gets its name. Then delete older ones,
         except the last two and those at multiples of `keep_every` steps."""
@@ -288,6 +317,8 @@ class RunFolder:
         temporary = self.path / f"{final.name}.tmp"
         with self.failure_reported(step):
             raw_model.save_pretrained(temporary, weights)
+            for name, contents in card.items():
+                (temporary / name).write_bytes(contents)
             torch.save(trainer, temporary / "trainer.pt")
             sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
             (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8", newline="\n")
@@ -332,9 +363,11 @@ def list_checkpoints(log_dir: Path) -> list[Path]:
 
 
 def check_sums(folder: Path) -> None:
-    """Raises ValueError or OSError, naming the file, unless every file matches SHA256SUMS."""
+    """Raises ValueError or OSError, naming the file, unless every file matches SHA256SUMS. The model card
+    and its picture may change: their reader may edit them."""
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     expected = {name: digest for digest, name in (line.split("  ") for line in lines)}
+    expected = {name: digest for name, digest in expected.items() if name not in (CARD, PICTURE)}
     for name in ("model.safetensors", "config.json", "trainer.pt", *expected):
         if name not in expected or sha256(folder / name) != expected[name]:
             raise ValueError(f"{name} is not what SHA256SUMS says")

@@ -45,8 +45,9 @@ def commands():
         inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
         for line in [*fenced, *inline]:
             for command in line.split("&&"):
+                command = command.strip().removeprefix("!")  # of a notebook's cell
                 found = re.search(r"(?:^|\s)(\w+\.py)(\s.*)?$", command.split(" #")[0].strip())
-                calls = command.strip().startswith(("python", "torchrun", "OMP_", "TORCH_"))
+                calls = command.startswith(("python", "torchrun", "OMP_", "TORCH_"))
                 if found and calls and found[1] in CONFIGS:
                     yield page, found[1], (found[2] or "").split("<")[0]
 

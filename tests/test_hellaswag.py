@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 
 import hellaswag
 from conftest import call, run, torchrun
@@ -107,6 +108,43 @@ def test_an_item_longer_than_the_block_loses_the_beginning_of_its_context(model)
     expected = by_hand(model, Item(0, "t", ("a" * 127, "b", "c", "d"), 1))
     assert score.predictions[0]["loss_sum"] == pytest.approx(expected[0], abs=1e-3)
     assert score.predictions[0]["loss_mean"] == pytest.approx(expected[1], abs=1e-4)
+
+
+@torch.no_grad()
+def as_the_harness_cuts(model, rendered, block_size):
+    """The summed losses of the endings, each with as much of the context before it as fits."""
+    sums = []
+    for ending in rendered.endings:
+        tokens = (rendered.context + ending)[-(block_size + 1) :]
+        log_probabilities = torch.log_softmax(model(torch.tensor([tokens[:-1]]))[0], dim=-1)[-len(ending) :]
+        sums.append(-log_probabilities[range(len(ending)), ending].sum().item())
+    return sums
+
+
+def test_the_harness_protocol_cuts_each_ending_for_itself(model, monkeypatch):
+    """Items that fit, that are cut for some endings, and for all; with the batches of either device."""
+    generator, items = random.Random(3), []
+    for ind in range(24):
+        endings = tuple("e" * generator.randint(1, 40) for _ in range(4))
+        context = "".join(generator.choices("abc ", k=generator.randint(60, 150)))
+        items.append(Item(ind, context, endings, 0, harness_ctx=context))
+    rendered = [render(item, BYTES, "harness") for item in items]
+    cut = [hellaswag.fit(one, 128, "harness") for one in rendered]
+    kinds = [sum(len(one.context) + len(e) > 129 for e in one.endings) for one in rendered]
+    assert {0, 4} < set(kinds), "some of all kinds"
+    for limits in (LIMITS["cpu"], LIMITS["gpu"], hellaswag.Limits(tokens=900, rows=3, spread=9, logits=5)):
+        monkeypatch.setitem(LIMITS, "cpu", limits)
+        score = evaluate(model, items, BYTES, protocol="harness")
+        for one, prediction in zip(rendered, score.predictions, strict=True):
+            expected = as_the_harness_cuts(model, one, 128)
+            assert prediction["loss_sum"] == pytest.approx(expected, abs=2e-4)
+        assert score.truncated == sum(kind > 0 for kind in kinds)
+    # Where all endings keep the same context, it is shared, and read once.
+    kept = [{min(129 - len(e), len(one.context)) for e in one.endings} for one in rendered]
+    assert [any(one.starts) for one in cut] == [len(lengths) > 1 for lengths in kept]
+    tutorial = evaluate(model, items, BYTES)
+    assert any(a["loss_sum"] != pytest.approx(b["loss_sum"], abs=1e-2)
+               for a, b in zip(tutorial.predictions, score.predictions, strict=True))  # fmt: skip
 
 
 def test_a_gpus_large_batches_score_the_same(model, monkeypatch):

@@ -225,6 +225,8 @@ def test_a_checkpoint_is_a_whole_hugging_face_folder(finished_run):
         "generation_config.json",
         "model.safetensors",
         "trainer.pt",
+        "README.md",
+        "loss.png",
         "SHA256SUMS",
     }
     for line in (checkpoint / "SHA256SUMS").read_text().splitlines():

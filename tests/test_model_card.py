@@ -1,0 +1,210 @@
+"""The card in a checkpoint, read by the Hub's own library."""
+
+import io
+import json
+import os
+import re
+import shutil
+import threading
+from contextlib import redirect_stdout
+from dataclasses import asdict, replace
+
+from conftest import TINY, call
+from support.curves import read_log
+from support.files import sha256
+from support.model_card import run_card
+from support.run_folder import RunFolder, check_sums, list_checkpoints
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+
+EDU = "HuggingFaceFW/fineweb-edu"
+
+
+def facts_of(dataset=EDU, encoding="gpt2", **changes):
+    """A run's facts, as run.json has them."""
+    config = replace(TrainConfig(), **changes)
+    shape = GPTConfig(encoding=encoding)
+    return {
+        "train_config": asdict(config), "model_config": asdict(shape), "parameters": shape.n_parameters,
+        "encoding": encoding, "val_tokens": 10_485_760, "hellaswag_items": 10_042, "world_size": 8,
+        "data": {"dataset": dataset, "fingerprint": "5eed" * 16, "train_tokens": 9_853_989_344},
+        "device": "NVIDIA A100-SXM4-80GB", "precision": "bfloat16, torch.compile on", "interruptions": 2,
+        "versions": {"python": "3.11.7", "torch": "2.13.0", "commit": None},
+    }  # fmt: skip
+
+
+EVENTS = {
+    "train": [(0, 11.0)],
+    "val": [(250 * i, 11.0 - 0.1 * i) for i in range(77)] + [(19073, 3.0581)],
+    "hella": [(0, 0.2501), (19073, 0.3052)],
+}
+SPENT = {"training": 7200.0, "other": 600.0, "tokens": 1}
+
+
+def card_of(step=19073, samples=None, picture=True, **facts):
+    text = run_card(facts_of(**facts), step, SPENT, EVENTS, samples, picture)
+    return text, ModelCard(text).data
+
+
+@pytest.fixture(scope="module")
+def finished(text_shards, tmp_path_factory):
+    """The newest checkpoint of a short run that scored HellaSwag."""
+    folder = tmp_path_factory.mktemp("card")
+    item = {"ctx": "9 green", "endings": [" bottles", " cats", " dogs", " b"], "label": 0}
+    lines = [json.dumps({"ind": i, **item}) for i in range(6)]
+    (folder / "items.jsonl").write_text("\n".join(lines))
+    flags = [flag for flag in TINY if "hellaswag" not in flag]
+    call("train_gpt2.py", *flags, f"--data_dir={text_shards}", f"--log_dir={folder}/log", "--max_steps=12",
+         "--val_every=12", "--sample_every=12", "--hellaswag_every=12", "--checkpoint_every=6",
+         f"--hellaswag_data={folder}/items.jsonl")  # fmt: skip
+    return list_checkpoints(folder / "log")
+
+
+def test_a_checkpoints_card_says_what_was_measured_of_it(finished):
+    between, last = finished
+    card, events = ModelCard.load(last / "README.md"), read_log(last.parent / "log.txt")
+    loss, score = card.data.eval_results
+    assert (loss.metric_type, loss.metric_value) == ("loss", events["val"][-1][1])
+    assert (loss.dataset_name, loss.dataset_type) == ("a rhyme", "text")
+    assert "nats per byte, on 1,024 tokens" in loss.metric_name
+    assert (score.dataset_type, score.metric_value) == ("Rowan/hellaswag", events["hella"][-1][1])
+    assert score.metric_name.endswith("6 items")
+    assert card.data.pipeline_tag == "text-generation"
+    assert {"license", "language", "datasets", "base_model"}.isdisjoint(card.data.to_dict())
+    for fact in ("from scratch on a rhyme: 3,072 tokens in 12 steps.", "| 12 | 3,072 |",
+                 "| recipe | tutorial |", "| hardware | cpu", "](loss.png)", " of training, ",
+                 "Written at step 12, not selected:\n\n    Hello"):  # fmt: skip
+        assert fact in card.text
+    # Nobody has measured the weights of step 6: their card has the run's earlier values, not as theirs.
+    card = ModelCard.load(between / "README.md")
+    assert not card.data.eval_results
+    assert "| 0 | 0 |" in card.text
+    assert "| 12 |" not in card.text
+    assert "Training was to go on until step 12." in card.text
+    assert "Written at step 0" in card.text
+
+
+def test_the_card_is_in_the_sums_and_may_be_edited(finished, tmp_path):
+    folder = shutil.copytree(finished[-1], tmp_path / "checkpoint")
+    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert {path.name for path in folder.iterdir()} == sums.keys() | {"SHA256SUMS"}
+    assert sums["README.md"] == sha256(folder / "README.md")
+    assert sums["loss.png"] == sha256(folder / "loss.png")
+    (folder / "README.md").write_text("mine")
+    (folder / "loss.png").unlink()
+    check_sums(folder)
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    without = [line for line in lines if "README.md" not in line and "loss.png" not in line]
+    (folder / "SHA256SUMS").write_text("".join(without))  # as an old checkpoint, which has no card
+    (folder / "README.md").unlink()
+    check_sums(folder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"config\.json"):
+        check_sums(folder)
+
+
+def run_code_of(folder, monkeypatch):
+    """Execute the Python in a folder's card, there; returns what it prints."""
+    monkeypatch.chdir(folder)
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    with redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    return out.getvalue()
+
+
+def test_the_cards_code_runs(finished, tmp_path, monkeypatch):
+    """As it stands, in the folder: of a model of bytes, and of one with GPT-2's tokens."""
+    assert run_code_of(finished[-1], monkeypatch).startswith("Hello")
+    GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    assert run_code_of(tmp_path, monkeypatch).startswith("Hello, I'm a language model,")
+
+
+def test_a_full_run_on_fineweb_edu():
+    text, data = card_of(samples=(19073, ["Hello\nworld", "```"]))
+    assert data.to_dict() | {"model-index": 0} == {
+        "datasets": [EDU], "language": "en", "library_name": "transformers",
+        "pipeline_tag": "text-generation", "model-index": 0,
+    }  # fmt: skip
+    assert [(r.dataset_type, r.metric_value) for r in data.eval_results] == [
+        (EDU, 3.0581), ("Rowan/hellaswag", 0.3052)]  # fmt: skip
+    assert data.model_name == "GPT-2, 124M parameters"
+    assert "9,999,745,024 tokens in 19,073 steps.\n" in text
+    assert "| OpenAI's GPT-2 (124M) |  | 3.2924 | 0.2955 |" in text
+    assert "is under ODC-By 1.0" in text
+    assert "NVIDIA A100-SXM4-80GB; 8 processes (of the part after the last interruption)" in text
+    assert "2 h 00 min of training, 10 min of evaluation" in text
+    assert "    Hello\n    world\n    --------------------\n    ```\n" in text
+    table = re.findall(r"^\| ([\d,]+) \| ", text, re.MULTILINE)
+    assert len(table) == 10
+    assert table[-1] == "19,073"
+
+
+@pytest.mark.parametrize(
+    ("facts", "missing", "present"),
+    [
+        ({"dataset": None}, ["language:", "datasets:", "3.2924", "ODC-By"], ["its shards do not record"]),
+        ({"dataset": "someone/other"}, ["language:", "3.2924"], ["- someone/other"]),
+        ({"init_from": "gpt2"}, ["from scratch"], ["base_model: openai-community/gpt2"]),
+        ({"init_from": "log/checkpoint_00001"}, ["base_model", "checkpoint_00001"], ["of an earlier run"]),
+        ({"optimizer": "muon"}, [], ["Muon for the blocks' matrices"]),
+    ],
+)
+def test_only_what_is_known(facts, missing, present, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("log/checkpoint_00001")
+    text, data = card_of(**facts)
+    assert "license" not in data.to_dict()
+    assert not [words for words in missing if words in text]
+    assert all(words in text for words in present)
+
+
+def test_no_path_of_the_trainers_gets_into_a_card(tmp_path):
+    text, _ = card_of(data_dir=tmp_path / "secret", log_dir=tmp_path / "secret", init_from=str(tmp_path))
+    assert "secret" not in text
+    assert str(tmp_path) not in text
+
+
+def test_a_model_saved_outside_a_run_has_a_short_card(tmp_path):
+    model = GPT(GPTConfig(64, 257, 1, 1, 8, encoding="bytes"))
+    model.pad_vocabulary().save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert f"{model.config.n_parameters:,} parameters. Its training is not recorded" in card.text
+    assert card.data.to_dict() == {"pipeline_tag": "text-generation"}
+    (tmp_path / "README.md").write_text("my own")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own"
+
+
+def test_the_card_is_of_the_moment_of_the_save(tmp_path, monkeypatch):
+    """What happens before the thread has written it does not enter. And a card that fails costs nothing."""
+    gate, said = threading.Event(), []
+    folder = RunFolder(tmp_path, True, said.append)
+    model = GPT(GPTConfig(16, 257, 1, 1, 8, encoding="bytes"))
+    optimizer, scaler = configure_optimizer(model, TrainConfig()), torch.amp.GradScaler("cpu")
+    original = GPT.save_pretrained
+    monkeypatch.setattr(GPT, "save_pretrained", lambda *arguments: (gate.wait(30), original(*arguments)))
+    folder.describe(facts_of(encoding="bytes"))
+    folder.event(5, "val", "3.2500")
+    (tmp_path / "loss.png").write_bytes(b"then")
+    folder.samples = 5, ["as it was"]
+    folder.save(5, model, optimizer, scaler, {"loss": 0.5, "spent": SPENT})
+    folder.event(6, "val", "2.7500")
+    folder.samples = 6, ["as it is"]
+    folder.facts["device"] = "another"
+    (tmp_path / "loss.png").write_bytes(b"now")
+    gate.set()
+    folder.require(5)
+    card = ModelCard.load(tmp_path / "checkpoint_00005/README.md")
+    assert [result.metric_value for result in card.data.eval_results] == [3.25]
+    assert "as it was" in card.text
+    assert not {"2.7500", "as it is", "another"} & set(card.text.split(" "))
+    assert (tmp_path / "checkpoint_00005/loss.png").read_bytes() == b"then"
+    del folder.facts["data"]
+    folder.save(6, model, optimizer, scaler, {"loss": 0.5, "spent": SPENT})
+    folder.require(6)
+    assert any("step 6: the model card could not be written" in text for text in said)
+    assert "not recorded" in (tmp_path / "checkpoint_00006/README.md").read_text()
+    folder.writer.shutdown()
