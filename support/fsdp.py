@@ -3,7 +3,8 @@ A model divided among the processes (--shard), by PyTorch's fully_shard, known a
 
 Each process keeps a share of weights, gradients and moments. A block's weights are gathered when they are
 needed, forward and backward, and given up again; its gradients are averaged and divided. The mathematics is
-that of DDP. So a model can be trained that no card holds alone, for the price of communication.
+that of DDP. So a model can be trained that no card holds alone, for the price of communication. With several
+hosts, each has a copy (known as hybrid sharding, HSDP).
 """
 
 import contextlib
@@ -60,7 +61,12 @@ def division_of(model: object) -> Division | None:
 
 
 def divide(
-    model: Any, weights: dict[str, torch.Tensor] | None, world: World, shares: int, dtype: torch.dtype
+    model: Any,
+    weights: dict[str, torch.Tensor] | None,
+    world: World,
+    shares: int,
+    dtype: torch.dtype,
+    memory_limit_gb: float | None,
 ) -> None:
     """Divide a GPT that has no weights yet (it is on the meta device), and give it `weights`.
 
@@ -68,8 +74,8 @@ def divide(
         weights: in the main process, a whole state dictionary on the host; None in the others, which get
             their shares of it tensor by tensor.
         shares: among how many processes; where there are more, each such group has a copy.
-        dtype: of the matrix products. In bfloat16 the blocks' weights travel so, too; gradients are summed
-            in float32.
+        dtype: of the matrix products. In bfloat16 weights travel so, too; gradients are summed in float32.
+        memory_limit_gb: as in TrainConfig.
     """
     # Several hosts have a copy each: the fast connections within a host carry the weights.
     sizes = {"shares": shares} if shares == world.size else {"copies": world.size // shares, "shares": shares}
@@ -85,7 +91,7 @@ def divide(
         register_fsdp_forward_method(model, method)
     model.to_empty(device=world.device)
     gradients = 4 * sum(p.numel() for p in model.parameters())
-    limits = [limit for limit in world.from_all(memory_limit(world.device, None)) if limit]
+    limits = [limit for limit in world.from_all(memory_limit(world.device, memory_limit_gb)) if limit]
     exchange_always = gradients > WHOLE_GRADIENTS * min(limits, default=0.0)
     division = Division(blocks, model, exchange_always, Together())
     object.__setattr__(model, "division", division)  # not a submodule
@@ -204,8 +210,8 @@ def alone(model: nn.Module) -> Iterator[None]:
         if not hasattr(model, "reset_iter_state"):  # new in PyTorch 2.13
             reason = in_words(error).splitlines()[0][:150]
             raise InputError(
-                f"a trial step failed ({reason}), and PyTorch {torch.__version__} can't go on after that with "
-                "--shard: a smaller --micro_batch_size, --no_compile or PyTorch 2.13 may help"
+                f"a trial step failed ({reason}), and PyTorch {torch.__version__} can't go on after that "
+                "with --shard: a smaller --micro_batch_size, --no_compile or PyTorch 2.13 may help"
             ) from error
         model.reset_iter_state()
         raise

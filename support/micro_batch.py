@@ -289,7 +289,8 @@ def search(
             return False  # without compiling it first
         reason = None
         try:
-            with head_room(world.device, limit, plan.memory_limit_gb), alone(model):  # each process for itself
+            # each process for itself
+            with head_room(world.device, limit, plan.memory_limit_gb), alone(model):
                 raw_model.loss_chunks = chunks
                 optimizer = make_optimizer()
                 seconds = try_step(model, optimizer, rows, plan.sequence_length, autocast, world.device)
@@ -351,7 +352,7 @@ def try_step(
             seconds = time.perf_counter() - start
             for group in optimizer.param_groups if last else ():
                 for parameter in group["params"]:
-                    # an overflow would still reach the weights; alone, a copy on one of several hosts has none
+                    # An overflow would still reach the weights. A copy that trains alone has no gradients.
                     grad = parameter.grad
                     parameter.grad = torch.zeros_like(parameter) if grad is None else grad.zero_()
             if last:
