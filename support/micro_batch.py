@@ -201,8 +201,10 @@ def wrap_model(raw_model: Any, compiled: bool, world: World) -> nn.Module:
     """The same weights, compiled if asked to, and wrapped if there are several processes."""
     model: nn.Module = raw_model
     if division := division_of(raw_model):
-        for block in division.blocks:
-            block.compile(dynamic=False) if compiled else setattr(block, "_compiled_call_impl", None)
+        for block in division.blocks:  # without the hooks that gather its weights
+            block.__dict__.pop("forward", None)
+            if compiled:
+                block.forward = torch.compile(block.forward, dynamic=False)
         return model
     if compiled:
         # One graph for the whole model: gradients are exchanged once in a step, too seldom to break the graph

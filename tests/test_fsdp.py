@@ -15,10 +15,11 @@ from support.files import sha256
 from support.micro_batch import check_memory
 from support.processes import World
 from support.run_folder import list_checkpoints
-from train_gpt2 import GPTConfig
+from train_gpt2 import GPT, GPTConfig
 
 import pytest
 import torch
+import torch.distributed as dist
 
 LAST_DIGIT = 1.01e-6  # log.txt has six
 FLAGS = (*TINY, "--max_steps=20", "--val_every=10", "--sample_every=10", "--checkpoint_every=10")
@@ -101,7 +102,7 @@ def short(flags):
     [
         (2, "oom=2:2 oom_rank=1"),  # one fits 4 rows, the other only 2
         (2, "oom=2:2 backend=aot_eager"),
-        (2, "oom=2:2 trial_oom=6"),  # with whole gradients in memory
+        (2, "oom=2:2 trial_oom=4"),  # two rows fit only with chunks: else not beside whole gradients
         (4, "oom=1:1 hosts=2"),
         (4, "oom=1:1 hosts=2 whole_gradients=0"),
     ],
@@ -263,6 +264,51 @@ def test_a_model_is_divided_within_hosts(local, shares):
     world = Hosts(0, 4, torch.device("cpu"))
     object.__setattr__(world, "local", local)
     assert fsdp.count_shares(True, "adamw", world) == shares
+
+
+@pytest.fixture
+def divided():
+    """A tiny model divided among one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = World(0, 1, torch.device("cpu"))
+    with torch.device("meta"):
+        model = GPT(GPTConfig(8, 257, 1, 1, 8, encoding="bytes"))
+    weights = GPT(model.config).state_dict()
+    fsdp.divide(model, weights, world, 1, torch.float32, None)
+    yield model
+    dist.destroy_process_group()
+
+
+def fail_alone(model):
+    hook = model.transformer.h[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    try:
+        with fsdp.alone(model):
+            model(torch.zeros((1, 8), dtype=torch.int64))
+    finally:
+        hook.remove()
+
+
+def test_after_a_failed_trial_the_model_is_whole(divided):
+    idx = torch.zeros((1, 8), dtype=torch.int64)
+    before = divided(idx, idx)
+    before.backward()
+    gradient = divided.transformer.wte.weight.grad.full_tensor().clone()
+    with pytest.raises(ZeroDivisionError):
+        fail_alone(divided)
+    divided.zero_grad()
+    again = divided(idx, idx)
+    again.backward()
+    assert torch.equal(again, before)
+    assert torch.equal(divided.transformer.wte.weight.grad.full_tensor(), gradient)
+
+
+def test_an_old_pytorch_says_what_helps(divided, monkeypatch):
+    """It has no reset_iter_state."""
+    monkeypatch.delattr(torch.distributed.fsdp.FSDPModule, "reset_iter_state")
+    with pytest.raises(
+        InputError, match=r"can't go on after that with --shard: a smaller --micro_batch_size"
+    ):
+        fail_alone(divided)
 
 
 def test_what_cannot_fit_says_what_would():
