@@ -150,7 +150,7 @@ class TrainConfig:
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
     micro_batch_size: int | None = None  # rows per forward pass and process; default: the most that fit
     memory_limit_gb: float | None = None  # take at most this many GB (2**30 bytes) of a GPU; default: all
-    shard: bool = False  # divide the model among the processes, for one that no card holds alone
+    shard: bool = False  # divide the model among a host's processes, for one that no card holds; AdamW only
     recompute: bool = False  # compute the blocks again in the backward pass: less memory, more time
     timeout_minutes: float = 10.0  # give up on another process that does not answer for this long
 
@@ -614,7 +614,8 @@ def make_model(
     if shares > 1:
         with torch.device("meta"):
             model = GPT(model_config).pad_vocabulary()
-        divide(model, make_whole().state_dict() if world.is_main else None, world, shares, dtype)
+        weights_of_all = make_whole().state_dict() if world.is_main else None
+        divide(model, weights_of_all, world, shares, dtype, config.memory_limit_gb)
     else:
         model = make_whole().to(world.device)
     model.recompute = config.recompute

@@ -15,8 +15,9 @@ from pathlib import Path
 from benchmarks.training import spread
 from hellaswag import N_VALIDATION
 from support.curves import draw_runs
-from support.device import peak_flops
-from train_gpt2 import GPTConfig, TrainConfig
+from support.device import GB, HEAD_ROOM, peak_flops
+from support.micro_batch import Plan
+from train_gpt2 import PRESETS, GPTConfig, TrainConfig
 
 import tyro
 
@@ -105,6 +106,40 @@ def table(drawing: float) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def exchanges(card: float, recompute: bool, processes: int = 8) -> list[list[str]]:
+    """gpt2-xl divided among cards of so many GB, in steps of the default recipe: for gradients divided in a
+    step's last micro-step and in each, the rows that fit, and the GB that a process receives in a step."""
+    config, shape = TrainConfig(), GPTConfig(**PRESETS["gpt2-xl"])
+    plan = Plan([], 1024, None, "", shape, recompute, processes)
+    limit = (1 - HEAD_ROOM) * (card - 0.5) * GB  # the driver takes 0.5 GB
+    whole = 4 * shape.n_parameters  # bytes of gradients in float32
+    rest = shape.vocab_size * shape.n_embd  # about all parameters outside the blocks
+    passes = 2 * 2 * (shape.n_parameters - rest) + 2 * rest  # in 16 bits: blocks forward and backward
+    rows = []
+    for always in (False, True):
+        sizes = (2**i for i in range(6, -1, -1))
+        fits = [n for n in sizes if plan.gpu_bytes(n, 1) + (0 if always else whole) <= limit]
+        if not fits:
+            rows.append(["none", "", ""])
+            continue
+        micro_steps = config.total_batch_size // (fits[0] * 1024 * processes)
+        received = micro_steps * passes + (micro_steps if always else 1) * whole
+        received *= (processes - 1) / processes
+        rows.append([str(fits[0]), str(micro_steps), f"{received / GB:,.0f}"])
+    return rows
+
+
+def sharding_table() -> str:
+    head = ["card, GB", "", "gradients divided", "rows", "micro-steps", "GB received in a step"]
+    rows = [head, ["---"] * len(head)]
+    for card in (16, 24, 40, 80):
+        for recompute in (False, True):
+            ways = zip(("in the last", "in each"), exchanges(card, recompute), strict=True)
+            flag = "`--recompute`" if recompute else ""
+            rows += [[str(card), flag, way, *cells] for way, cells in ways]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
 def main(config: Config) -> None:
     drawing = drawing_seconds(config.n)
     print(f"drawing: {spread(drawing, '.2f')} s, n = {config.n}\n\n{table(statistics.median(drawing))}")
@@ -113,6 +148,7 @@ def main(config: Config) -> None:
         mfu = work / (peak_flops(machine.card) or math.nan)
         rate = f"{machine.tokens_per_second:,.0f} tokens/s a GPU, MFU {mfu:.0%}"
         print(f"\n{machine.name}: {rate} ({machine.source})")
+    print(f"\ngpt2-xl divided among 8\n\n{sharding_table()}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@ A model divided among the processes (--shard), by PyTorch's fully_shard, known a
 
 Each process keeps a share of weights, gradients and moments. A block's weights are gathered when they are
 needed, forward and backward, and given up again; its gradients are averaged and divided. The mathematics is
-that of DDP. So a model can be trained that no card holds alone, for the price of communication.
+that of DDP. So a model can be trained that no card holds alone, for the price of communication. With several
+hosts, each has a copy (known as hybrid sharding, HSDP).
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from support.cli import InputError
+from support.cli import InputError, in_words
 from support.device import memory_limit
 from support.processes import World, all_gather, reduce_scatter
 
@@ -28,16 +29,16 @@ WHOLE_GRADIENTS = 0.25  # of the memory may be taken by gradients that are not d
 
 
 def count_shares(shard: bool, optimizer: str, world: World) -> int:
-    """Among how many processes each model is divided; 1 without --shard. Raises InputError where --shard
-    can't work."""
+    """Among how many processes each copy of the model is divided: those of a host if all hosts have equally
+    many and more than one, otherwise all; 1 without --shard. Raises InputError where --shard can't work."""
     if not shard:
         return 1
     if world.size == 1:
         raise InputError("--shard divides the model among several processes: start them with torchrun")
     if optimizer == "muon":
         raise InputError("--shard with --optimizer muon: Muon needs whole matrices; use --optimizer adamw")
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    return local if local > 1 and world.size % local == 0 else world.size
+    on_hosts = set(world.from_all(int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
+    return world.size if len(on_hosts) > 1 or on_hosts == {1} else on_hosts.pop()
 
 
 @dataclass
@@ -60,7 +61,12 @@ def division_of(model: object) -> Division | None:
 
 
 def divide(
-    model: Any, weights: dict[str, torch.Tensor] | None, world: World, shares: int, dtype: torch.dtype
+    model: Any,
+    weights: dict[str, torch.Tensor] | None,
+    world: World,
+    shares: int,
+    dtype: torch.dtype,
+    memory_limit_gb: float | None,
 ) -> None:
     """Divide a GPT that has no weights yet (it is on the meta device), and give it `weights`.
 
@@ -68,12 +74,12 @@ def divide(
         weights: in the main process, a whole state dictionary on the host; None in the others, which get
             their shares of it tensor by tensor.
         shares: among how many processes; where there are more, each such group has a copy.
-        dtype: of the matrix products. In bfloat16 the blocks' weights travel so, too; gradients are summed
-            in float32.
+        dtype: of the matrix products. In bfloat16 weights travel so, too; gradients are summed in float32.
+        memory_limit_gb: as in TrainConfig.
     """
     # Several hosts have a copy each: the fast connections within a host carry the weights.
-    sizes = (shares,) if shares == world.size else (world.size // shares, shares)
-    mesh = init_device_mesh(world.device.type, sizes)
+    sizes = {"shares": shares} if shares == world.size else {"copies": world.size // shares, "shares": shares}
+    mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     narrow = torch.bfloat16 if dtype == torch.bfloat16 else None
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     blocks = list(model.transformer.h)  # gathered one at a time
@@ -85,7 +91,7 @@ def divide(
         register_fsdp_forward_method(model, method)
     model.to_empty(device=world.device)
     gradients = 4 * sum(p.numel() for p in model.parameters())
-    limits = [limit for limit in world.from_all(memory_limit(world.device, None)) if limit]
+    limits = [limit for limit in world.from_all(memory_limit(world.device, memory_limit_gb)) if limit]
     exchange_always = gradients > WHOLE_GRADIENTS * min(limits, default=0.0)
     division = Division(blocks, model, exchange_always, Together())
     object.__setattr__(model, "division", division)  # not a submodule
@@ -174,18 +180,23 @@ def sync_gradients(model: nn.Module, last: bool) -> None:
     gradients. DDP reads its flag in the forward pass.
 
     A divided model keeps whole gradients until then. Where they would take more than WHOLE_GRADIENTS of the
-    memory, it averages and divides them in every micro-step.
+    memory, it averages and divides them in every micro-step, but within a host only.
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
-    elif isinstance(model, FSDPModule):
-        division = division_of(model)
-        model.set_requires_gradient_sync(last or division is None or division.exchange_always)
+    elif isinstance(model, FSDPModule) and (division := division_of(model)):
+        model.set_requires_gradient_sync(last or division.exchange_always)
+        model.set_requires_all_reduce(last and division.together.really)  # among the copies
 
 
 @contextlib.contextmanager
 def alone(model: nn.Module) -> Iterator[None]:
-    """Inside, this process trains without the others, with meaningless gradients: to find out what fits."""
+    """Inside, this process trains without the others, with meaningless gradients: to find out what fits. An
+    exception leaves the model usable.
+
+    Raises:
+        InputError: after an exception in a divided model, with a PyTorch that can't mend it.
+    """
     division = division_of(model)
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = False
@@ -193,20 +204,21 @@ def alone(model: nn.Module) -> Iterator[None]:
         yield
         return
     division.together.really = False
-    model.set_requires_all_reduce(False)
     try:
         yield
+    except Exception as error:
+        if not hasattr(model, "reset_iter_state"):  # new in PyTorch 2.13
+            reason = in_words(error).splitlines()[0][:150]
+            raise InputError(
+                f"a trial step failed ({reason}), and PyTorch {torch.__version__} can't go on after that "
+                "with --shard: a smaller --micro_batch_size, --no_compile or PyTorch 2.13 may help"
+            ) from error
+        model.reset_iter_state()
+        raise
     finally:
         division.together.really = True
-        model.set_requires_all_reduce(True)
         for part in division.parts:
             part.reshard()  # forget what was not really gathered
-
-
-def recover(model: nn.Module) -> None:
-    """Make a divided model usable again after an exception in the midst of a step."""
-    if isinstance(model, FSDPModule):
-        model.reset_iter_state()  # new in PyTorch 2.13
 
 
 @dataclass
@@ -251,5 +263,5 @@ class Scatter(Communication):
     ) -> dist.Work | None:
         if self.together.really:
             return reduce_scatter(output_tensor, input_tensor, op, group, async_op)
-        output_tensor.view(-1).copy_(input_tensor.view(group.size(), -1)[0].clone())
+        output_tensor.zero_()  # nothing that the next real step could inherit
         return None

@@ -20,7 +20,7 @@ from support.device import (
     is_out_of_memory,
     memory_limit,
 )
-from support.fsdp import alone, division_of, recover, sync_gradients
+from support.fsdp import alone, division_of, sync_gradients
 from support.processes import World
 from support.words import plural
 
@@ -201,8 +201,10 @@ def wrap_model(raw_model: Any, compiled: bool, world: World) -> nn.Module:
     """The same weights, compiled if asked to, and wrapped if there are several processes."""
     model: nn.Module = raw_model
     if division := division_of(raw_model):
-        for block in division.blocks:
-            block.compile(dynamic=False) if compiled else setattr(block, "_compiled_call_impl", None)
+        for block in division.blocks:  # without the hooks that gather its weights
+            block.__dict__.pop("forward", None)
+            if compiled:
+                block.forward = torch.compile(block.forward, dynamic=False)
         return model
     if compiled:
         # One graph for the whole model: gradients are exchanged once in a step, too seldom to break the graph
@@ -288,18 +290,18 @@ def search(
         if world.device.type == "cuda" and limit is not None and plan.gpu_bytes(rows, chunks) > limit:
             return False  # without compiling it first
         reason = None
-        with head_room(world.device, limit, plan.memory_limit_gb), alone(model):  # each process for itself
-            try:
+        try:
+            # each process for itself
+            with head_room(world.device, limit, plan.memory_limit_gb), alone(model):
                 raw_model.loss_chunks = chunks
                 optimizer = make_optimizer()
                 seconds = try_step(model, optimizer, rows, plan.sequence_length, autocast, world.device)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = str(error).splitlines()[0][:100]
-                recover(model)
-            finally:
-                model.zero_grad(set_to_none=True)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = str(error).splitlines()[0][:100]
+        finally:
+            model.zero_grad(set_to_none=True)
         if reason:
             in_chunks = ", loss in chunks" if chunks > 1 else ""
             print(f"a micro-batch of {plural(rows, 'row')}{in_chunks}: {reason}")
@@ -352,7 +354,9 @@ def try_step(
             seconds = time.perf_counter() - start
             for group in optimizer.param_groups if last else ():
                 for parameter in group["params"]:
-                    parameter.grad.zero_()  # an overflow would still reach the weights
+                    # An overflow would still reach the weights. A copy that trains alone has no gradients.
+                    grad = parameter.grad
+                    parameter.grad = torch.zeros_like(parameter) if grad is None else grad.zero_()
             if last:
                 optimizer.step()
         with torch.no_grad(), autocast:

@@ -176,6 +176,7 @@ class RunFolder:
             optimizer.load_state_dict(self.trainer["optimizer"])
         if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if the scaler was off
             scaler.load_state_dict(scaler_state)
+        self.trainer.pop("optimizer", None)  # 8 bytes a parameter that nobody reads again
         torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
         if world.size > 1 and not divided:
             parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -6,8 +6,8 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     nan=RANK:STEP         the loss of that rank is NaN from that step on
     nan_gradient=STEP     the gradients are NaN from that step on, the loss is not
     oom=ROWS[:CHUNKED]    more rows at once are out of memory (more than CHUNKED with the loss in chunks)
-    oom_rank=RANK         only there
     oom_step=STEP         there is too little memory from that step on
+    oom_rank=RANK         only there
     slow=SECONDS          every step takes so much longer
     slow_evaluation=SECONDS  every batch of an evaluation does
     slow_flush=SECONDS    every file of a checkpoint takes so much longer to be flushed to disk
@@ -15,6 +15,13 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     kill_at=N             SIGKILL at the N-th time that something is flushed to disk or renamed (status.json,
                           which the clock decides on, does not count)
     disk=BYTES            no file may grow beyond so many bytes: a full disk
+    bytes=FILE            write the bytes of weights, gradients and moments in this process to FILE + rank
+    backend=NAME          torch.compile is used on a CPU too, with this backend; "fails" is one that fails
+    backend_rank=RANK     it fails only there
+    trial_oom=N           memory runs out in the N-th forward pass of the process, which is one of a trial
+    hosts=N               the processes of this machine take themselves for those of N hosts
+    whole_gradients=SHARE  see support/fsdp.py
+    scale=SCALE           float16's first scale
 """
 
 import hashlib
@@ -25,10 +32,11 @@ import time
 from pathlib import Path
 
 import train_gpt2
-from support import run_folder
+from support import fsdp, micro_batch, run_folder
 from support.cli import run_command
 
 import torch
+from torch.distributed.tensor import DTensor
 
 faults = dict(fault.split("=", 1) for fault in os.environ["FAULTS"].split())
 rank = os.environ.get("RANK", "0")
@@ -48,6 +56,22 @@ if "gradients" in faults:
 
     train_gpt2.configure_optimizer = dumping_optimizer
 
+if "bytes" in faults:
+    plain_optimizer = train_gpt2.configure_optimizer
+
+    def weighed_optimizer(model, config, world=None):
+        optimizer = plain_optimizer(model, config, world)
+
+        def weigh(*_):
+            tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
+            own = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+            Path(faults["bytes"] + rank).write_text(str(sum(t.numel() * t.element_size() for t in own)))
+
+        optimizer.register_step_post_hook(weigh)
+        return optimizer
+
+    train_gpt2.configure_optimizer = weighed_optimizer
+
 batch = train_gpt2.TokenLoader.batch
 
 
@@ -58,7 +82,7 @@ def faulty_batch(self, step, micro_step):
 
 
 train_gpt2.TokenLoader.batch = faulty_batch
-fetched = []
+fetched, passes = [], []
 forward = train_gpt2.GPT.forward
 OOM = "CUDA out of memory. Tried to allocate 20.00 MiB"
 
@@ -72,7 +96,7 @@ def begin_micro_step(step, x, y):
     if "step_file" in faults and rank == "0":
         Path(faults["step_file"]).write_text(str(step))
     time.sleep(float(faults.get("slow", 0)))
-    if step >= int(faults.get("oom_step", 2**31)):
+    if step >= int(faults.get("oom_step", 2**31)) and faults.get("oom_rank", rank) == rank:
         raise torch.OutOfMemoryError(OOM)
     bad_rank, bad_step = faults.get("nan", ":").split(":")
     return rank == bad_rank and step >= int(bad_step)
@@ -84,6 +108,9 @@ def faulty_forward(self, idx, targets=None):
         poisoned = begin_micro_step(*fetched.pop(0))
     if not torch.is_grad_enabled() and fetched:
         time.sleep(float(faults.get("slow_evaluation", 0)))
+    passes.append(len(idx))
+    if len(passes) == int(faults.get("trial_oom", -1)):
+        raise torch.OutOfMemoryError(OOM)
     if "oom" in faults and faults.get("oom_rank", rank) == rank:
         plain, chunked = map(int, (faults["oom"] + ":0").split(":")[:2])
         if len(idx) > (chunked if self.loss_chunks > 1 else plain):
@@ -132,6 +159,32 @@ if "slow_flush" in faults:
 
     run_folder.flush_to_disk = slow_flush
     run_folder.free_host_memory = lambda: 2**40  # also where the system does not report it
+
+if "backend" in faults:
+    compile_ = torch.compile
+
+    def failing(*_):
+        raise ValueError("the compiler is at a loss")
+
+    backend = failing if faults["backend"] == "fails" else faults["backend"]
+    if faults.get("backend_rank", rank) != rank:
+        backend = "eager"
+    torch.compile = lambda module, **options: compile_(module, **{**options, "backend": backend})
+    micro_batch.choose_compile = lambda wanted, device: (wanted, "on")
+
+if "hosts" in faults:
+    os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(faults["hosts"]))
+
+if "whole_gradients" in faults:
+    fsdp.WHOLE_GRADIENTS = float(faults["whole_gradients"])
+
+if "scale" in faults:
+    make_scaler = torch.amp.GradScaler
+
+    def scaler(*arguments, **options):
+        return make_scaler(*arguments, **{**options, "init_scale": float(faults["scale"])})
+
+    torch.amp.GradScaler = scaler
 
 if "disk" in faults:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(faults["disk"]), resource.RLIM_INFINITY))

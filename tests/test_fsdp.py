@@ -1,6 +1,11 @@
 """A model divided among the processes: the losses of DDP, the same checkpoint, to and fro."""
 
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 from conftest import ROOT, TINY, call, run, torchrun
 from support import fsdp
@@ -10,17 +15,20 @@ from support.files import sha256
 from support.micro_batch import check_memory
 from support.processes import World
 from support.run_folder import list_checkpoints
-from train_gpt2 import GPTConfig
+from train_gpt2 import GPT, GPTConfig
 
 import pytest
 import torch
+import torch.distributed as dist
 
 LAST_DIGIT = 1.01e-6  # log.txt has six
 FLAGS = (*TINY, "--max_steps=20", "--val_every=10", "--sample_every=10", "--checkpoint_every=10")
 
 
-def train(processes, flags, folder, *more, **options):
-    return torchrun(processes, "train_gpt2.py", *flags, f"--log_dir={folder}", *more, **options)
+def train(processes, flags, folder, *more, faults="", **options):
+    env = {"FAULTS": faults, "PYTHONPATH": str(ROOT)}
+    script = ROOT / "tests/faults.py"
+    return torchrun(processes, script, *flags, f"--log_dir={folder}", *more, env=env, **options)
 
 
 @pytest.fixture
@@ -34,17 +42,21 @@ def losses(folder, kind="train"):
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_it_trains_as_ddp_does(processes, flags, tmp_path):
-    """20 losses within 1e-6, validation and samples, the checkpoint's files and tensors; then SIGKILL's
-    effect: what was lost is trained again to the same bits."""
+    """20 losses within 1e-6, validation and samples, the checkpoint's files and tensors, and each process
+    holds its share of the bytes; then SIGKILL's effect: what was lost is trained again to the same bits."""
     flags = (*flags, "--micro_batch_size=2" if processes == 2 else "--micro_batch_size=1")
     ddp, shard = tmp_path / "ddp", tmp_path / "shard"
-    plain = train(processes, flags, ddp)
-    divided = train(processes, flags, shard, "--shard")
+    plain = train(processes, flags, ddp, faults=f"bytes={ddp}.bytes")
+    divided = train(processes, flags, shard, "--shard", faults=f"bytes={shard}.bytes")
     assert "divided among" in divided.stdout
     assert losses(shard) == pytest.approx(losses(ddp), abs=LAST_DIGIT)
     assert losses(shard, "val") == pytest.approx(losses(ddp, "val"), abs=1e-4)
     said = [[line for line in done.stdout.split("\n") if "sample:" in line] for done in (plain, divided)]
     assert said[0] == said[1] != []
+    whole_bytes = int((tmp_path / "ddp.bytes0").read_text())
+    for rank in range(processes):
+        share = int((tmp_path / f"shard.bytes{rank}").read_text())
+        assert share == pytest.approx(whole_bytes / processes, rel=0.1)
     last = [list_checkpoints(folder)[-1] for folder in (ddp, shard)]
     files = [{file.name for file in folder.iterdir()} for folder in last]
     assert files[0] == files[1]
@@ -78,43 +90,225 @@ def test_a_run_goes_on_the_other_way(first, second, flags, tmp_path):
     assert losses(tmp_path) == pytest.approx(before, abs=1e-5)
 
 
-@pytest.mark.slow
-def test_the_search_leaves_no_trace(flags, tmp_path):
-    """Each process tries for itself: one fits 4 rows, the other only 2; the losses are those of 2 rows."""
-    flags = (*flags, "--checkpoint_every=0", "--sample_every=0")
-    train(2, flags, tmp_path / "given", "--shard", "--micro_batch_size=2")
-    done = torchrun(
-        2, ROOT / "tests/faults.py", *flags, f"--log_dir={tmp_path / 'found'}", "--shard",
-        env={"FAULTS": "oom=2:2 oom_rank=1", "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert "micro-batches of 2 rows" in done.stdout
-    assert losses(tmp_path / "found") == losses(tmp_path / "given")
+@pytest.fixture
+def short(flags):
+    """A run of 20 steps, and no more."""
+    return (*flags, "--checkpoint_every=0", "--sample_every=0")
 
 
 @pytest.mark.slow
-def test_gradients_exchanged_always_or_at_the_end(flags, tmp_path):
+@pytest.mark.parametrize(
+    ("processes", "faults"),
+    [
+        (2, "oom=2:2 oom_rank=1"),  # one fits 4 rows, the other only 2
+        (2, "oom=2:2 backend=aot_eager"),
+        (2, "oom=2:2 trial_oom=4"),  # two rows fit only with chunks: else not beside whole gradients
+        (4, "oom=1:1 hosts=2"),
+        (4, "oom=1:1 hosts=2 whole_gradients=0"),
+    ],
+)
+def test_the_search_leaves_no_trace(processes, faults, short, tmp_path):
+    """Each process tries for itself: the losses are those of the rows that fit."""
+    rows = 4 // processes
+    given = train(processes, short, tmp_path / "given", "--shard", f"--micro_batch_size={rows}")
+    found = train(processes, short, tmp_path / "found", "--shard", faults=faults)
+    assert "micro-batches of" not in given.stdout
+    assert f"micro-batches of {rows} row" in found.stdout
+    assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "given"), abs=LAST_DIGIT)
+
+
+@pytest.mark.slow
+def test_gradients_exchanged_always_or_at_the_end(short, tmp_path):
     """Where memory is short, gradients are divided in every micro-step: the same losses."""
-    flags = (*flags, "--checkpoint_every=0", "--sample_every=0", "--micro_batch_size=1")
-    train(2, flags, tmp_path / "end", "--shard")
-    (tmp_path / "short_of_memory.py").write_text(
-        "import runpy, sys\nfrom support import fsdp\nfsdp.WHOLE_GRADIENTS = 0.0\nsys.argv.pop(0)\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    torchrun(
-        2, tmp_path / "short_of_memory.py", ROOT / "train_gpt2.py", *flags, "--shard",
-        f"--log_dir={tmp_path / 'always'}", env={"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    flags = (*short, "--micro_batch_size=1", "--shard")
+    train(2, flags, tmp_path / "end")
+    train(2, flags, tmp_path / "always", faults="whole_gradients=0")
     assert losses(tmp_path / "always") == pytest.approx(losses(tmp_path / "end"), abs=LAST_DIGIT)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("faults", ["hosts=2", "hosts=2 whole_gradients=0"])
+def test_a_copy_on_each_host(faults, flags, tmp_path):
+    """Four processes as if on two hosts: each host has a copy of the model, divided among its two."""
+    flags = (*flags, "--micro_batch_size=1")
+    ddp, copies = tmp_path / "ddp", tmp_path / "copies"
+    train(4, flags, ddp)
+    done = train(4, flags, copies, "--shard", faults=f"{faults} bytes={copies}.bytes")
+    assert "divided among 2 processes" in done.stdout
+    assert losses(copies) == pytest.approx(losses(ddp), abs=LAST_DIGIT)
+    train(2, flags, tmp_path / "two", "--shard", faults=f"bytes={tmp_path / 'two.bytes'}")
+    assert (tmp_path / "copies.bytes3").read_text() == (tmp_path / "two.bytes1").read_text()
+    last = list_checkpoints(copies)[-1]
+    whole = sha256(last / "model.safetensors"), (copies / "log.txt").read_bytes()
+    shutil.rmtree(last)
+    train(4, flags, copies, "--shard", "--resume", faults=faults)
+    assert (sha256(last / "model.safetensors"), (copies / "log.txt").read_bytes()) == whole
+
+
+# ------------------------------------------------------------------ compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--recompute",)])
+def test_compiled_blocks(more, flags, tmp_path):
+    """With a backend that needs no C compiler: the same losses; validation and samples work."""
+    flags = (*flags, "--micro_batch_size=2", "--n_layer=10", "--shard", *more)
+    train(2, flags, tmp_path / "plain")
+    done = train(2, flags, tmp_path / "compiled", faults="backend=aot_eager")
+    assert "torch.compile on" in done.stdout
+    for kind in ("train", "val"):
+        plain, compiled = (losses(tmp_path / way, kind) for way in ("plain", "compiled"))
+        assert compiled == pytest.approx(plain, abs=LAST_DIGIT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["", "backend_rank=1"])
+def test_compilation_fails_and_training_goes_on(where, short, tmp_path):
+    """Everywhere, or in one process only."""
+    flags = (*short, "--micro_batch_size=2", "--shard")
+    train(2, flags, tmp_path / "plain")
+    done = train(2, flags, tmp_path / "failed", faults=f"backend=fails {where}")
+    assert "torch.compile failed, training continues without it" in done.stdout
+    assert losses(tmp_path / "failed") == losses(tmp_path / "plain")
+
+
+# ------------------------------------------------------------------ faults
+
+
+@pytest.mark.slow
+def test_float16_skips_the_same_steps(flags, tmp_path):
+    """A gradient that overflows in one process's share is skipped by all; the end has DDP's losses."""
+    flags = (*flags, "--micro_batch_size=2", "--dtype=float16", "--checkpoint_every=12")
+    for way, more in (("ddp", ()), ("shard", ("--shard",))):
+        train(2, flags, tmp_path / way, *more, faults=f"scale={2.0**26}")
+    states = [torch.load(tmp_path / way / "checkpoint_00020/trainer.pt") for way in ("ddp", "shard")]
+    assert states[0]["scaler"] == states[1]["scaler"]
+    assert states[1]["scaler"]["scale"] < 2.0**26
+    assert 5 < states[1]["optimizer"]["state"][0]["step"] < 20
+    assert losses(tmp_path / "shard") == pytest.approx(losses(tmp_path / "ddp"), abs=2e-3)
+    end = tmp_path / "shard/checkpoint_00020"
+    whole = sha256(end / "model.safetensors"), (tmp_path / "shard/log.txt").read_bytes()
+    shutil.rmtree(end)
+    train(2, flags, tmp_path / "shard", "--shard", "--resume")
+    assert (sha256(end / "model.safetensors"), (tmp_path / "shard/log.txt").read_bytes()) == whole
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_out_of_memory_ends_all(rank, short, tmp_path):
+    """One line from each process, and none waits."""
+    started = time.monotonic()
+    flags = (*short, "--micro_batch_size=2", "--shard", "--timeout_minutes=0.5")
+    done = train(2, flags, tmp_path, faults=f"oom_step=6 oom_rank={rank}", check=False)
+    assert done.returncode != 0
+    assert time.monotonic() - started < 90
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert sum("out of memory" in line for line in errors) == 1
+    assert sum("lost contact with another process" in line for line in errors) <= 1
+    assert len(errors) <= 2
+    assert "rank0]: Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_one_of_two_is_killed_and_the_run_goes_on(flags, tmp_path):
+    flags = (*flags, "--micro_batch_size=2", "--checkpoint_every=5", "--shard", "--timeout_minutes=0.5")
+    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", tmp_path / "steps"
+    train(2, flags, whole)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    launcher = subprocess.Popen(
+        [*command, ROOT / "tests/faults.py", *flags, f"--log_dir={killed}"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+             "FAULTS": f"slow=0.1 step_file={steps}"},
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not (steps.exists() and int(steps.read_text() or 0) >= 8):
+        assert launcher.poll() is None, launcher.communicate()[1]
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["ps", "-ww", "-o", "pid=,args=", "--ppid", str(launcher.pid)],
+        text=True, capture_output=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    os.kill(int([line for line in children if "faults.py" in line][1].split()[0]), signal.SIGKILL)
+    _, err = launcher.communicate(timeout=90)
+    assert launcher.returncode != 0
+    assert "lost contact with another process" in err
+    done = train(2, flags, killed, "--resume")
+    assert "resuming at step 5" in done.stdout
+    assert (killed / "log.txt").read_bytes() == (whole / "log.txt").read_bytes()
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+class Hosts(World):
+    """As seen by a process whose hosts run so many processes each."""
+
+    def from_all(self, value):
+        return self.local
+
+
 def test_what_is_refused():
-    one, two = (World(0, n, torch.device("cpu")) for n in (1, 2))
+    one, two = (Hosts(0, n, torch.device("cpu")) for n in (1, 2))
+    object.__setattr__(two, "local", [2, 2])
     with pytest.raises(InputError, match="start them with torchrun"):
         fsdp.count_shares(True, "adamw", one)
     with pytest.raises(InputError, match="Muon needs whole matrices"):
         fsdp.count_shares(True, "muon", two)
     assert fsdp.count_shares(False, "muon", two) == 1
     assert fsdp.count_shares(True, "adamw", two) == 2
+
+
+@pytest.mark.parametrize(("local", "shares"), [([4] * 4, 4), ([2] * 4, 2), ([1] * 4, 4), ([3, 3, 3, 1], 4)])
+def test_a_model_is_divided_within_hosts(local, shares):
+    """Hosts with one process each share one copy; so do hosts that differ."""
+    world = Hosts(0, 4, torch.device("cpu"))
+    object.__setattr__(world, "local", local)
+    assert fsdp.count_shares(True, "adamw", world) == shares
+
+
+@pytest.fixture
+def divided():
+    """A tiny model divided among one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = World(0, 1, torch.device("cpu"))
+    with torch.device("meta"):
+        model = GPT(GPTConfig(8, 257, 1, 1, 8, encoding="bytes"))
+    weights = GPT(model.config).state_dict()
+    fsdp.divide(model, weights, world, 1, torch.float32, None)
+    yield model
+    dist.destroy_process_group()
+
+
+def fail_alone(model):
+    hook = model.transformer.h[0].register_forward_pre_hook(lambda *_: 1 / 0)
+    try:
+        with fsdp.alone(model):
+            model(torch.zeros((1, 8), dtype=torch.int64))
+    finally:
+        hook.remove()
+
+
+def test_after_a_failed_trial_the_model_is_whole(divided):
+    idx = torch.zeros((1, 8), dtype=torch.int64)
+    before = divided(idx, idx)
+    before.backward()
+    gradient = divided.transformer.wte.weight.grad.full_tensor().clone()
+    with pytest.raises(ZeroDivisionError):
+        fail_alone(divided)
+    divided.zero_grad()
+    again = divided(idx, idx)
+    again.backward()
+    assert torch.equal(again, before)
+    assert torch.equal(divided.transformer.wte.weight.grad.full_tensor(), gradient)
+
+
+def test_an_old_pytorch_says_what_helps(divided, monkeypatch):
+    """It has no reset_iter_state."""
+    monkeypatch.delattr(torch.distributed.fsdp.FSDPModule, "reset_iter_state")
+    with pytest.raises(
+        InputError, match=r"can't go on after that with --shard: a smaller --micro_batch_size"
+    ):
+        fail_alone(divided)
 
 
 def test_what_cannot_fit_says_what_would():

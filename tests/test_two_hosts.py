@@ -1,4 +1,5 @@
-"""Two hosts, imitated by two network namespaces with a cable between them; one is cut off for a while.
+"""Two hosts, imitated by two network namespaces with a cable between them: one is cut off for a while, and a
+model is divided within each.
 
 Needs Linux, root and iproute2 (`apt-get install iproute2`).
 """
@@ -11,6 +12,7 @@ import time
 
 from conftest import ROOT, TINY, run
 from support.curves import read_log
+from support.files import sha256
 from support.run_folder import list_checkpoints
 
 import pytest
@@ -57,9 +59,9 @@ def two_hosts():
         ip("netns", "del", host, check=False)
 
 
-def start_hosts(flags, faults=""):
+def start_hosts(flags, faults="", processes=1):
     """torchrun on both hosts; returns the two launchers."""
-    processes = []
+    launchers = []
     for host, cable in zip(HOSTS, ("gpt2-a", "gpt2-b"), strict=True):
         command = [
             "ip",
@@ -70,7 +72,7 @@ def start_hosts(flags, faults=""):
             "-m",
             "torch.distributed.run",
             "--nnodes=2",
-            "--nproc_per_node=1",
+            f"--nproc_per_node={processes}",
             "--rdzv_backend=c10d",
             f"--rdzv_endpoint={ADDRESSES[0]}:29471",
             f"--rdzv_conf=is_host={int(host == HOSTS[0])}",
@@ -86,12 +88,12 @@ def start_hosts(flags, faults=""):
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": cable,
         }
-        processes.append(
+        launchers.append(
             subprocess.Popen(
                 list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
             )
         )
-    return processes
+    return launchers
 
 
 @pytest.mark.slow
@@ -132,3 +134,28 @@ def test_one_of_two_hosts_is_cut_off_and_the_run_goes_on_later(two_hosts, text_s
         assert [step for step, _ in one[kind]] == [step for step, _ in two[kind]]
         for (_, a), (_, b) in zip(one[kind], two[kind], strict=True):
             assert a == pytest.approx(b, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_model_divided_within_two_hosts(two_hosts, text_shards, tmp_path):
+    """Two processes on each: the losses are those of DDP, the main process saves, and --resume goes on."""
+    flags = (*TINY, f"--data_dir={text_shards}", "--max_steps=20", "--val_every=10", "--sample_every=10",
+             "--checkpoint_every=10", "--micro_batch_size=1")  # fmt: skip
+
+    def go(way, *more):
+        hosts = start_hosts((*flags, f"--log_dir={tmp_path / way}", *more), processes=2)
+        outputs = [host.communicate(timeout=300) for host in hosts]
+        assert all(host.returncode == 0 for host in hosts), outputs
+        return "".join(out for out, _ in outputs)
+
+    go("ddp")
+    assert "divided among 2 processes" in go("shard", "--shard")
+    ddp, shard = (read_log(tmp_path / way / "log.txt") for way in ("ddp", "shard"))
+    assert len(shard["train"]) == 20
+    for (_, a), (_, b) in zip(ddp["train"], shard["train"], strict=True):
+        assert a == pytest.approx(b, abs=1.01e-6)  # log.txt has six digits
+    last = list_checkpoints(tmp_path / "shard")[-1]
+    whole = sha256(last / "model.safetensors"), (tmp_path / "shard/log.txt").read_bytes()
+    shutil.rmtree(last)
+    assert "resuming at step 10" in go("shard", "--shard", "--resume")
+    assert (sha256(last / "model.safetensors"), (tmp_path / "shard/log.txt").read_bytes()) == whole
