@@ -217,7 +217,7 @@ def training_table(facts: dict[str, Any], step: int, spent: dict[str, float], ep
         f"size {shape['block_size']}, vocabulary {shape['vocab_size']:,} ({shape['encoding']})",
         "data": f"{data['train_tokens']:,} training tokens, read {epochs:.2f} times; fingerprint "
         f"`{data['fingerprint'][:16]}`",
-        "recipe": config["recipe"],
+        "recipe": f"`--recipe {config['recipe']}`, with these values:",
         "optimizer": f"{optimizer}; weight decay {config['weight_decay']:g}, {clipping}",
         "learning rate": f"{config['schedule']}, at most {config['max_lr']:.2g}, "
         f"{plural(config['warmup_steps'], 'step')} of warm-up, planned for {config['max_steps']:,}",
@@ -249,10 +249,8 @@ def limits(block_size: int, epochs: float = 0) -> str:
         "It may write what is false, biased or offensive, as its training text may; nothing was done "
         "against that.",
     ]
-    if epochs > 1:
-        lines.append(
-            "It has read its training text more than once, and may repeat parts of it word for word."
-        )
+    if epochs >= 1.5:
+        lines.append(f"It has read its training text {epochs:.1f} times, and may repeat parts word for word.")
     return "".join(f"- {line}\n" for line in lines)
 
 

@@ -75,7 +75,7 @@ def test_a_checkpoints_card_says_what_was_measured_of_it(finished):
     assert card.data.pipeline_tag == "text-generation"
     assert {"license", "language", "datasets", "base_model"}.isdisjoint(card.data.to_dict())
     for fact in ("from scratch on a rhyme: 3,072 tokens in 12 steps.", "| 12 | 3,072 |",
-                 "| recipe | tutorial |", "| hardware | cpu", "](loss.png)", " of training, ",
+                 "| recipe | `--recipe tutorial`", "| hardware | cpu", "](loss.png)", " of training, ",
                  "Written at step 12, not selected:\n\n    Hello"):  # fmt: skip
         assert fact in card.text
     # Nobody has measured the weights of step 6: their card has the run's earlier values, not as theirs.
@@ -149,7 +149,12 @@ def test_a_full_run_on_fineweb_edu():
         ({"dataset": "someone/other"}, ["language:", "3.2924"], ["- someone/other"]),
         ({"init_from": "gpt2"}, ["from scratch"], ["base_model: openai-community/gpt2"]),
         ({"init_from": "log/checkpoint_00001"}, ["base_model", "checkpoint_00001"], ["of an earlier run"]),
-        ({"optimizer": "muon"}, [], ["Muon for the blocks' matrices"]),
+        ({"optimizer": "muon"}, ["word for word"], ["Muon for the blocks' matrices"]),
+        (
+            {"step": 19_073 * 3, "max_steps": 19_073 * 4},
+            [],
+            ["read its training text 3.0 times", "until step"],
+        ),
     ],
 )
 def test_only_what_is_known(facts, missing, present, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ keeps. Where that fails, for want of a network or for another reason, the test i
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -20,7 +21,7 @@ import pytest
 import torch
 
 pytestmark = pytest.mark.slow
-HARNESS = "lm_eval==0.4.13"
+HARNESS = "lm_eval[hf]==0.4.13"
 LLAMA = "xllamacpp==2026.10.11549"  # llama.cpp, compiled
 LLAMA_SOURCES = "llama-cpp-python==0.3.36"  # its source package holds llama.cpp's with the converter
 HOUR = 3600  # seconds
@@ -45,7 +46,7 @@ def succeed(*command, **variables) -> str:
 
 def install(config, requirement: str) -> tuple[Path, Path]:
     """The Python of an environment that adds `requirement` to this one, and a folder beside it. Made once."""
-    folder = Path(config.cache.mkdir(requirement.replace("==", "-")))
+    folder = Path(config.cache.mkdir(re.sub(r"[^\w.]+", "-", requirement)))
     python = folder / "venv/bin/python"
     if not python.exists():
         attempt("python -m venv", sys.executable, "-m", "venv", "--without-pip", folder / "venv")
@@ -69,16 +70,21 @@ def sharp_model(**sizes) -> GPT:
 
 
 SCORE = """
-import json, sys
+import json, pathlib, sys
 import lm_eval
-folder, items, out = sys.argv[1:]
-data = {"data_files": {"validation": items}}
-task = {"task": "hellaswag", "dataset_path": "json", "dataset_kwargs": data, "training_split": None}
-results = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": folder}, tasks=[task], device="cpu",
-                                  batch_size=16, log_samples=True, bootstrap_iters=0)
-samples = sorted(results["samples"]["hellaswag"], key=lambda sample: sample["doc_id"])
-json.dump([[-float(answer[0]) for answer in sample["filtered_resps"]] + [sample["acc"], sample["acc_norm"]]
-           for sample in samples], open(out, "w"))
+from lm_eval.tasks import TaskManager
+model, items, folder = sys.argv[1:]
+task = {"include": str(pathlib.Path(lm_eval.__file__).parent / "tasks/hellaswag/hellaswag.yaml"),
+        "task": "our_items", "training_split": None,
+        "dataset_path": "json", "dataset_kwargs": {"data_files": {"validation": items}}}
+(pathlib.Path(folder) / "our_items.yaml").write_text(json.dumps(task))  # which is YAML
+results = lm_eval.simple_evaluate(model="hf", model_args={"pretrained": model}, device="cpu", batch_size=16,
+                                  tasks=["our_items"], task_manager=TaskManager(include_path=folder),
+                                  log_samples=True, bootstrap_iters=0)
+samples = sorted(results["samples"]["our_items"], key=lambda sample: sample["doc_id"])
+answers = [[-float(answer[0]) for answer in sample["filtered_resps"]] + [sample["acc"], sample["acc_norm"]]
+           for sample in samples]
+(pathlib.Path(folder) / "answers.json").write_text(json.dumps(answers))
 """
 
 
@@ -91,12 +97,14 @@ def test_the_harness_scores_as_we_do(block_size, n_items, gpt2_data, tmp_path, p
     (tmp_path / "items.jsonl").write_text("\n".join(lines[:n_items]) + "\n", encoding="utf-8")
     model = sharp_model(block_size=block_size)
     model.save_pretrained(tmp_path / "model")
-    out, offline = tmp_path / "theirs.json", {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
-    succeed(python, "-c", SCORE, tmp_path / "model", tmp_path / "items.jsonl", out, **offline)
-    theirs = json.loads(out.read_text())
+    task = tmp_path / "task"
+    task.mkdir()
+    offline = {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    succeed(python, "-c", SCORE, tmp_path / "model", tmp_path / "items.jsonl", task, **offline)
+    theirs = json.loads((task / "answers.json").read_text())
     score = evaluate(model, load_items(tmp_path / "items.jsonl"), GPT2, protocol="harness")
     assert len(theirs) == score.n == len(lines[:n_items])
-    print(f"{score}; {score.n} items")
+    print(score)
     largest = 0.0
     for (*losses, acc, acc_norm), ours in zip(theirs, score.predictions, strict=True):
         largest = max(largest, *(abs(a - b) for a, b in zip(losses, ours["loss_sum"], strict=True)))
