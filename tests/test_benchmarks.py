@@ -233,7 +233,7 @@ def test_the_documented_command_parses():
 def test_the_shares_on_paper_add_up(capsys, monkeypatch):
     monkeypatch.setattr(paper, "drawing_seconds", lambda n: [0.25, 0.5, 0.75])
     paper.main(paper.Config(n=3))
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr().out.split("gpt2-xl")[0]  # another table follows
     assert "drawing: 0.50 (0.25 to 0.75) s" in printed
     rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")][2:]
     names, numbers = [row[0] for row in rows], [[float(cell.replace(",", "").strip("%")) for cell in row[1:]]
@@ -247,6 +247,16 @@ def test_the_shares_on_paper_add_up(capsys, monkeypatch):
     # by hand: 250 x 524,288 tokens at 45 minutes for 10 billion; a third of the work for 10,485,760
     assert numbers[0][0] == pytest.approx(250 * 524_288 * 45 * 60 / 10e9, abs=0.01)
     assert numbers[1][0] == pytest.approx(10_485_760 / 3 * 45 * 60 / 10e9, abs=0.01)
+
+
+def test_gradients_of_a_divided_model_on_paper():
+    """By hand, for 24 GB: 16 micro-steps gather 2 bytes for each of 1,557,611,200 parameters, those of the
+    blocks (all but 50,257 x 1,600) twice; a process receives 7/8 of that, and of the gradients' 4 bytes."""
+    last, each = paper.exchanges(24, False)
+    blocks, rest = 1_557_611_200 - 50_257 * 1_600, 50_257 * 1_600
+    gathered = 16 * (4 * blocks + 2 * rest)
+    assert last == ["4", "16", f"{7 / 8 * (gathered + 4 * 1_557_611_200) / 2**30:.0f}"]
+    assert each == ["4", "16", f"{7 / 8 * (gathered + 16 * 4 * 1_557_611_200) / 2**30:.0f}"]
 
 
 def test_drawings_are_timed_on_a_whole_run(monkeypatch):
