@@ -100,7 +100,7 @@ def test_all_parts_are_measured_once(asked, config, capsys):
     for way in ("tutorial", "tutorial compiled", "transformers compiled"):
         assert [rows for name, rows, *_ in ways if name == way] == [32, 16]
     assert {tuple(changes) for name, rows, *changes in ways if rows == 32 and name == "ours compiled"} == {
-        (1, 1.0, False), (8, 1.0, False), (1, 0.9, False), (1, 0.5, False), (1, 1.0, True),
+        (1, 1.0, False), (32, 1.0, False), (1, 0.9, False), (1, 0.5, False), (1, 1.0, True),
     }  # fmt: skip
     assert asked[-3:] == ["sampling", "HellaSwag", ("train_gpt2.py", 100.0)]
 

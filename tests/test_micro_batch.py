@@ -59,9 +59,9 @@ def test_the_batch_is_divided_or_refused_with_numbers_that_work():
     [
         (100, 100, (64, 1), 1),  # all fits
         (16, 100, (16, 1), 3),  # enough rows: no chunks
-        (4, 16, (16, 8), 8),
+        (4, 16, (16, 32), 8),
         (4, 4, (4, 1), 10),  # chunks don't help
-        (0, 1, (1, 8), 14),
+        (0, 1, (1, 32), 14),
     ],
 )
 def test_the_most_rows_that_fit_are_found_from_large_to_small(plain, chunked, found, tries):
@@ -253,7 +253,8 @@ def compiled_run(monkeypatch, backend, text_shards, log_dir, *flags):
     monkeypatch.setattr(micro_batch, "choose_compile", lambda *_: (True, "on"))
     monkeypatch.setattr(torch, "compile", lambda model, **k: compile_(model, backend=backend, **k))
     said = []
-    monkeypatch.setattr(train_gpt2.Progress, "print", lambda _, text: said.append(text))
+    for name in ("print", "show"):  # events, and the tables
+        monkeypatch.setattr(train_gpt2.Progress, name, lambda _, text: said.append(text))
     config = TrainConfig(
         data_dir=text_shards, log_dir=log_dir, n_layer=2, n_head=2, n_embd=32, sequence_length=32,
         total_batch_size=256, max_steps=5, warmup_steps=2, val_every=2, val_tokens=1056, sample_every=2,
