@@ -120,7 +120,7 @@ class TrainConfig:
     sequence_length: int = 1024  # tokens in a row of the batch; the new model's block size
 
     # -- the recipe
-    recipe: Literal["tutorial", "fast"] = "tutorial"  # fast: the same loss from fewer tokens, with Muon
+    recipe: Literal["tutorial", "fast"] = "tutorial"  # fast: aims at its loss from fewer tokens
     total_batch_size: int = 524_288  # tokens per step, 2**19: about 0.5M (GPT-3 paper, table 2.1)
     max_steps: int = 19_073  # updates: one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
