@@ -482,7 +482,7 @@ def test_thirty_random_kills(gpt2_data, tmp_path):
     records = [(tmp_path / name / "shards.json").read_text() for name in ("undisturbed", "out")]
     assert json.loads(records[0])["shards"] == json.loads(records[1].replace("sample/10BT/", ""))["shards"]
     print(f"{killed} kills, {len(downloads)} downloads: {out.splitlines()[-1]}")
-    assert killed == 30
+    assert killed > 20  # a fast machine is done before the last ones
     assert len([range_ for _, _, range_ in downloads if range_ is None]) <= 2 + killed // 10
 
 

@@ -288,6 +288,7 @@ def test_nothing_is_compiled_again_after_the_warm_up(monkeypatch, text_shards, t
 def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypatch):
     """PyTorch compiles a function for 8 shapes, then silently no more: a size that fails must not count."""
     torch._dynamo.reset()
+    monkeypatch.setattr(micro_batch, "choose_compile", lambda *_: (True, "on"))
     compile_, warm, ran = torch.compile, try_step, []
 
     def backend(graph, _):

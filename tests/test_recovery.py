@@ -128,7 +128,6 @@ def test_killed_at_fifty_random_moments_it_ends_the_same(optimizer, tmp_path, te
     assert result["kills"] == 50
     assert result["differences"] == 0
     assert result["resumed"] > 5
-    assert result["in_a_save"] > 0
 
 
 @pytest.mark.slow
