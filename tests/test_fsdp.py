@@ -15,12 +15,15 @@ from support.files import sha256
 from support.micro_batch import check_memory
 from support.processes import World
 from support.run_folder import list_checkpoints
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, make_model
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 
+SMALL = GPTConfig(block_size=16, vocab_size=97, n_layer=2, n_head=2, n_embd=32)
+CONFIG = TrainConfig(shard=True, max_lr=1e-2)
 LAST_DIGIT = 1.01e-6  # log.txt has six
 FLAGS = (*TINY, "--max_steps=20", "--val_every=10", "--sample_every=10", "--checkpoint_every=10")
 
@@ -38,6 +41,53 @@ def flags(text_shards):
 
 def losses(folder, kind="train"):
     return [loss for _, loss in read_log(folder / "log.txt")[kind]]
+
+
+ROWS = torch.randint(0, 97, (4, 8, 17), generator=torch.Generator().manual_seed(0))  # of four steps
+
+
+def train_here(model, optimizer, rows):
+    """A step on each of `rows`, (steps, B, T + 1); returns the losses."""
+    found = []
+    for step in rows:
+        loss = model(step[:, :-1], step[:, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+def divided_work(rank, world_size, folder):
+    """One of the processes: its part of the rows, its share of the model."""
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    world = World(rank, world_size, torch.device("cpu"))
+    model = make_model(CONFIG, SMALL, None, world, world_size, torch.float32)
+    optimizer = configure_optimizer(model, CONFIG)
+    found = train_here(model, optimizer, ROWS.chunk(world_size, dim=1)[rank])
+    weights = {name: fsdp.whole(p.detach()) for name, p in model.named_parameters()}
+    states = [t for state in optimizer.state.values() for t in state.values() if fsdp.is_divided(t)]
+    own = sum(t.to_local().nbytes for t in (*model.parameters(), *states))
+    torch.save((found, weights, own), folder / f"rank{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_few_steps_are_those_of_one_process(processes, tmp_path):
+    """Losses and weights of four steps beside one process with the whole model and all rows."""
+    mp.start_processes(divided_work, (processes, tmp_path), nprocs=processes, start_method="fork")
+    model = make_model(CONFIG, SMALL, None, World(0, 1, torch.device("cpu")), 1, torch.float32)
+    expected = train_here(model, configure_optimizer(model, CONFIG), ROWS)
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(processes)]
+    means = [sum(found) / processes for found in zip(*(found for found, _, _ in ranks), strict=True)]
+    assert means == pytest.approx(expected, abs=1e-6)
+    for _, weights, own in ranks:
+        for name, parameter in model.named_parameters():
+            if not name.endswith("c_attn.bias"):  # the keys' has no gradient but noise, which AdamW lifts
+                assert torch.allclose(weights[name], parameter, atol=1e-4), name
+        assert own == pytest.approx(3 * 4 * sum(p.numel() for p in model.parameters()) / processes, rel=0.1)
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
