@@ -11,7 +11,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from support.cli import InputError, in_words
 from support.device import memory_limit
@@ -20,10 +20,10 @@ from support.processes import World, all_gather, reduce_scatter
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:  # imported where they are used: they take most of a second, and few runs need them
+    from torch.distributed.fsdp import FSDPModule
 
 WHOLE_GRADIENTS = 0.25  # of the memory may be taken by gradients that are not divided yet
 
@@ -51,8 +51,8 @@ class Division:
     together: "Together"
 
     @property
-    def parts(self) -> list[FSDPModule]:
-        return [part for part in (self.model, *self.blocks) if isinstance(part, FSDPModule)]
+    def parts(self) -> "list[FSDPModule]":
+        return [cast("FSDPModule", part) for part in (self.model, *self.blocks)]
 
 
 def division_of(model: object) -> Division | None:
@@ -77,6 +77,9 @@ def divide(
         dtype: of the matrix products. In bfloat16 weights travel so, too; gradients are summed in float32.
         memory_limit_gb: as in TrainConfig.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
     # Several hosts have a copy each: the fast connections within a host carry the weights.
     sizes = {"shares": shares} if shares == world.size else {"copies": world.size // shares, "shares": shares}
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
@@ -108,17 +111,18 @@ def divide(
 
 
 def is_divided(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, DTensor)
+    return hasattr(tensor, "full_tensor")  # a DTensor
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, put together if it is divided; every process has to call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return cast(Any, tensor).full_tensor() if is_divided(tensor) else tensor
 
 
-def share_out(tensor: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
+def share_out(tensor: torch.Tensor | None, like: Any) -> torch.Tensor:
     """The main process's tensor, divided among the processes as `like` is; the others give None."""
-    assert isinstance(like, DTensor)
+    from torch.distributed.tensor import distribute_tensor
+
     given = torch.empty(like.shape, dtype=like.dtype) if tensor is None else tensor.detach()
     return distribute_tensor(given, like.device_mesh, like.placements)
 
@@ -175,7 +179,7 @@ def gathered(model: object) -> Iterator[None]:
 # gradients, and communication
 
 
-def sync_gradients(model: nn.Module, last: bool) -> None:
+def sync_gradients(model: Any, last: bool) -> None:
     """Say, before a micro-step, whether it is the step's last: only then the processes average their
     gradients. DDP reads its flag in the forward pass.
 
@@ -184,13 +188,13 @@ def sync_gradients(model: nn.Module, last: bool) -> None:
     """
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = last
-    elif isinstance(model, FSDPModule) and (division := division_of(model)):
+    elif division := division_of(model):
         model.set_requires_gradient_sync(last or division.exchange_always)
         model.set_requires_all_reduce(last and division.together.really)  # among the copies
 
 
 @contextlib.contextmanager
-def alone(model: nn.Module) -> Iterator[None]:
+def alone(model: Any) -> Iterator[None]:
     """Inside, this process trains without the others, with meaningless gradients: to find out what fits. An
     exception leaves the model usable.
 
@@ -200,7 +204,7 @@ def alone(model: nn.Module) -> Iterator[None]:
     division = division_of(model)
     if isinstance(model, DistributedDataParallel):
         model.require_backward_grad_sync = False
-    if division is None or not isinstance(model, FSDPModule):
+    if division is None:
         yield
         return
     division.together.really = False

@@ -137,3 +137,14 @@ def test_the_version_stands_in_one_place():
     places = [file for file in ALL if f'"{VERSION}"' in file.read_text(encoding="utf-8")]
     assert places == [ROOT / "support/__init__.py"]
     assert sys.version_info >= (3, 11)
+
+
+def test_fsdp_is_loaded_where_it_is_used():
+    """It takes most of a second, which every start of every script would pay."""
+    for file in ALL:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        top = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        modules = {module for node in top for module, _ in imports(node)}
+        assert not {
+            m for m in modules if m.startswith(("torch.distributed.fsdp", "torch.distributed.tensor"))
+        }
