@@ -422,17 +422,18 @@ class GPT(nn.Module):
 
 
 def configure_optimizer(
-    model: nn.Module, config: TrainConfig, world: World | None = None
+    model: nn.Module, config: TrainConfig, world: World | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.optim.AdamW:
     """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B). Matrices and embeddings decay;
-    biases and norms, whose scale matters, don't. With --optimizer muon, Muon trains the blocks' matrices, and
-    the processes of `world` share its work."""
+    biases and norms, whose scale matters, don't. With --optimizer muon, Muon trains the blocks' matrices; the
+    processes of `world` share its work, in bfloat16 if `dtype`, the dtype of training, is that."""
     parameters = list(model.parameters())
     # fused: one kernel for all tensors instead of several for each
     fused = parameters[0].device.type in ("cuda", "cpu")
     if config.optimizer == "muon":
         groups = muon_groups(model, config.weight_decay, config.adamw_lr_ratio)
-        return Muon(groups, world, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+        dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return Muon(groups, world, dtype, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -662,12 +663,12 @@ def main(config: TrainConfig) -> None:
     autocast, scaler = mixed_precision(device, dtype)
     fit = fit_to_device(
         plan, raw_model, config.compile, autocast, world, progress.print,
-        lambda: configure_optimizer(raw_model, replace(config, max_lr=0.0)),  # to try without learning
+        lambda: configure_optimizer(raw_model, replace(config, max_lr=0.0), None, dtype),  # learns nothing
     )  # fmt: skip
     model, B = fit.model, fit.rows
     train_loader.batch_size = val_loader.batch_size = B
     grad_accum_steps = config.total_batch_size // (B * T * W)
-    optimizer = configure_optimizer(raw_model, config, world)
+    optimizer = configure_optimizer(raw_model, config, world, dtype)
     run.restore(optimizer, scaler, first_step, world)
     facts = gather_facts(config, TrainConfig(), model_config, shards, world, plan, fit, dtype,
                          val_tokens=val_loader.n_windows * T, hellaswag_items=len(items))  # fmt: skip

@@ -62,11 +62,16 @@ class Muon(torch.optim.AdamW):
             of its parameters is cut. Queries, keys and values share a parameter, but are three matrices.
         world: the processes that share the work. All have the same gradients; each orthogonalizes some of the
             matrices and gets the others' from those who did. None: this process does it alone.
+        dtype: of the matrix products in `orthogonalize`: bfloat16 is exact enough, float16's range too small.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], world: World | None = None, **options: Any):
+    def __init__(
+        self, groups: list[dict[str, Any]], world: World | None = None,
+        dtype: torch.dtype = torch.float32, **options: Any,
+    ):  # fmt: skip
         super().__init__(groups, **options)
         self.world = world
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -104,8 +109,7 @@ class Muon(torch.optim.AdamW):
 
     def orthogonalize_together(self, matrices: torch.Tensor) -> torch.Tensor:
         """`orthogonalize`, divided among the processes."""
-        gpu = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device)[0] >= 8
-        X = matrices.to(torch.bfloat16 if gpu else torch.float32)
+        X = matrices.to(self.dtype)
         if self.world and self.world.size > 1:
             share = math.ceil(len(X) / self.world.size)
             own = orthogonalize(X[self.world.rank * share :][:share])

@@ -44,8 +44,8 @@ rank = os.environ.get("RANK", "0")
 if "gradients" in faults:
     configure_optimizer = train_gpt2.configure_optimizer
 
-    def dumping_optimizer(model, config, world=None):
-        optimizer = configure_optimizer(model, config, world)
+    def dumping_optimizer(model, config, *more):
+        optimizer = configure_optimizer(model, config, *more)
 
         def dump(*_):
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
