@@ -3,7 +3,7 @@ How many tokens each recipe needs for the same loss: three ways to train small G
 
     python fineweb.py --input TEXT --encoding bytes --shard_size 4000000 --output_dir text_bytes
     python -m benchmarks.recipes --data_dir text_bytes [--sizes 1M 3M 10M] [--hours 6]
-    python -m benchmarks.recipes --table            # from what is measured so far
+    python -m benchmarks.recipes --table            # from what is measured so far; draws --picture too
 
 Tokens are bytes, so that the layers are the model and not the embedding. Every run is train_gpt2.py with a
 finished schedule, 4,096 bytes a step in rows of 128, in bfloat16, on one thread; runs are independent and go
@@ -11,8 +11,8 @@ side by side. The rates of AdamW and Muon are swept at the first size, by factor
 the best lies inside. They are carried to the next size by (width)^-1/2, and checked one step of the sweep to
 either side at the second size. Interrupt it at will: the same command goes on where it was.
 
-"Tokens that Muon needs" interpolates its final losses after 250, 350, 500 and 1,000 steps, linear in the
-logarithm of the steps.
+"Tokens that Muon needs" interpolates its final losses after 1,000, 500, 350 and 250 steps, each at the end of
+a schedule of its own, linear in the logarithm of the steps. The shorter runs are made as far as needed.
 """
 
 import json
@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from support.cli import check_numbers
-from support.curves import read_run
+from support.curves import read_run, save_picture
 from support.files import to_json, write_file
 
 import numpy as np
@@ -44,7 +44,7 @@ SIZES = {  # a model of about so many parameters
     "10M": {"n_layer": 6, "n_head": 6, "n_embd": 384},
 }
 STEPS = 1000
-SHORTER = (250, 350, 500)  # Muon's, to find where it reaches the others' loss
+SHORTER = (500, 350, 250)  # Muon's, to find where it reaches the others' loss
 SEEDS = (1337, 1338, 1339)
 # The tutorial's warm-up is 3.75% of its steps.
 WAYS: dict[str, dict[str, Any]] = {
@@ -66,8 +66,9 @@ class Config:
     jobs: int = 2  # runs at once
     hours: float | None = None  # begin no run after so many hours
     steps: int = STEPS  # of a full run
-    table: bool = False  # only print the table of what is measured
+    table: bool = False  # only print the table of what is measured, and draw the picture
     out: Path = ROOT / "benchmarks/results/recipes_cpu.json"
+    picture: Path = ROOT / "docs/recipes.png"  # loss against tokens, at the middle size
 
 
 class Run(NamedTuple):
@@ -112,41 +113,52 @@ def best_rate(results: Results, size: str, way: str, steps: int) -> float | None
     return min(losses, key=lambda rate: losses[rate]) if losses else None
 
 
+def sweep(results: Results, size: str, way: str, steps: int) -> list[Run]:
+    """The runs that find the best rate, as far as known: past the ends of the sweep while the best is there.
+    None before the smaller size's rate is known; only the carried rate at the last size."""
+    sizes = list(SIZES)
+    rates = list(SWEEP[way])
+    if size != sizes[0]:
+        smaller = sizes[sizes.index(size) - 1]
+        if (known := settled(results, smaller, way, steps)) is None:
+            return []
+        carried = known * math.sqrt(SIZES[smaller]["n_embd"] / SIZES[size]["n_embd"])
+        rates = [float(f"{carried * factor:.2g}") for factor in ((1,) if size == sizes[-1] else (0.5, 1, 2))]
+    while len(rates) > 1 and all(final(results, Run(size, way, r, SEEDS[0], steps)) for r in rates):
+        best = best_rate(results, size, way, steps) or 0.0
+        if min(rates) < best < max(rates):
+            break
+        rates.append(best / 2 if best == min(rates) else best * 2)
+    return [Run(size, way, rate, SEEDS[0], steps) for rate in rates]
+
+
+def settled(results: Results, size: str, way: str, steps: int) -> float | None:
+    """The best rate, once its sweep is done."""
+    runs = sweep(results, size, way, steps)
+    done = runs and all(final(results, run) is not None for run in runs)
+    return best_rate(results, size, way, steps) if done else None
+
+
 def wanted(results: Results, size: str, steps: int) -> list[Run]:
     """The runs of `size` that what is known so far calls for. Those that are done are among them."""
-    runs: list[Run] = []
-    rates = {"tutorial": TUTORIAL_RATE}
-    settled = True
-    names = list(SIZES)
-    for way in ("AdamW", "Muon"):
-        if size == names[0]:
-            tried = list(SWEEP[way])
-            while (best := best_rate(results, size, way, steps)) in (
-                min(tried),
-                max(tried),
-            ):  # go on past the end
-                tried.append(best / 2 if best == min(tried) else best * 2)
-                if final(results, Run(size, way, tried[-1], SEEDS[0], steps)) is None:
-                    break
-        else:
-            smaller = names[names.index(size) - 1]
-            if (known := best_rate(results, smaller, way, steps)) is None:
-                return []  # the smaller size comes first
-            width = SIZES[size]["n_embd"] / SIZES[smaller]["n_embd"]
-            centre = float(f"{known / math.sqrt(width):.2g}")
-            tried = [centre / 2, centre, centre * 2] if size == names[1] else [centre]
-        sweep = [Run(size, way, rate, SEEDS[0], steps) for rate in tried]
-        runs += sweep
-        if any(final(results, run) is None for run in sweep):
-            settled = False
-        else:
-            rates[way] = best_rate(results, size, way, steps) or 0.0
-    if size == names[-1]:
-        return runs + ([Run(size, "Muon", rates["Muon"], SEEDS[0], steps // 2)] if settled else [])
-    runs += [Run(size, "tutorial", TUTORIAL_RATE, seed, steps) for seed in SEEDS]
-    if settled:
-        runs += [Run(size, way, rates[way], seed, steps) for way in ("AdamW", "Muon") for seed in SEEDS]
-        runs += [Run(size, "Muon", rates["Muon"], SEEDS[0], steps * part // STEPS) for part in SHORTER]
+    runs = [run for way in SWEEP for run in sweep(results, size, way, steps)]
+    rates = {way: settled(results, size, way, steps) for way in SWEEP}
+    largest = size == list(SIZES)[-1]
+    seeds = SEEDS[:1] if largest else SEEDS
+    if not largest:
+        runs += [Run(size, "tutorial", TUTORIAL_RATE, seed, steps) for seed in seeds]
+    for way, rate in rates.items():
+        if rate is None:
+            return runs
+        runs += [Run(size, way, rate, seed, steps) for seed in seeds]
+    others = [r["loss"] for way in ("tutorial", "AdamW") for r in of_all_seeds(results, size, way, steps)]
+    if len(others) < len(seeds) * (1 if largest else 2):
+        return runs
+    for part in SHORTER:
+        runs.append(Run(size, "Muon", rates["Muon"] or 0.0, SEEDS[0], steps * part // STEPS))
+        loss = final(results, runs[-1])
+        if loss is None or loss >= max(others):
+            break
     return runs
 
 
@@ -176,6 +188,7 @@ def main(config: Config) -> None:
     results: Results = record["runs"]
     if config.table:
         print("\n".join(table(results, config.steps)))
+        draw(results, "3M", config.steps, config.picture)
         return
     config.folder.mkdir(parents=True, exist_ok=True)
     started, lock = time.monotonic(), threading.Lock()
@@ -206,6 +219,7 @@ def main(config: Config) -> None:
                 del running[future]
                 future.result()  # raises what went wrong
     print("\n".join(table(results, config.steps)))
+    draw(results, "3M", config.steps, config.picture)
 
 
 def steps_for(results: Results, size: str, loss: float, steps: int) -> float | None:
@@ -221,32 +235,81 @@ def steps_for(results: Results, size: str, loss: float, steps: int) -> float | N
     return math.exp(np.interp(loss, losses, logs))
 
 
+def of_all_seeds(results: Results, size: str, way: str, steps: int) -> list[dict[str, Any]]:
+    """The way's results with its best rate, one for each seed."""
+    rate = best_rate(results, size, way, steps) or 0.0
+    runs = [Run(size, way, rate, seed, steps) for seed in SEEDS]
+    return [results[run.name] for run in runs if run.name in results]
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean (least to most) of `values`."""
+    of = f"{statistics.mean(values):{form}}"
+    return of if len(values) == 1 else f"{of} ({min(values):{form}} to {max(values):{form}})"
+
+
 def table(results: Results, steps: int) -> list[str]:
     """What is measured so far, as lines of Markdown."""
     lines = [
-        "| parameters | way | rate | final loss, nats a byte | tokens that Muon needs for it |",
-        "| --- | --- | --- | --- | --- |",
+        "| parameters | way | rate | n | final loss, nats a byte | Muon needs of its tokens | bytes/s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for size in SIZES:
         for way in WAYS:
-            rate = best_rate(results, size, way, steps)
-            losses = [
-                loss for seed in SEEDS
-                if rate and (loss := final(results, Run(size, way, rate, seed, steps))) is not None
-            ]  # fmt: skip
-            if not rate or not losses:
+            runs = of_all_seeds(results, size, way, steps)
+            if not runs:
                 continue
-            mean, spread = (
-                statistics.mean(losses),
-                f" ({min(losses):.3f} to {max(losses):.3f})" if len(losses) > 1 else "",
-            )
-            needed = steps_for(results, size, losses[0], steps) if way != "Muon" else None
-            share = f"{needed / steps:.0%}" if needed else ""
-            parameters = f"{results[Run(size, way, rate, SEEDS[0], steps).name]['parameters'] / 1e6:.2f} M"
+            losses = [run["loss"] for run in runs]
+            needed = [steps_for(results, size, loss, steps) for loss in losses]
+            shares = [of / steps for of in needed if of]
+            share = spread(shares, ".0%") if way != "Muon" and len(shares) == len(runs) else ""
+            rates = [run["tokens_per_second"] for run in runs]
             lines.append(
-                f"| {parameters} | {way} | {rate:.2g} | {mean:.3f}{spread}, n = {len(losses)} | {share} |"
+                f"| {runs[0]['parameters'] / 1e6:.2f} M | {way} | {runs[0]['rate']:.2g} | {len(runs)} "
+                f"| {spread(losses, '.3f')} | {share} | {spread(rates, ',.0f')} |"
             )
     return lines
+
+
+def draw(results: Results, size: str, steps: int, out: Path) -> None:
+    """Loss against tokens, three ways: the mean of the seeds, a band from the least to the most, and the ends
+    of Muon's shorter runs."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axis = figure.subplots()
+    for color, way in zip(("C7", "C0", "C3"), WAYS, strict=True):
+        runs = of_all_seeds(results, size, way, steps)
+        if not runs:
+            continue
+        tokens = [step * run_tokens(runs[0]) for step, _ in runs[0]["curve"]]
+        losses = [[loss for _, loss in run["curve"]] for run in runs]
+        low, middle, high = (
+            [of(at) for at in zip(*losses, strict=True)] for of in (min, statistics.mean, max)
+        )
+        axis.fill_between(tokens, low, high, color=color, alpha=0.2, linewidth=0)
+        name = "the tutorial's recipe" if way == "tutorial" else f"{way}, trapezoid"
+        label = f"{name}, {runs[0]['rate']:.2g}: {middle[-1]:.3f}"
+        axis.plot(tokens, middle, color=color, marker="o", markersize=4, label=label)
+    ends = [(r["tokens"], r["loss"]) for r in results.values()
+            if r["size"] == size and r["way"] == "Muon" and r["steps"] < steps]  # fmt: skip
+    if ends:
+        axis.plot(*zip(*sorted(ends), strict=True), "s", color="C3", markerfacecolor="white",
+                  label="the ends of shorter schedules with Muon")  # fmt: skip
+    axis.set_ylim(top=3.3)
+    axis.set_title("validation loss, nats per byte", fontsize=14)
+    axis.set_xlabel("bytes trained on", fontsize=12)
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(fontsize=11, frameon=False)
+    save_picture(figure, out)
+
+
+def run_tokens(result: dict[str, Any]) -> float:
+    """Tokens of one step."""
+    return result["tokens"] / result["steps"]
 
 
 if __name__ == "__main__":

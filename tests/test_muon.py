@@ -64,10 +64,12 @@ def test_a_gradient_of_zeros_stays_zero():
 # ------------------------------------------------------------------ the optimizer
 
 
-def test_it_is_pytorchs_muon_with_queries_keys_and_values_apart(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # PyTorch's computes in bfloat16
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-4)])
+def test_it_is_pytorchs_muon_with_queries_keys_and_values_apart(monkeypatch, dtype, tolerance):
+    if dtype == torch.float32:  # PyTorch's computes in bfloat16
+        monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     model, other = small_model(), small_model()
-    ours = train(model, configure_optimizer(model, CONFIG, CPU))
+    ours = train(model, configure_optimizer(model, CONFIG, CPU, dtype))
     pieces = {}  # the other model's matrices, c_attn's in three
     for name, parameter in other.named_parameters():
         if ".h." in name and parameter.dim() == 2:
@@ -83,9 +85,17 @@ def test_it_is_pytorchs_muon_with_queries_keys_and_values_apart(monkeypatch):
                 piece.grad = gradient
         optimizer.step()
     for name, parts in pieces.items():
-        assert torch.allclose(ours[name], torch.cat([p.detach() for p in parts]), atol=1e-6), name
+        theirs = torch.cat([p.detach() for p in parts])
+        assert torch.allclose(ours[name], theirs, rtol=0, atol=tolerance), name
     start = small_model().state_dict()
     assert all((ours[name] - start[name]).abs().max() > 0.01 for name in pieces)
+
+
+def test_muon_computes_in_the_dtype_of_training_but_never_in_float16():
+    for dtype, expected in (
+        (torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32),
+    ):  # fmt: skip
+        assert configure_optimizer(small_model(), CONFIG, CPU, dtype).dtype == expected
 
 
 def test_a_fused_matrix_is_another_thing():
