@@ -3,6 +3,7 @@ How many tokens each recipe needs for the same loss: three ways to train small G
 
     python fineweb.py --input TEXT --encoding bytes --shard_size 4000000 --output_dir text_bytes
     python -m benchmarks.recipes --data_dir text_bytes [--sizes 1M 3M 10M] [--hours 6]
+    python -m benchmarks.recipes --data_dir text_bytes --variants   # then: Muon with one idea more each
     python -m benchmarks.recipes --table            # from what is measured so far; draws --picture too
 
 Tokens are bytes, so that the layers are the model and not the embedding. Every run is train_gpt2.py with a
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -44,7 +46,7 @@ SIZES = {  # a model of about so many parameters
     "10M": {"n_layer": 6, "n_head": 6, "n_embd": 384},
 }
 STEPS = 1000
-SHORTER = (500, 350, 250)  # Muon's, to find where it reaches the others' loss
+SHORTER = (500, 350, 250)  # Muon's, to find where it reaches AdamW's loss
 SEEDS = (1337, 1338, 1339)
 # The tutorial's warm-up is 3.75% of its steps.
 WAYS: dict[str, dict[str, Any]] = {
@@ -53,6 +55,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "Muon": {"optimizer": "muon", "schedule": "trapezoid", "warmup_steps": 100},
 }
 TUTORIAL_RATE = 6e-4
+VARIANTS = ("momentum", "zero", "cautious", "average", "batches")  # see benchmarks/variants.py
+VARIANT_STEPS = 500  # of the smallest size
 SWEEP = {"AdamW": (2e-3, 4e-3, 8e-3), "Muon": (4e-3, 8e-3, 16e-3)}
 
 
@@ -66,6 +70,7 @@ class Config:
     jobs: int = 2  # runs at once
     hours: float | None = None  # begin no run after so many hours
     steps: int = STEPS  # of a full run
+    variants: bool = False  # Muon with one idea more each, at the first size
     table: bool = False  # only print the table of what is measured, and draw the picture
     out: Path = ROOT / "benchmarks/results/recipes_cpu.json"
     picture: Path = ROOT / "docs/recipes.png"  # loss against tokens, at the middle size
@@ -85,15 +90,20 @@ class Run(NamedTuple):
         return f"{self.size}_{self.way}_{self.rate:.2g}_{self.seed}_{self.steps}"
 
     def command(self, config: Config) -> list[str]:
+        variant = self.way in VARIANTS
+        script = ["-m", "benchmarks.variants", self.way] if variant else [str(ROOT / "train_gpt2.py")]
+        halves = 2 if self.way == "batches" else 1  # its steps have half the tokens
         flags = {
-            **SIZES[self.size], **WAYS[self.way],
-            "max_lr": self.rate, "seed": self.seed, "max_steps": self.steps,
+            **SIZES[self.size], **WAYS["Muon" if variant else self.way],
+            "max_lr": self.rate, "seed": self.seed, "max_steps": self.steps * halves,
             "data_dir": config.data_dir, "log_dir": config.folder / self.name, "sequence_length": 128,
-            "total_batch_size": 4096, "val_every": 125, "val_tokens": 65_536, "hellaswag_every": 0,
-            "sample_every": 0, "checkpoint_every": 250, "dtype": "bfloat16",
+            "total_batch_size": 4096 // halves, "val_every": 125 * halves, "val_tokens": 65_536,
+            "hellaswag_every": 0, "sample_every": 0, "checkpoint_every": 0 if variant else 250,
+            "dtype": "bfloat16",
         }  # fmt: skip
+        flags["warmup_steps"] *= halves
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        return [sys.executable, str(ROOT / "train_gpt2.py"), *words, "--no_compile", "--resume"]
+        return [sys.executable, *script, *words, "--no_compile", *([] if variant else ["--resume"])]
 
 
 Results = dict[str, dict[str, Any]]  # by the run's name
@@ -124,9 +134,10 @@ def sweep(results: Results, size: str, way: str, steps: int) -> list[Run]:
             return []
         carried = known * math.sqrt(SIZES[smaller]["n_embd"] / SIZES[size]["n_embd"])
         rates = [float(f"{carried * factor:.2g}") for factor in ((1,) if size == sizes[-1] else (0.5, 1, 2))]
-    while len(rates) > 1 and all(final(results, Run(size, way, r, SEEDS[0], steps)) for r in rates):
-        best = best_rate(results, size, way, steps) or 0.0
-        if min(rates) < best < max(rates):
+    while len(rates) > 1:
+        losses = {rate: final(results, Run(size, way, rate, SEEDS[0], steps)) or math.inf for rate in rates}
+        best = min(rates, key=lambda rate: losses[rate])
+        if math.inf in losses.values() or min(rates) < best < max(rates):
             break
         rates.append(best / 2 if best == min(rates) else best * 2)
     return [Run(size, way, rate, SEEDS[0], steps) for rate in rates]
@@ -151,20 +162,29 @@ def wanted(results: Results, size: str, steps: int) -> list[Run]:
         if rate is None:
             return runs
         runs += [Run(size, way, rate, seed, steps) for seed in seeds]
-    others = [r["loss"] for way in ("tutorial", "AdamW") for r in of_all_seeds(results, size, way, steps)]
-    if len(others) < len(seeds) * (1 if largest else 2):
+    targets = [run["loss"] for run in of_all_seeds(results, size, "AdamW", steps)]
+    if len(targets) < len(seeds):
         return runs
     for part in SHORTER:
         runs.append(Run(size, "Muon", rates["Muon"] or 0.0, SEEDS[0], steps * part // STEPS))
         loss = final(results, runs[-1])
-        if loss is None or loss >= max(others):
+        if loss is None or loss >= max(targets):
             break
     return runs
+
+
+def wanted_variants(results: Results, size: str, steps: int) -> list[Run]:
+    """Each variant with each seed, and Muon as it is, at the rate that is best for Muon as it is."""
+    rate = settled(results, size, "Muon", steps)
+    ways = ("Muon", *VARIANTS)
+    return [Run(size, way, rate, seed, VARIANT_STEPS) for way in ways for seed in SEEDS] if rate else []
 
 
 def carry_out(run: Run, config: Config) -> dict[str, Any]:
     """Run it, or what is left of it, on one thread. Raises CalledProcessError with its last words."""
     log = config.folder / f"{run.name}.txt"
+    if run.way in VARIANTS:  # these can't be resumed
+        shutil.rmtree(config.folder / run.name, ignore_errors=True)
     with open(log, "a", encoding="utf-8") as output:
         subprocess.run(run.command(config), stdout=output, stderr=output, check=True, cwd=ROOT,
                        env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
@@ -187,7 +207,7 @@ def main(config: Config) -> None:
     record = json.loads(config.out.read_text(encoding="utf-8")) if config.out.exists() else {"runs": {}}
     results: Results = record["runs"]
     if config.table:
-        print("\n".join(table(results, config.steps)))
+        print("\n".join([*table(results, config.steps), "", *table_of_variants(results, config.steps)]))
         draw(results, "3M", config.steps, config.picture)
         return
     config.folder.mkdir(parents=True, exist_ok=True)
@@ -204,7 +224,10 @@ def main(config: Config) -> None:
     with ThreadPoolExecutor(config.jobs) as pool:
         running: dict[Future[None], Run] = {}
         while True:
-            todo = [run for size in config.sizes for run in wanted(results, size, config.steps)]
+            if config.variants:
+                todo = wanted_variants(results, next(iter(SIZES)), config.steps)
+            else:
+                todo = [run for size in config.sizes for run in wanted(results, size, config.steps)]
             todo = [
                 run for run in dict.fromkeys(todo) if run.name not in results and run not in running.values()
             ]
@@ -218,7 +241,7 @@ def main(config: Config) -> None:
             for future in done:
                 del running[future]
                 future.result()  # raises what went wrong
-    print("\n".join(table(results, config.steps)))
+    print("\n".join([*table(results, config.steps), "", *table_of_variants(results, config.steps)]))
     draw(results, "3M", config.steps, config.picture)
 
 
@@ -268,6 +291,21 @@ def table(results: Results, steps: int) -> list[str]:
                 f"| {runs[0]['parameters'] / 1e6:.2f} M | {way} | {runs[0]['rate']:.2g} | {len(runs)} "
                 f"| {spread(losses, '.3f')} | {share} | {spread(rates, ',.0f')} |"
             )
+    return lines
+
+
+def table_of_variants(results: Results, steps: int) -> list[str]:
+    """By how much each variant changes the final loss, in nats per byte, seed by seed."""
+    lines = ["| variant | n | change of the final loss |", "| --- | --- | --- |"]
+    runs = wanted_variants(results, next(iter(SIZES)), steps)
+    for way in VARIANTS:
+        changes = [
+            loss - plain for run in runs if run.way == way
+            if (loss := final(results, run)) is not None
+            if (plain := final(results, run._replace(way="Muon"))) is not None
+        ]  # fmt: skip
+        if changes:
+            lines.append(f"| {way} | {len(changes)} | {spread(changes, '+.3f')} |")
     return lines
 
 

@@ -1,0 +1,110 @@
+"""
+`train_gpt2.py --optimizer muon` with one idea more, for `python -m benchmarks.recipes --variants`.
+
+    python -m benchmarks.variants NAME [the flags of train_gpt2.py]
+
+    momentum    the momentum rises from 0.85 to 0.95 over the first tenth (Jordan et al., modded-nanogpt)
+    zero        the last matrix of each block's two parts begins at zero (modded-nanogpt, nanochat)
+    cautious    a weight decays only where its update shrinks it too (arXiv 2510.12402)
+    average     the last weights are the mean of the last twentieth of the steps (arXiv 2203.05482)
+    batches     twice the steps, with half the batch; after 40% of them, only every second one updates
+
+A run begins anew each time: what these ideas keep is in no checkpoint.
+"""
+
+import sys
+from typing import Any
+
+import train_gpt2
+from support import muon
+from support.cli import run_command
+from support.muon import Muon
+
+import torch
+
+
+class Variant(Muon):
+    """Muon that counts its steps."""
+
+    steps = 0  # of the whole run
+    done = 0
+
+    def step(self, closure: Any = None) -> None:
+        self.done += 1
+        super().step(closure)
+
+
+class MomentumWarmUp(Variant):
+    def step(self, closure: Any = None) -> None:
+        muon.MOMENTUM = 0.85 + 0.10 * min(1, 10 * self.done / self.steps)
+        super().step(closure)
+
+
+class CautiousDecay(Variant):
+    @torch.no_grad()
+    def step_matrices(self, group: dict[str, Any]) -> None:
+        before = [parameter.clone() for parameter in group["params"]]
+        super().step_matrices({**group, "weight_decay": 0.0})
+        for weight, old in zip(group["params"], before, strict=True):
+            shrinks = (weight - old) * old < 0
+            weight -= group["lr"] * group["weight_decay"] * old * shrinks
+
+
+class Average(Variant):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        count = self.done - (self.steps - self.steps // 20)  # of weights to be averaged, so far
+        if count <= 0:
+            return
+        weights = [parameter for group in self.param_groups for parameter in group["params"]]
+        if count == 1:
+            self.mean = [weight.clone() for weight in weights]
+        for mean, weight in zip(self.mean, weights, strict=True):
+            mean.lerp_(weight, 1 / count)
+            if self.done == self.steps:
+                weight.copy_(mean)
+
+
+class LargerBatchesLater(Variant):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        weights = [parameter for group in self.param_groups for parameter in group["params"]]
+        late = self.done >= 0.4 * self.steps
+        if late and self.done % 2 == 0:  # the first of two: keep it
+            self.done += 1
+            self.first = [weight.grad.clone() for weight in weights]
+            return
+        if late:
+            for weight, gradient in zip(weights, self.first, strict=True):
+                weight.grad.lerp_(gradient, 0.5)
+        super().step(closure)
+
+
+def zero_projections(model: train_gpt2.GPT) -> train_gpt2.GPT:
+    for name, parameter in model.named_parameters():
+        if name.endswith("c_proj.weight"):
+            torch.nn.init.zeros_(parameter)
+    return model
+
+
+OPTIMIZERS: dict[str, type[Variant]] = {
+    "momentum": MomentumWarmUp, "zero": Variant, "cautious": CautiousDecay, "average": Average,
+    "batches": LargerBatchesLater,
+}  # fmt: skip
+
+
+def main(config: train_gpt2.TrainConfig) -> None:
+    Variant.steps = config.max_steps
+    train_gpt2.Muon = OPTIMIZERS[name]  # type: ignore[misc]
+    if name == "zero":
+        make_model = train_gpt2.make_model
+        train_gpt2.make_model = lambda *args: zero_projections(make_model(*args))
+    train_gpt2.main(config)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 2 or sys.argv[1] not in OPTIMIZERS:
+        sys.exit(f"name a variant: {', '.join(OPTIMIZERS)}")
+    name = sys.argv.pop(1)
+    run_command(main, train_gpt2.TrainConfig)
