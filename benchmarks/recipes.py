@@ -156,21 +156,16 @@ def wanted(results: Results, size: str, steps: int) -> list[Run]:
     rates = {way: settled(results, size, way, steps) for way in SWEEP}
     largest = size == list(SIZES)[-1]
     seeds = SEEDS[:1] if largest else SEEDS
-    if not largest:
-        runs += [Run(size, "tutorial", TUTORIAL_RATE, seed, steps) for seed in seeds]
     for way, rate in rates.items():
-        if rate is None:
-            return runs
-        runs += [Run(size, way, rate, seed, steps) for seed in seeds]
+        runs += [Run(size, way, rate, seed, steps) for seed in seeds if rate]
     targets = [run["loss"] for run in of_all_seeds(results, size, "AdamW", steps)]
-    if len(targets) < len(seeds):
-        return runs
-    for part in SHORTER:
-        runs.append(Run(size, "Muon", rates["Muon"] or 0.0, SEEDS[0], steps * part // STEPS))
-        loss = final(results, runs[-1])
-        if loss is None or loss >= max(targets):
-            break
-    return runs
+    if all(rates.values()) and len(targets) == len(seeds):
+        for part in SHORTER:
+            runs.append(Run(size, "Muon", rates["Muon"] or 0.0, SEEDS[0], steps * part // STEPS))
+            loss = final(results, runs[-1])
+            if loss is None or loss >= max(targets):
+                break
+    return runs + ([] if largest else [Run(size, "tutorial", TUTORIAL_RATE, seed, steps) for seed in seeds])
 
 
 def wanted_variants(results: Results, size: str, steps: int) -> list[Run]:

@@ -5,7 +5,8 @@ import math
 
 from benchmarks import recipes
 from benchmarks.recipes import SIZES, Config, Run, of_all_seeds, settled, table, wanted, wanted_variants
-from conftest import TINY, run
+from conftest import TINY
+from conftest import run as run_script
 
 import pytest
 
@@ -80,6 +81,6 @@ def test_variants_change_what_is_learned(variant, text_shards, tmp_path):
         folder = tmp_path / script[-1]
         flags = [*TINY, "--optimizer=muon", "--schedule=trapezoid", "--max_lr=8e-3", "--max_steps=40",
                  f"--data_dir={text_shards}", f"--log_dir={folder}", "--checkpoint_every=0"]  # fmt: skip
-        run(*script, *flags)
+        run_script(*script, *flags)
         losses.append((folder / "log.txt").read_text().split()[-1])
     assert losses[0] != losses[1]
