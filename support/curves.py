@@ -126,8 +126,11 @@ def draw_runs(folders: list[Path], out: Path) -> None:
             published(hella_axis, value, label, "right" if label == "chance" else "left")
         hella_axis.set_title("HellaSwag accuracy", fontsize=15)
     # fit the axis to the losses after the first 2% of the run; before that, they only fall
-    late = [v for _, events, _ in runs for kind in ("train", "val")
-            for v in [v for _, v in events[kind]][len(events[kind]) // 50 :] if math.isfinite(v)]  # fmt: skip
+    late = []
+    for _, events, _ in runs:
+        points = [*events["train"], *events["val"]]
+        first = max((step for step, _ in points), default=0) / 50
+        late += [loss for step, loss in points if step >= first and math.isfinite(loss)]
     if late:
         margin = 0.05 * (max(late) - min(late)) + 0.02
         loss_axis.set_ylim(min(late) - margin, max(late) + margin)
