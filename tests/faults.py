@@ -59,8 +59,8 @@ if "gradients" in faults:
 if "bytes" in faults:
     plain_optimizer = train_gpt2.configure_optimizer
 
-    def weighed_optimizer(model, config, world=None):
-        optimizer = plain_optimizer(model, config, world)
+    def weighed_optimizer(model, config, *more):
+        optimizer = plain_optimizer(model, config, *more)
 
         def weigh(*_):
             tensors = [t for p in model.parameters() for t in (p, p.grad, *optimizer.state[p].values())]
