@@ -425,8 +425,8 @@ def configure_optimizer(
     model: nn.Module, config: TrainConfig, world: World | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.optim.AdamW:
     """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B). Matrices and embeddings decay;
-    biases and norms, whose scale matters, don't. With --optimizer muon, Muon trains the blocks' matrices; the
-    processes of `world` share its work, in bfloat16 if `dtype`, the dtype of training, is that."""
+    biases and norms, whose scale matters, don't. With --optimizer muon, Muon trains the blocks' matrices, and
+    the processes of `world` share its work: in bfloat16 if training's `dtype` is that, else in float32."""
     parameters = list(model.parameters())
     # fused: one kernel for all tensors instead of several for each
     fused = parameters[0].device.type in ("cuda", "cpu")

@@ -9,8 +9,8 @@ How many tokens each recipe needs for the same loss: three ways to train small G
 Tokens are bytes, so that the layers are the model and not the embedding. Every run is train_gpt2.py with a
 finished schedule, 4,096 bytes a step in rows of 128, in bfloat16, on one thread; runs are independent and go
 side by side. The rates of AdamW and Muon are swept at the first size, by factors of 2 and past the ends until
-the best lies inside. They are carried to the next size by (width)^-1/2, and checked one step of the sweep to
-either side at the second size. Interrupt it at will: the same command goes on where it was.
+the best lies inside. The second size is swept in the same way, around what (width)^-1/2 makes of that
+rate; the third takes what it makes of the second's. Interrupt it at will: the same command goes on.
 
 "Tokens that Muon needs" interpolates its final losses after 1,000, 500, 350 and 250 steps, each at the end of
 a schedule of its own, linear in the logarithm of the steps. The shorter runs are made as far as needed.
@@ -125,7 +125,7 @@ def best_rate(results: Results, size: str, way: str, steps: int) -> float | None
 
 def sweep(results: Results, size: str, way: str, steps: int) -> list[Run]:
     """The runs that find the best rate, as far as known: past the ends of the sweep while the best is there.
-    None before the smaller size's rate is known; only the carried rate at the last size."""
+    No runs before the smaller size's rate is known; only the carried rate at the last size."""
     sizes = list(SIZES)
     rates = list(SWEEP[way])
     if size != sizes[0]:
@@ -316,7 +316,7 @@ def draw(results: Results, size: str, steps: int, out: Path) -> None:
         runs = of_all_seeds(results, size, way, steps)
         if not runs:
             continue
-        tokens = [step * run_tokens(runs[0]) for step, _ in runs[0]["curve"]]
+        tokens = [step * runs[0]["tokens"] / steps for step, _ in runs[0]["curve"]]
         losses = [[loss for _, loss in run["curve"]] for run in runs]
         low, middle, high = (
             [of(at) for at in zip(*losses, strict=True)] for of in (min, statistics.mean, max)
@@ -338,11 +338,6 @@ def draw(results: Results, size: str, steps: int, out: Path) -> None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(fontsize=11, frameon=False)
     save_picture(figure, out)
-
-
-def run_tokens(result: dict[str, Any]) -> float:
-    """Tokens of one step."""
-    return result["tokens"] / result["steps"]
 
 
 if __name__ == "__main__":
