@@ -1,9 +1,10 @@
 """The comparison of recipes plans its runs by what it has measured, and computes the shares of tokens."""
 
 import itertools
+import json
 import math
 
-from benchmarks import recipes
+from benchmarks import optimizers, recipes
 from benchmarks.recipes import SIZES, Config, Run, of_all_seeds, settled, table, wanted, wanted_variants
 from conftest import TINY
 from conftest import run as run_script
@@ -84,3 +85,15 @@ def test_variants_change_what_is_learned(variant, text_shards, tmp_path):
         run_script(*script, *flags)
         losses.append((folder / "log.txt").read_text().split()[-1])
     assert losses[0] != losses[1]
+
+
+def test_adamw_and_muon_take_turns(monkeypatch, tmp_path, capsys):
+    tiny = {"tiny": {"n_layer": 1, "n_head": 2, "n_embd": 32}}
+    monkeypatch.setattr(optimizers, "SIZES", tiny)
+    monkeypatch.setattr(optimizers, "set_up_for_training", lambda device: None)
+    monkeypatch.setattr(optimizers.torch, "set_num_threads", lambda count: None)
+    optimizers.main(optimizers.Config(n=3, seconds=0.01, out=tmp_path / "record.json"))
+    measured = json.loads((tmp_path / "record.json").read_text())["models"]["tiny"]
+    assert measured["ratios"] == [m / a for a, m in zip(measured["adamw"], measured["muon"], strict=True)]
+    assert len(measured["ratios"]) == 3
+    assert "| tiny |" in capsys.readouterr().out
