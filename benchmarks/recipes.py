@@ -55,7 +55,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "Muon": {"optimizer": "muon", "schedule": "trapezoid", "warmup_steps": 100},
 }
 TUTORIAL_RATE = 6e-4
-VARIANTS = ("momentum", "zero", "cautious", "average", "batches")  # see benchmarks/variants.py
+VARIANTS = ("momentum", "zero", "cautious", "average", "batches", "halves")  # see benchmarks/variants.py
 VARIANT_STEPS = 500  # of the smallest size
 SWEEP = {"AdamW": (2e-3, 4e-3, 8e-3), "Muon": (4e-3, 8e-3, 16e-3)}
 
@@ -92,7 +92,7 @@ class Run(NamedTuple):
     def command(self, config: Config) -> list[str]:
         variant = self.way in VARIANTS
         script = ["-m", "benchmarks.variants", self.way] if variant else [str(ROOT / "train_gpt2.py")]
-        halves = 2 if self.way == "batches" else 1  # its steps have half the tokens
+        halves = 2 if self.way in ("batches", "halves") else 1  # steps with half the tokens
         flags = {
             **SIZES[self.size], **WAYS["Muon" if variant else self.way],
             "max_lr": self.rate, "seed": self.seed, "max_steps": self.steps * halves,
@@ -269,8 +269,8 @@ def spread(values: list[float], form: str) -> str:
 def table(results: Results, steps: int) -> list[str]:
     """What is measured so far, as lines of Markdown."""
     lines = [
-        "| parameters | way | rate | n | final loss, nats a byte | Muon needs of its tokens | bytes/s |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| parameters | way | rate | n | final loss, nats a byte | Muon needs of its tokens |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
     for size in SIZES:
         for way in WAYS:
@@ -281,10 +281,9 @@ def table(results: Results, steps: int) -> list[str]:
             needed = [steps_for(results, size, loss, steps) for loss in losses]
             shares = [of / steps for of in needed if of]
             share = spread(shares, ".0%") if way != "Muon" and len(shares) == len(runs) else ""
-            rates = [run["tokens_per_second"] for run in runs]
             lines.append(
                 f"| {runs[0]['parameters'] / 1e6:.2f} M | {way} | {runs[0]['rate']:.2g} | {len(runs)} "
-                f"| {spread(losses, '.3f')} | {share} | {spread(rates, ',.0f')} |"
+                f"| {spread(losses, '.3f')} | {share} |"
             )
     return lines
 

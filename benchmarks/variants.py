@@ -8,6 +8,7 @@
     cautious    a weight decays only where its update shrinks it too (arXiv 2510.12402)
     average     the last weights are the mean of the last twentieth of the steps (arXiv 2203.05482)
     batches     twice the steps, with half the batch; after 40% of them, only every second one updates
+    halves      twice the steps, with half the batch, to the end: what `batches` is to be compared with
 
 A run begins anew each time: what these ideas keep is in no checkpoint.
 """
@@ -90,7 +91,7 @@ def zero_projections(model: train_gpt2.GPT) -> train_gpt2.GPT:
 
 OPTIMIZERS: dict[str, type[Variant]] = {
     "momentum": MomentumWarmUp, "zero": Variant, "cautious": CautiousDecay, "average": Average,
-    "batches": LargerBatchesLater,
+    "batches": LargerBatchesLater, "halves": Variant,
 }  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def test_every_variant_has_its_flags_and_a_baseline():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", recipes.VARIANTS)
+@pytest.mark.parametrize("variant", [way for way in recipes.VARIANTS if way != "halves"])  # that is a flag
 def test_variants_change_what_is_learned(variant, text_shards, tmp_path):
     losses = []
     for script in (["train_gpt2.py"], ["-m", "benchmarks.variants", variant]):
