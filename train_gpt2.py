@@ -172,8 +172,8 @@ POSITIVE = {"n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size"
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
 PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
 
-# What --recipe fast and --demo change; any flag still overrides it. The rates and steps of fast are others'
-# (docs/fast.md) and not yet measured with this model.
+# What --recipe fast and --demo change; any flag still overrides it. The rates of fast are others', the rest
+# is ours (docs/fast.md); none of it is measured with the 124M model yet.
 FAST = TrainConfig(
     recipe="fast", optimizer="muon", schedule="trapezoid", max_lr=1.8e-3, warmup_steps=100, max_steps=7_630
 )
@@ -443,12 +443,13 @@ def configure_optimizer(
 
 def get_lr(step: int, config: TrainConfig) -> float:
     """Learning rate at `step`: linear warm-up, then a cosine down to a tenth at max_steps; or a trapezoid:
-    constant, then down to 0 in a straight line over the share `cooldown` of all steps."""
-    if step < config.warmup_steps:
-        return config.max_lr * (step + 1) / config.warmup_steps  # the first step already learns
+    the warm-up, constant, then down to 0 in a straight line over the share `cooldown` of all steps."""
+    rising = config.max_lr * (step + 1) / max(1, config.warmup_steps)  # the first step already learns
     if config.schedule == "trapezoid":
         left = max(0, config.max_steps - step)
-        return config.max_lr * min(1.0, left / (config.cooldown * config.max_steps))
+        return min(rising, config.max_lr, config.max_lr * (left / (config.cooldown * config.max_steps)))
+    if step < config.warmup_steps:
+        return rising
     if step >= config.max_steps:
         return config.max_lr * MIN_LR_RATIO
     progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)  # 0 to 1

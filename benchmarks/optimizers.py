@@ -40,7 +40,8 @@ def make_step(size: str, name: Literal["adamw", "muon"]) -> Callable[[], float]:
     """A function that trains one step of 32 rows of 128 bytes, and returns its loss."""
     torch.manual_seed(0)
     device = torch.device("cpu")
-    model = GPT(GPTConfig(**SIZES[size], block_size=128, vocab_size=257, encoding="bytes"))
+    shape = GPTConfig(**SIZES[size], block_size=128, vocab_size=257, encoding="bytes")
+    model = GPT(shape).pad_vocabulary()
     optimizer = configure_optimizer(model, TrainConfig(optimizer=name), None, torch.bfloat16)
     rows = torch.randint(256, (32, 129))
 

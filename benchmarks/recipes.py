@@ -95,6 +95,7 @@ class Run(NamedTuple):
         halves = 2 if self.way in ("batches", "halves") else 1  # steps with half the tokens
         flags = {
             **SIZES[self.size], **WAYS["Muon" if variant else self.way],
+            "recipe": "tutorial" if self.way == "tutorial" else "fast",
             "max_lr": self.rate, "seed": self.seed, "max_steps": self.steps * halves,
             "data_dir": config.data_dir, "log_dir": config.folder / self.name, "sequence_length": 128,
             "total_batch_size": 4096 // halves, "val_every": 125 * halves, "val_tokens": 65_536,

@@ -6,13 +6,14 @@
     momentum    the momentum rises from 0.85 to 0.95 over the first tenth (Jordan et al., modded-nanogpt)
     zero        the last matrix of each block's two parts begins at zero (modded-nanogpt, nanochat)
     cautious    a weight decays only where its update shrinks it too (arXiv 2510.12402)
-    average     the last weights are the mean of the last twentieth of the steps (arXiv 2203.05482)
+    average     the mean of the weights over the last twentieth of the steps (LAWA, arXiv 2306.03241)
     batches     twice the steps, with half the batch; after 40% of them, only every second one updates
     halves      twice the steps, with half the batch, to the end: what `batches` is to be compared with
 
 A run begins anew each time: what these ideas keep is in no checkpoint.
 """
 
+import functools
 import sys
 from typing import Any
 
@@ -95,7 +96,7 @@ OPTIMIZERS: dict[str, type[Variant]] = {
 }  # fmt: skip
 
 
-def main(config: train_gpt2.TrainConfig) -> None:
+def main(name: str, config: train_gpt2.TrainConfig) -> None:
     Variant.steps = config.max_steps
     train_gpt2.Muon = OPTIMIZERS[name]  # type: ignore[misc]
     if name == "zero":
@@ -107,5 +108,4 @@ def main(config: train_gpt2.TrainConfig) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in OPTIMIZERS:
         sys.exit(f"name a variant: {', '.join(OPTIMIZERS)}")
-    name = sys.argv.pop(1)
-    run_command(main, train_gpt2.TrainConfig)
+    run_command(functools.partial(main, sys.argv.pop(1)), train_gpt2.TrainConfig)

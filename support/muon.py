@@ -1,13 +1,13 @@
 """
 Muon, the optimizer of --recipe fast (K. Jordan et al., 2024: https://kellerjordan.github.io/posts/muon).
 
-The gradient of a weight matrix is dominated by a few directions, those of its largest singular values, so
-that steps along it mostly repeat what the model has already learned. Muon makes all directions equally long:
-it replaces the gradient, averaged over the last steps, by the orthogonal matrix that is nearest to it, and
-rare but useful directions are learned as fast as common ones.
+The updates that SGD and Adam make to a weight matrix have a few large singular values and many small ones.
+Muon replaces the gradient, averaged over the last steps, by the nearest matrix whose singular values are all
+1, so that directions which are rare in the gradient are learned as fast as common ones. That this is why it
+learns from fewer tokens is its authors' conjecture.
 
 In symbols: where the average is U S V^T, its singular value decomposition, the update is U V^T. A GPU is slow
-at decompositions, but an iteration of Newton and Schulz needs nothing but matrix products.
+at decompositions, but the Newton-Schulz iteration needs nothing but matrix products.
 """
 
 import math
@@ -22,15 +22,15 @@ from torch import nn
 from torch.nn import functional as F
 
 MOMENTUM = 0.95  # Jordan et al.
-RMS_OF_ADAMW = 0.2  # of an update, so that AdamW's rates serve (arXiv 2502.16982, section 2.2)
+RMS_OF_ADAMW = 0.2  # what AdamW's updates tend to have: rates stay of the same order (arXiv 2502.16982, 2.2)
 
 
 def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """(n, rows, columns) matrices U S V^T to U V^T, approximately.
 
-    X X^T is U S^2 U^T, so a step, (a + b X X^T + c (X X^T)^2) X, leaves U and V alone and maps each singular
-    value s to a s + b s^3 + c s^5. Five steps with Jordan's coefficients bring all values from 0.002 to 1
-    between 0.68 and 1.21. Nearer to 1 gains nothing.
+    X X^T is U S^2 U^T, so a step, (a I + b X X^T + c (X X^T)^2) X, leaves U and V alone and maps each
+    singular value s to a s + b s^3 + c s^5. Five steps with Jordan's coefficients bring all values from 0.002
+    to 1 between 0.68 and 1.21; nearer to 1 gains nothing, he found.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.size(1) > matrices.size(2)
@@ -38,7 +38,8 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
     X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above the norm
     for _ in range(steps):
         A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
+        X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
     return X.mT if tall else X
 
 
@@ -55,7 +56,8 @@ def muon_groups(model: nn.Module, weight_decay: float, adamw_lr_ratio: float) ->
 
 
 class Muon(torch.optim.AdamW):
-    """Muon for the group of matrices, AdamW for the other groups.
+    """Muon for the group of matrices, AdamW for the other groups. A matrix W, whose averaged gradient is
+    U S V^T, becomes (1 - lr * weight_decay) W - lr * 0.2 * sqrt(max(rows, columns)) * U V^T.
 
     Args:
         groups: as for AdamW. The group of matrices has `parts`: into how many matrices of equal height each
@@ -90,11 +92,10 @@ class Muon(torch.optim.AdamW):
         for parameter, parts in zip(group["params"], group["parts"], strict=True):
             state = self.state[parameter]
             if not state:
-                state["step"] = torch.zeros(
-                    (), device=parameter.device
-                )  # AdamW expects it when it loads a state
+                state["step"] = parameter.new_zeros(())  # AdamW expects it when it loads a state
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             state["step"] += 1 - found_inf
+            # In a skipped step the buffer takes the gradient's place, and stays as it is.
             gradient = torch.where(found_inf > 0, state["momentum_buffer"], parameter.grad)
             state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
             average = gradient.lerp(state["momentum_buffer"], MOMENTUM)  # Nesterov's look ahead
@@ -103,7 +104,7 @@ class Muon(torch.optim.AdamW):
         for shape, pairs in same_shape.items():
             matrices, averages = (list(tensors) for tensors in zip(*pairs, strict=True))
             updates = self.orthogonalize_together(torch.stack(averages))
-            updates *= -lr * RMS_OF_ADAMW * math.sqrt(max(shape))
+            updates *= -lr * RMS_OF_ADAMW * math.sqrt(max(shape))  # U V^T has an RMS of 1 / sqrt(max(shape))
             torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
             torch._foreach_add_(matrices, updates.unbind())
 

@@ -1,5 +1,6 @@
 """Muon against a singular value decomposition, PyTorch's own Muon, AdamW, and itself on several processes."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -43,11 +44,12 @@ def train(model, optimizer, steps=6):
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)])
 def test_all_directions_become_equally_long(shape):
-    """Singular vectors stay, singular values from 0.002 to 1 of the largest come between 0.68 and 1.21."""
+    """Singular vectors stay, singular values from 0.002 to 1 of the norm come between 0.68 and 1.21."""
     torch.manual_seed(0)
     n = min(shape)
     U, V = (torch.linalg.qr(torch.randn(3, side, n, dtype=torch.float64))[0] for side in shape)
-    S = torch.logspace(-2.3, 0, n, dtype=torch.float64)
+    S = torch.logspace(-2.45, 0, n, dtype=torch.float64)
+    assert 0.002 < S.min() / S.norm() < 0.003  # nearly the least
     X = orthogonalize((U * S) @ V.mT)
     inside = U.mT @ X @ V  # diagonal: the new singular values
     values = inside.diagonal(dim1=1, dim2=2)
@@ -191,6 +193,15 @@ def test_the_trapezoid_rises_rests_and_falls_to_nothing():
     config = TrainConfig(schedule="trapezoid", max_steps=100, warmup_steps=10, max_lr=2.0, cooldown=0.4)
     assert [get_lr(step, config) for step in (0, 4, 9, 10, 60)] == pytest.approx([0.2, 1.0, 2.0, 2.0, 2.0])
     assert [get_lr(step, config) for step in (70, 80, 99, 100, 101)] == pytest.approx([1.5, 1.0, 0.05, 0, 0])
+
+
+def test_a_trapezoid_too_short_for_its_warm_up_is_a_triangle():
+    """The cooldown begins at step 44, before the warm-up is over: no step jumps."""
+    config = TrainConfig(schedule="trapezoid", max_steps=110, warmup_steps=100, max_lr=1.0, cooldown=0.6)
+    rates = [get_lr(step, config) for step in range(111)]
+    assert max(abs(a - b) for a, b in itertools.pairwise(rates)) <= 1 / 66 + 1e-12
+    assert max(rates) == pytest.approx(0.66, abs=0.01)  # (step + 1) / 100 = (110 - step) / 66
+    assert rates[-1] == 0
 
 
 def test_presets_choose_the_recipe_and_flags_override_it(text_shards, tmp_path):

@@ -4,12 +4,19 @@ import itertools
 import json
 import math
 
-from benchmarks import optimizers, recipes
+from benchmarks import optimizers, recipes, variants
 from benchmarks.recipes import SIZES, Config, Run, of_all_seeds, settled, table, wanted, wanted_variants
 from conftest import TINY
 from conftest import run as run_script
+from support import muon
+from support.muon import Muon, muon_groups
+from support.processes import World
+from train_gpt2 import GPT, GPTConfig
 
 import pytest
+import torch
+
+CPU = World(0, 1, torch.device("cpu"))
 
 BEST = {"1M": {"AdamW": 4e-3, "Muon": 3.2e-2}, "3M": {"AdamW": 8.7e-4, "Muon": 2.8e-2}}
 
@@ -72,6 +79,90 @@ def test_every_variant_has_its_flags_and_a_baseline():
         steps, batch = int(flags["--max_steps"]), int(flags["--total_batch_size"])
         assert steps * batch == 500 * 4096
         assert (words[1:4] == ["-m", "benchmarks.variants", run.way]) == (run.way != "Muon")
+
+
+# ------------------------------------------------------------------ the variants
+
+
+def make(variant, steps):
+    """A tiny model and its optimizer, Muon or a variant of it, at the beginning of a run of `steps`."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(block_size=8, vocab_size=31, n_layer=1, n_head=2, n_embd=16))
+    variants.Variant.steps = steps
+    return model, variant(muon_groups(model, 0.1, 2.0), CPU, lr=0.02, betas=(0.9, 0.95))
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(parameter.shape, generator=generator) for parameter in model.parameters()]
+
+
+def take_step(model, optimizer, grads):
+    for parameter, gradient in zip(model.parameters(), grads, strict=True):
+        parameter.grad = gradient.clone()
+    optimizer.step()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def same(one, other, tolerance=1e-7):
+    return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(one, other, strict=True))
+
+
+def test_the_momentum_warms_up(monkeypatch):
+    monkeypatch.setattr(muon, "MOMENTUM", 0.95)
+    model, optimizer = make(variants.MomentumWarmUp, 100)
+    used = []
+    for step in range(12):
+        take_step(model, optimizer, gradients(model, step))
+        used.append(muon.MOMENTUM)
+    assert used[:2] == pytest.approx([0.85, 0.86])
+    assert used[10:] == pytest.approx([0.95] * 2)
+
+
+def test_cautious_decay_spares_weights_that_the_update_makes_larger():
+    (model, plain), (other, cautious) = make(Muon, 10), make(variants.CautiousDecay, 10)
+    matrices = {name for name, p in model.named_parameters() if ".h." in name and p.dim() == 2}
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    take_step(model, plain, gradients(model, 0))
+    take_step(other, cautious, gradients(other, 0))
+    weights = dict(other.named_parameters())
+    for name, decayed in model.named_parameters():
+        old = before[name]
+        undecayed = decayed + 0.02 * 0.1 * old if name in matrices else decayed
+        shrinks = (undecayed - old) * old < 0
+        assert torch.allclose(weights[name], torch.where(shrinks, decayed, undecayed), rtol=0, atol=1e-7)
+
+
+def test_the_last_weights_become_the_mean_of_the_last_twentieth():
+    (model, plain), (other, averaging) = make(Muon, 60), make(variants.Average, 60)
+    history = [take_step(model, plain, gradients(model, step)) for step in range(60)]
+    for step in range(60):
+        last = take_step(other, averaging, gradients(other, step))
+        if step < 59:
+            assert same(last, history[step])
+    mean = [torch.stack(weights).mean(dim=0) for weights in zip(*history[57:], strict=True)]
+    assert same(last, mean, 1e-6)
+    assert not same(last, history[59], 1e-4)
+
+
+def test_late_batches_are_the_mean_of_two():
+    (model, plain), (other, later) = make(Muon, 10), make(variants.LargerBatchesLater, 10)
+    for step in range(4):  # 40% of the steps
+        assert same(take_step(model, plain, gradients(model, step)),
+                    take_step(other, later, gradients(other, step)))  # fmt: skip
+    for step in (4, 6, 8):
+        pair = [gradients(model, step), gradients(model, step + 1)]
+        before = [parameter.detach().clone() for parameter in other.parameters()]
+        assert same(take_step(other, later, pair[0]), before)
+        mean = [(a + b) / 2 for a, b in zip(*pair, strict=True)]
+        assert same(take_step(model, plain, mean), take_step(other, later, pair[1]), 1e-6)
+
+
+def test_the_last_matrices_begin_at_zero():
+    model, _ = make(Muon, 1)
+    zero = {name for name, p in variants.zero_projections(model).named_parameters() if not p.any()}
+    assert {f"transformer.h.0.{part}.c_proj.weight" for part in ("attn", "mlp")} <= zero
+    assert "transformer.h.0.mlp.c_fc.weight" not in zero
 
 
 @pytest.mark.slow
