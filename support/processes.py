@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import signal
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -156,17 +157,27 @@ def faults_in_one_line() -> Iterator[None]:
         ) from error
 
 
+def leave_terminal() -> None:
+    """From now on, what is meant for the terminal goes nowhere: it is gone, and writing to it is an error."""
+    with open(os.devnull, "wb") as nowhere:
+        for descriptor in (1, 2):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(nowhere.fileno(), descriptor)
+
+
 class StopSignals:
-    """Delays SIGTERM and SIGINT until the step is finished and saved. A further SIGINT exits at once, as does
-    any signal before the first step, when there is nothing new to save."""
+    """Delays SIGTERM, SIGINT and SIGHUP (the terminal is gone) until the step is finished and saved. Another
+    SIGINT exits at once, as does any signal before the first step, when there is nothing new to save."""
 
     def __init__(self, is_main: bool) -> None:
         self.is_main = is_main
         self.in_steps = False  # whether the first step has begun
         self.received = 0  # the signal's number; 0: none
         self.at = 0.0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.handle)
+        signal.signal(signal.SIGTERM, self.handle)
+        signal.signal(signal.SIGINT, self.handle)
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # that is nohup
+            signal.signal(signal.SIGHUP, self.handle)
 
     def begin_steps(self, world: World) -> None:
         """Begin the first step in all processes together; from now on, signals wait for the end of a step."""
@@ -177,6 +188,8 @@ class StopSignals:
             gc.freeze()  # objects alive now stay to the end: exempt them from garbage collection
 
     def handle(self, number: int, _frame: Any) -> None:
+        if number not in (signal.SIGTERM, signal.SIGINT):
+            leave_terminal()
         if not self.in_steps:
             self.print("stopped before the first step, nothing is lost")
             os._exit(128 + number)

@@ -2,24 +2,27 @@
 
 import copy
 import errno
+import fcntl
 import itertools
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
 
-from conftest import ROOT, TINY, call, make_shards, run, torchrun
+from conftest import ROOT, STOP_SIGNALS, TINY, call, make_shards, run, torchrun
 from support import run_folder
 from support.cli import InputError
 from support.curves import read_log
 from support.files import sha256
-from support.processes import World
+from support.processes import StopSignals, World
 from support.run_folder import RunFolder, list_checkpoints
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
@@ -44,8 +47,8 @@ def faulty(faults, *flags, launch=run, **options):
     return launch(ROOT / "tests/faults.py", *flags, env=env, **options)
 
 
-def start(faults, *flags, processes=0):
-    """Start a run in the background, in a process group of its own; returns the process."""
+def start(faults, *flags, processes=0, **options):
+    """Start a run in the background, in a session of its own; returns the process."""
     launcher = (
         ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
     )
@@ -57,8 +60,7 @@ def start(faults, *flags, processes=0):
         cwd=ROOT,
         text=True,
         start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
     )
 
 
@@ -254,6 +256,46 @@ def test_a_signal_finishes_the_step_and_saves(number, status, flags, tmp_path, u
     assert list_checkpoints(tmp_path / "log")[-1].name == f"checkpoint_{stopped_at:05d}"
     call("train_gpt2.py", *flags, "--resume")
     assert_same_end(tmp_path / "log", undisturbed)
+
+
+@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_terminal_that_is_closed_finishes_the_step_and_saves(processes, flags, tmp_path, undisturbed):
+    """As when an ssh connection is lost: SIGHUP arrives, and nothing can be printed any more."""
+    ours, theirs = os.openpty()
+    steps = tmp_path / "steps"
+    process = start(f"slow=0.1 step_file={steps}", *flags, *["--micro_batch_size=4"] * bool(processes),
+                    processes=processes, stdin=theirs, stdout=theirs, stderr=theirs,
+                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+    os.close(theirs)
+    end = time.monotonic() + 60
+    while not (steps.exists() and int(steps.read_text() or 0) >= 6):
+        assert time.monotonic() < end
+        if select.select([ours], [], [], 0.05)[0]:
+            os.read(ours, 2**16)
+    os.close(ours)
+    status = process.wait(timeout=60)
+    assert status == 128 + signal.SIGHUP if not processes else status != 0
+    events = json.loads((tmp_path / "log/status.json").read_text())["events"]
+    stopped_at = int(re.search(r"stopped at step (\d+), state saved", events[-1][1])[1])
+    assert list_checkpoints(tmp_path / "log")[-1].name == f"checkpoint_{stopped_at:05d}"
+    assert stopped_at < 20
+    if not processes:
+        call("train_gpt2.py", *flags, "--resume")
+        assert_same_end(tmp_path / "log", undisturbed)
+
+
+def test_under_nohup_a_terminal_that_is_closed_changes_nothing():
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        StopSignals(is_main=True)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        stop = StopSignals(is_main=True)
+        assert signal.getsignal(signal.SIGHUP) == stop.handle
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("first", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
