@@ -223,7 +223,7 @@ def main(config: ShardConfig) -> None:
         return
     folder = config.output_dir
     files = local_files(config.input, folder)
-    from_hub = not files
+    from_hub = not config.input
     if config.config is None and config.dataset == FINEWEB_EDU:
         config = replace(config, config="sample-10BT")
     names = [

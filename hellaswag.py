@@ -113,7 +113,7 @@ class Limits:
     tokens: int  # in the rows of a batch: 74 kB of keys and values each for the 124M model in float32
     rows: int  # in a pass
     spread: int  # tokens by which contexts of a batch may differ; what exceeds the shortest is read 4 times
-    logits: int  # tokens whose float32 logits exist at once: 206 kB each
+    logits: int  # tokens whose float32 logits exist at once: 201 kB each
 
 
 LIMITS = {"cpu": Limits(8_192, 32, 2, 128), "gpu": Limits(65_536, 512, 16, 4_096)}

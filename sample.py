@@ -35,7 +35,7 @@ class SampleConfig:
     temperature: float = 1.0  # below 1 safer, above 1 wilder; 0 always takes the most likely token
     seed: int = 42  # same seed, same text
     stream: bool = False  # print the words of one sample as they come
-    compile: bool = False  # on a GPU, compile the step for one token: begins late, then saves launches
+    compile: bool = False  # on a GPU, compile the step for one token: starts slowly, then is faster
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 

@@ -97,6 +97,7 @@ PRESETS = {
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600},  # 1558M
+    "demo": {"n_layer": 2, "n_head": 4, "n_embd": 192},  # 1M with bytes; not in the paper
 }
 
 
@@ -112,7 +113,7 @@ class TrainConfig:
     verify: bool = False  # read every shard at the start and compare its checksum with shards.json
 
     # -- the model
-    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "gpt2"  # shape of the model
+    model: Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"] = "gpt2"  # shape of the model
     init_from: str | None = None  # start from these weights: a Hub name (gpt2) or a checkpoint folder
     n_layer: int | None = None  # layers, if other than the model's
     n_head: int | None = None  # attention heads, if other than the model's
@@ -120,7 +121,7 @@ class TrainConfig:
     sequence_length: int = 1024  # tokens in a row of the batch; the new model's block size
 
     # -- the recipe
-    recipe: Literal["tutorial", "fast"] = "tutorial"  # fast: aims at its loss from fewer tokens
+    recipe: Literal["tutorial", "fast"] = "tutorial"  # fast: Muon, a trapezoid, fewer tokens
     total_batch_size: int = 524_288  # tokens per step, 2**19: about 0.5M (GPT-3 paper, table 2.1)
     max_steps: int = 19_073  # updates: one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
@@ -141,7 +142,7 @@ class TrainConfig:
     hellaswag_data: Path | None = None  # a local HellaSwag .jsonl; default: from the Hub
     hellaswag_limit: int | None = None  # score only this many items, evenly spaced; default: all
     sample_every: int = 250  # steps between samples
-    checkpoint_every: int = 1000  # steps between checkpoints, never over 15 minutes; the last two are kept
+    checkpoint_every: int = 1000  # steps between checkpoints; 15 minutes at most. The last two are kept
     keep_every: int = 5000  # steps between checkpoints that are kept for good
 
     # -- the machine
@@ -150,7 +151,7 @@ class TrainConfig:
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
     micro_batch_size: int | None = None  # rows per forward pass and process; default: the most that fit
     memory_limit_gb: float | None = None  # take at most this many GB (2**30 bytes) of a GPU; default: all
-    shard: bool = False  # divide the model among a host's processes, for one that no card holds; AdamW only
+    shard: bool = False  # divide the model among a host's processes, for one too large for a card; AdamW only
     recompute: bool = False  # compute the blocks again in the backward pass: less memory, more time
     timeout_minutes: float = 10.0  # give up on another process that does not answer for this long
 
@@ -178,9 +179,8 @@ FAST = TrainConfig(
     recipe="fast", optimizer="muon", schedule="trapezoid", max_lr=1.8e-3, warmup_steps=100, max_steps=7_630
 )
 DEMO = replace(
-    FAST, demo=True, data_dir=Path("demo_data"), log_dir=Path("log/demo"),
-    n_layer=2, n_head=4, n_embd=192, sequence_length=128,
-    total_batch_size=2048, max_steps=1000, max_lr=6e-3,
+    FAST, demo=True, data_dir=Path("demo_data"), log_dir=Path("log/demo"), model="demo",
+    sequence_length=128, total_batch_size=2048, max_steps=1000, max_lr=6e-3,
     val_every=200, val_tokens=65_536, hellaswag_every=0, sample_every=200, checkpoint_every=500,
     dtype="float32", compile=False,
 )  # fmt: skip
@@ -203,7 +203,7 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
         return GPTConfig(config.sequence_length, encoding.n_vocab, encoding=encoding.name, **shape)
     loaded = GPTConfig(**read_sizes(find_model(config.init_from)[0]))
     if config.model != TrainConfig.model:  # another than the default
-        given |= PRESETS[config.model]
+        given = {**PRESETS[config.model], **given}
     for name, value in given.items():
         if value != getattr(loaded, name):
             flag = f"--{name} {value}" if getattr(config, name) else f"--model {config.model}, {name} {value}"
@@ -302,7 +302,7 @@ class GPT(nn.Module):
         )
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         # Tied: tokens of similar meaning should have similar vectors coming in and similar logits going out.
-        # It also saves 38M parameters.
+        # It also saves 39M parameters.
         self.lm_head.weight = self.transformer.wte.weight
         self.apply(self._init_weights)
         # Each of the 2 * n_layer additions to the residual stream adds variance; this keeps it from growing
@@ -361,7 +361,7 @@ class GPT(nn.Module):
 
     def head(self, x: torch.Tensor) -> torch.Tensor:
         """Hidden states (..., n_embd) to logits (..., vocab_size). Rows that only pad the vocabulary are cut
-        off here, so they never enter a softmax, get no gradient, are never sampled, and stay zero."""
+        off, here and in the loss: they enter no softmax, get no gradient, are never sampled and stay zero."""
         return self.lm_head(x)[..., : self.config.vocab_size]
 
     def pad_vocabulary(self, multiple: int = PAD_VOCAB_TO) -> "GPT":
@@ -425,8 +425,8 @@ def configure_optimizer(
     model: nn.Module, config: TrainConfig, world: World | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.optim.AdamW:
     """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B). Matrices and embeddings decay;
-    biases and norms, whose scale matters, don't. With --optimizer muon, Muon trains the blocks' matrices, and
-    the processes of `world` share its work: in bfloat16 if training's `dtype` is that, else in float32."""
+    biases and norms, whose scale matters, don't. With --optimizer muon, Muon trains the blocks' matrices and
+    only they decay; the `world` shares its work, in bfloat16 if training's `dtype` is that, or float32."""
     parameters = list(model.parameters())
     # fused: one kernel for all tensors instead of several for each
     fused = parameters[0].device.type in ("cuda", "cpu")
@@ -628,8 +628,9 @@ def list_tensors(config: TrainConfig) -> str:
     """The state dictionary of the model that the flags describe, as a table."""
     if config.init_from:
         return tensor_table(GPT.from_pretrained(config.init_from).state_dict())
-    encoding = get_encoding("bytes" if config.demo else "gpt2")
-    return tensor_table(GPT(choose_model_config(config, encoding)).state_dict())
+    usual = "bytes" if config.demo else "gpt2"
+    name = load_shards(config.data_dir).encoding if config.data_dir.is_dir() else usual
+    return tensor_table(GPT(choose_model_config(config, get_encoding(name))).state_dict())
 
 
 @faults_in_one_line()
@@ -654,7 +655,8 @@ def main(config: TrainConfig) -> None:
     first_step = world.from_main(lambda: run.open(config.resume, recipe_of(config, model_config, shards)))
     if 0 < first_step == config.max_steps:
         progress.print(f"{config.log_dir} is finished: its model is {run.checkpoint}")
-        return
+        world.disconnect()
+        return world.exit(0)
     plan = plan._replace(first=world.from_main(lambda: run.fitted_before(asdict(config), world)))
     stop = StopSignals(world.is_main)
 
@@ -718,7 +720,7 @@ def main(config: TrainConfig) -> None:
                 x, y = to_device(device, *train_loader.batch(next_step, next_micro_step))
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        flags = [loss_sum.new_full((), flag) for flag in (stop.received > 0, run.overdue())]  # one's is all's
+        flags = [loss_sum.new_full((), flag) for flag in (stop.received > 0, run.overdue())]  # any's is all's
         means = world.sum(torch.stack((loss_sum, *flags))) / W
         values = torch.cat((means, whole(norm).view(1)))
         read_values = start_reading(values)

@@ -9,7 +9,7 @@ import re
 import sys
 import types
 from collections.abc import Callable, Collection
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -117,7 +117,11 @@ def check_first_word(config: Any, arguments: list[str], usual_flag: str) -> None
     """Raises InputError if the first word is neither a flag nor a subcommand."""
     commands = [command.__name__.lower() for command in get_args(config)]
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        raise InputError(f"{arguments[0]!r} needs a flag; did you mean {usual_flag} {arguments[0]}?")
+        word = arguments[0]
+        flags = {field.name for field in fields(config)} if is_dataclass(config) else set()
+        usual = usual_flag if usual_flag == "--help" else f"{usual_flag} {word}"
+        hint = f"--{word}" if word in flags else usual
+        raise InputError(f"{word!r} can't stand alone; did you mean {hint}?")
 
 
 def whole_number(text: str) -> int:

@@ -22,6 +22,7 @@ GPT2_VAL_LOSS = 3.2924  # OpenAI's 124M on FineWeb-Edu's validation shard (build
 GPT2_HELLASWAG = 0.2955  # OpenAI's 124M, acc_norm, tutorial protocol (build-nanogpt, hellaswag.py)
 GPT3_HELLASWAG = 0.337  # GPT-3 Small (GPT-3 paper, table H.1)
 ALL_HELLASWAG_ITEMS = 10_042
+CONFIG = "sample-10BT"  # of FineWeb-Edu: another one's validation shard is another text
 GPT2, GPT3 = "OpenAI's GPT-2 (124M)", "GPT-3 of the same size"  # labels
 
 
@@ -71,9 +72,11 @@ def read_status(folder: Path) -> dict[str, Any]:
 
 
 def comparable_loss(run: dict[str, Any]) -> bool:
-    """Whether a run's loss is comparable with OpenAI's: same data, same tokens. `run` is its run.json."""
-    dataset = run.get("data", {}).get("dataset")
-    return run.get("encoding") == "gpt2" and dataset == "HuggingFaceFW/fineweb-edu"
+    """Whether a run's loss is comparable with OpenAI's: same data, same tokens. `run` is its run.json; before
+    version 1.1 it did not tell the dataset's config."""
+    data = run.get("data", {})
+    same = data.get("dataset") == "HuggingFaceFW/fineweb-edu" and data.get("config", CONFIG) == CONFIG
+    return run.get("encoding") == "gpt2" and same
 
 
 def comparable_hellaswag(run: dict[str, Any]) -> bool:
@@ -213,4 +216,4 @@ def save_picture(figure: "Figure", out: Path) -> None:
         write_file(out, lambda file: figure.savefig(file, format=kind))
     except OSError as error:
         where = "" if out.parent.is_dir() else f" (there is no folder {out.parent})"
-        raise InputError(f"--out {in_words(error)}{where}") from error
+        raise InputError(f"{in_words(error)}{where}") from error

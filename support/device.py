@@ -101,8 +101,10 @@ def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
     """Whether to use torch.compile, and the reason."""
     if not wanted:
         return False, "off"
-    if device.type != "cuda":
+    if device.type == "cpu":
         return False, "off: on a CPU it gains nothing"  # benchmarks/training.py, on two cores with AVX2
+    if device.type != "cuda":
+        return False, "off: only for CUDA"
     if not any(shutil.which(name) for name in ("cc", "gcc", "clang")):
         return False, "off: no C compiler"
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
@@ -224,13 +226,14 @@ def keep_freed_memory() -> None:
 
 
 def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
-    """The bytes that may be used: a GPU's free memory, or most of a computer's; at most `limit_gb`. None if
-    the system does not report it."""
+    """The bytes that this process may use: a GPU's free memory, or its share of most of a computer's; at most
+    `limit_gb`. None if the system does not report it."""
     size: float | None = None
     if device.type == "cuda":
         size = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     elif hasattr(os, "sysconf"):
-        size = 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # they share it
+        size = 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
     limits = [limit for limit in (size, limit_gb and limit_gb * GB) if limit]
     return min(limits, default=None)
 

@@ -50,6 +50,6 @@ def check_finite(
         if not torch.isfinite(value):
             what = f"the loss of rank {rank} is {value.item()}"
     raise RunFault(
-        f"step {step}: {what}; the weights were not updated and the last checkpoint is intact. Resume with "
-        "--dtype float32 to see if the precision is to blame; otherwise the learning rate is too high"
+        f"step {step}: {what}; the weights were not updated, and earlier checkpoints are intact. To see if "
+        "the precision is to blame, add --resume --dtype float32; if not, a new run needs a lower --max_lr"
     )

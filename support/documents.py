@@ -14,7 +14,7 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, AnyStr
@@ -57,15 +57,16 @@ class Piece:
 # files
 
 
-def local_files(patterns: Iterable[str], output_dir: Path | None = None) -> list[File]:
-    """The files that `patterns` name, in that order; those of a folder or a glob are sorted. Duplicates and
-    files in `output_dir` are left out; links to folders are not followed.
+def local_files(patterns: Sequence[str], output_dir: Path | None = None) -> list[File]:
+    """The files that `patterns` name, in that order. Those of a folder or a glob are sorted, without those in
+    `output_dir`. Duplicates are left out; links to folders are not followed.
 
-    Raises InputError for a pattern that matches nothing and for a file of another type.
+    Raises InputError for a pattern that matches nothing, for a file of another type, and if none is left.
     """
     paths: dict[Path, Path] = {}  # keyed by resolved path
     for pattern in patterns:
         found = [Path(pattern)]
+        is_named = found[0].is_file()
         if not found[0].exists():
             found = sorted(map(Path, glob.glob(pattern, recursive=True)))
         if not found:
@@ -77,13 +78,18 @@ def local_files(patterns: Iterable[str], output_dir: Path | None = None) -> list
             if not inside and len(found) == 1:
                 raise InputError(f"--input {path}: the folder holds no {', '.join(KINDS)} files")
             for file in inside:
-                if not (output_dir and output_dir.resolve() in file.resolve().parents):
+                if is_named or not (output_dir and output_dir.resolve() in file.resolve().parents):
                     paths.setdefault(file.resolve(), file)
     for path in paths.values():
         if not path.name.endswith(KINDS):
             raise InputError(
                 f"--input {path}: ends in {path.suffix or 'nothing'}; supported are {', '.join(KINDS)}"
             )
+    if patterns and not paths:
+        raise InputError(
+            f"--input {' '.join(patterns)}: no {', '.join(KINDS)} files there, or all in --output_dir, which "
+            "is left out"
+        )
     names = [path.name for path in paths.values()]
     if len(set(names)) < len(names):
         names = [path.as_posix() for path in paths.values()]

@@ -129,7 +129,7 @@ def share_out(tensor: torch.Tensor | None, like: Any) -> torch.Tensor:
 
 def collect(value: Any, keep: bool) -> Any:
     """A copy in host memory of a tensor, or of all tensors in dictionaries, lists and tuples, put together
-    one by one; every process has to call it. Only with `keep` it stays: one process has room for it."""
+    one by one; every process has to call it. Only a process with `keep` keeps it; the others get None."""
     if isinstance(value, torch.Tensor):
         tensor = whole(value.detach())
         return tensor.to("cpu", copy=True) if keep else None

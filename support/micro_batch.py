@@ -174,9 +174,10 @@ def find_micro_batch_size(
         if rows:
             fits(rows, 1)  # again: later failures discarded what was compiled for it
     if not rows:
+        smaller = "a smaller --micro_batch_size, " if sizes[-1] > 1 else ""
         raise InputError(
-            f"out of memory with a micro-batch of {plural(sizes[-1], 'row')}; a smaller --micro_batch_size, "
-            "--recompute, a shorter --sequence_length or a smaller --model takes less"
+            f"out of memory with a micro-batch of {plural(sizes[-1], 'row')}; {smaller}--recompute, a "
+            "shorter --sequence_length or a smaller --model takes less"
         )
     return rows, 1
 

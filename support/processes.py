@@ -34,7 +34,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0  # the one that prints, samples and saves for all
+        return self.rank == 0  # the one that prints and saves for all
 
     @property
     def collective_device(self) -> torch.device:
@@ -176,8 +176,9 @@ class StopSignals:
         self.at = 0.0
         signal.signal(signal.SIGTERM, self.handle)
         signal.signal(signal.SIGINT, self.handle)
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # that is nohup
-            signal.signal(signal.SIGHUP, self.handle)
+        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
+            signal.signal(hangup, self.handle)
 
     def begin_steps(self, world: World) -> None:
         """Begin the first step in all processes together; from now on, signals wait for the end of a step."""

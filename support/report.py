@@ -78,7 +78,8 @@ def gather_facts(
         **numbers,
         "encoding": shards.encoding,
         "data": {
-            "dataset": shards.dataset,
+            "dataset": shards.source.get("dataset"),
+            "config": shards.source.get("config"),
             "fingerprint": shards.fingerprint,
             "train_tokens": shards.count("train"),
             "train_shards": len(shards.files["train"]),
@@ -104,7 +105,7 @@ def is_default_recipe(config: dict[str, Any], defaults: dict[str, Any]) -> bool:
     return all(config[name] == defaults[name] for name in recipe)
 
 
-def describe(facts: Facts, dollars_so_far: float) -> str:
+def describe(facts: Facts, dollars_so_far: float, first_step: int = 0) -> str:
     """The table at the start: what you want to know before spending 50 hours on a run."""
     config, data, model = facts["train_config"], facts["data"], facts["model_config"]
     tokens = config["max_steps"] * config["total_batch_size"]
@@ -119,7 +120,7 @@ def describe(facts: Facts, dollars_so_far: float) -> str:
         "data": f"{config['data_dir']}: {data['train_tokens']:,} training tokens, "
         + plural(data["train_shards"], "shard"),
         "recipe": f"{config['recipe']}: {'AdamW' if config['optimizer'] == 'adamw' else 'Muon'}, "
-        f"{config['schedule']} to {config['max_lr']:.2g}",
+        f"{config['schedule']}, at most {config['max_lr']:.2g}",
         "training": f"{plural(config['max_steps'], 'step')}, {tokens:,} tokens, "
         f"{tokens / data['train_tokens']:.2f} epochs",
         "batch": f"{config['total_batch_size']:,} tokens a step = {plural(facts['micro_batch_size'], 'row')} "
@@ -134,7 +135,7 @@ def describe(facts: Facts, dollars_so_far: float) -> str:
     if not facts["hellaswag_items"]:
         rows["HellaSwag"] = "off"
     if facts["warm_up_step_seconds"]:
-        left = facts["warm_up_step_seconds"] * config["max_steps"]
+        left = facts["warm_up_step_seconds"] * (config["max_steps"] - first_step)
         rows["time"] = f"about {duration(left)} of training, plus evaluation (estimated from the warm-up)"
         if left > A_LONG_TIME and facts["device"].startswith("cpu"):
             rows["time"] += "; on a CPU, try --demo"
@@ -220,7 +221,7 @@ class Progress:
         if facts["precision"].startswith("float32"):
             self.peak = None  # the table's peaks are for 16-bit types
         hours = (self.spent["training"] + self.spent["other"]) / 3600
-        self.show(describe(facts, hours * (self.config["dollars_per_hour"] or 0)))
+        self.show(describe(facts, hours * (self.config["dollars_per_hour"] or 0), first_step))
         self.write_status()
         if self.config["tracker"] and self.is_main:
             self.track(self.start_tracker)

@@ -392,8 +392,13 @@ def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) ->
         changes = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in different)
         hint = ""
         if "max_steps" in different:
-            hint = (
+            hint += (
                 f"; to train longer, start a new run: your other flags, --init_from {log_dir} --log_dir NEW"
+            )
+        if "data" in different:
+            hint += (
+                "; data is the fingerprint of the shards: they are others, or shards.json was written or "
+                "removed since"
             )
         raise InputError(f"{log_dir} can't be resumed with another recipe: {changes}{hint}")
 

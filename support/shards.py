@@ -274,7 +274,7 @@ class Shards:
     files: dict[str, list[Path]]
     tokens: dict[str, list[np.ndarray]]
     encoding: str
-    dataset: str | None  # its name, if shards.json records it
+    source: dict[str, Any]  # of the text, as far as shards.json tells: "dataset" and "config" on the Hub
     fingerprint: str  # changes whenever the shards do
 
     def count(self, split: str) -> int:
@@ -368,8 +368,8 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
                 )
             digest.update(f"{file.name} {len(shard)}\n".encode())
     digest.update(json.dumps([entry["sha256"] for entry in record["shards"]] if record else []).encode())
-    encoding, dataset = (record["encoding"], record["source"].get("dataset")) if record else ("gpt2", None)
-    return Shards(folder, splits, tokens, encoding, dataset, digest.hexdigest())
+    encoding, source = (record["encoding"], record["source"]) if record else ("gpt2", {})
+    return Shards(folder, splits, tokens, encoding, source, digest.hexdigest())
 
 
 # -----------------------------------------------------------------------------
@@ -412,6 +412,9 @@ def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
                 record["shards"].append({"file": file.name, "tokens": len(tokens), "sha256": sha256(file)})
             record["tokens"] += shards.count(split)
         write_file(folder / "shards.json", lambda file: file.write(to_json(record).encode()))
-        print("sound: headers, sizes and ids; shards.json now holds their sums")
+        print(
+            "sound: headers, sizes and ids; shards.json now holds their sums. A run that began without it "
+            "can be resumed without it only"
+        )
     else:
         print("sound: headers, sizes and ids; --write_shards_json records their sums for the next time")

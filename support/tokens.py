@@ -62,7 +62,7 @@ def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[Encode
     texts = [piece.text for piece in pieces if piece.text and piece.begins and piece.ends]
     if len(texts) == len(pieces) and not any(END_OF_TEXT in text for text in texts):
         joined = "".join(END_OF_TEXT + text for text in texts)
-        with contextlib.suppress(UnicodeEncodeError):
+        with contextlib.suppress(ValueError):  # encode_piece then mends it, or says what is wrong
             tokens = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(np.uint16)
             documents = np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[1:])
             return [(piece, tokens, set()) for piece, tokens in zip(pieces, documents, strict=True)]

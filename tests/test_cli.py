@@ -38,12 +38,18 @@ def test_what_is_no_whole_number(text):
         ("hellaswag.py", "--model log/demo"),
         ("fineweb.py", "--input log/demo"),
         ("plot.py", "run log/demo"),
+        ("train_gpt2.py", "--help"),
     ],
 )
 def test_a_word_without_its_flag(script, hint):
     done = call(script, "log/demo", check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: 'log/demo' needs a flag; did you mean {hint}?\n"
+    assert done.stderr == f"error: 'log/demo' can't stand alone; did you mean {hint}?\n"
+
+
+def test_a_flag_without_its_dashes():
+    done = call("train_gpt2.py", "resume", check=False)
+    assert done.stderr == "error: 'resume' can't stand alone; did you mean --resume?\n"
 
 
 def test_help_quotes_as_people_do():
@@ -78,7 +84,7 @@ def test_a_picture_in_a_folder_that_is_not_there(tmp_path):
     done = call("plot.py", "run", tmp_path, f"--out={tmp_path}/no/a.png", check=False)
     assert (done.returncode, done.stderr) == (
         2,
-        f"error: --out {tmp_path}/no/a.png: No such file or directory (there is no folder {tmp_path}/no)\n",
+        f"error: {tmp_path}/no/a.png: No such file or directory (there is no folder {tmp_path}/no)\n",
     )
 
 

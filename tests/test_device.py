@@ -44,10 +44,12 @@ def test_a_full_memory_is_recognised():
     assert not is_out_of_memory(ValueError("out of memory"))
 
 
-def test_the_limit_of_memory():
+def test_the_limit_of_memory(monkeypatch):
     assert memory_limit(torch.device("cpu"), 1.5) == 1.5 * 2**30
     if limit := memory_limit(torch.device("cpu"), None):
         assert 2**28 < limit < 2**50
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # of torchrun: its processes share the computer's memory
+        assert memory_limit(torch.device("cpu"), None) == pytest.approx(limit / 4)
     keep_freed_memory()
 
 

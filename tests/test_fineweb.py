@@ -18,7 +18,7 @@ from support.encodings import END_OF_TEXT, get_encoding
 from support.files import sha256
 from support.hub import Downloads
 from support.shards import ShardWriter, load_shards, new_record, read_record, write_shards
-from support.tokens import encode_piece
+from support.tokens import encode_piece, encode_task
 
 import numpy as np
 import pyarrow
@@ -225,8 +225,10 @@ def test_a_million_spaces(white):
     tokens = np.concatenate([encode_piece(GPT2, piece)[0] for piece in pieces]).tolist()
     by_hand = ["begin", run[:-1], run[-1] + "end of it"]
     assert tokens == [50256] + [token for text in by_hand for token in GPT2.encode_ordinary(text)]
-    with pytest.raises(InputError, match="file, document 8: tiktoken can't tokenize it"):
-        encode_piece(GPT2, Piece("file", 7, "\u3000" * 1_200_000 + "x"))
+    exotic = Piece("file", 7, "\u3000" * 1_200_000 + "x")
+    for encode in (lambda: encode_piece(GPT2, exotic), lambda: encode_task(GPT2, [exotic])):
+        with pytest.raises(InputError, match="file, document 8: tiktoken can't tokenize it"):
+            encode()
 
 
 def test_a_word_without_end_is_cut_and_counted(tmp_path, monkeypatch):
@@ -381,6 +383,15 @@ def test_bad_settings_get_one_line(tmp_path):
         done = call("fineweb.py", f"--output_dir={tmp_path}/out", "--encoding=bytes", *flags, check=False)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert message in done.stderr
+
+
+def test_text_in_the_output_folder_alone_is_no_input(tmp_path):
+    """...and does not mean FineWeb-Edu either: nothing is downloaded."""
+    (tmp_path / "x.txt").write_text("a word " * 1000)
+    flags = "--encoding=bytes", f"--input={tmp_path}", f"--output_dir={tmp_path}"
+    done = call("fineweb.py", *flags, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "or all in --output_dir, which is left out" in done.stderr
 
 
 def test_a_disk_too_small_is_refused_before_the_work(tmp_path, monkeypatch):

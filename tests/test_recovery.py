@@ -770,9 +770,13 @@ def test_slow_machines_save_by_the_clock(flags, tmp_path, undisturbed, monkeypat
     assert_same_end(tmp_path / "log", undisturbed)
 
 
-def test_a_finished_run_says_so(flags, tmp_path, undisturbed):
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_finished_run_says_so(processes, flags, tmp_path, undisturbed):
     shutil.copytree(undisturbed, tmp_path / "log")
-    done = call("train_gpt2.py", *flags, "--resume")
+    if processes == 1:
+        done = call("train_gpt2.py", *flags, "--resume")
+    else:
+        done = torchrun(2, ROOT / "train_gpt2.py", *flags, "--resume", "--micro_batch_size=4")
     assert "is finished: its model is" in done.stdout
     assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
 
@@ -804,6 +808,7 @@ def test_another_recipe_is_refused_with_the_difference(flags, tmp_path, undistur
         (("--max_lr=0.004", "--seed=7"), "max_lr was 0.003, is 0.004; seed was 1337, is 7"),
         (("--n_layer=3",), "n_layer was 2, is 3"),
         ((f"--data_dir={other}",), "data was "),
+        ((f"--data_dir={other}",), "data is the fingerprint of the shards"),
         ((f"--data_dir={gpt2_data}",), "vocab_size was 257, is 50257"),
     ):
         done = call("train_gpt2.py", *flags, *change, "--resume", check=False)

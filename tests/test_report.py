@@ -184,6 +184,8 @@ def test_one_is_not_many():
         ({"n_layer": 6}, {}, 1000, 4.88, False),
         ({"log_dir": Path("elsewhere"), "seed": 1}, {}, 1000, 4.88, True),
         ({}, {"data": {"dataset": None}}, 1000, 4.88, False),  # other data
+        ({}, {"data": {**FAIR["data"], "config": "sample-10BT"}}, 1000, 4.88, True),
+        ({}, {"data": {**FAIR["data"], "config": "sample-100BT"}}, 1000, 4.88, False),
         ({}, {"encoding": "bytes"}, 1000, 4.88, False),
     ],
 )

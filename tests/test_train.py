@@ -12,6 +12,7 @@ from conftest import ROOT, TINY, call, run
 from support import VERSION
 from support.curves import read_log
 from support.device import autocast_to
+from support.encodings import get_encoding
 from support.files import sha256
 from support.processes import World
 from support.run_folder import list_checkpoints
@@ -22,9 +23,11 @@ from train_gpt2 import (
     GPTConfig,
     TokenLoader,
     TrainConfig,
+    choose_model_config,
     configure_optimizer,
     estimate_val_loss,
     get_lr,
+    preset,
 )
 
 import numpy as np
@@ -289,6 +292,8 @@ def test_training_starts_from_given_weights(finished_run, text_shards, tmp_path)
     assert f"--n_layer 7: --init_from {folder} has 2" in done.stderr
     done = call(*command, "--model=gpt2-medium", f"--log_dir={tmp_path}/other", check=False)
     assert f"--model gpt2-medium, n_layer 24: --init_from {folder} has 2" in done.stderr
+    done = call(*command, "--model=gpt2-medium", "--n_layer=7", f"--log_dir={tmp_path}/other", check=False)
+    assert f"--n_layer 7: --init_from {folder} has 2" in done.stderr  # the flag wins over the model's shape
 
 
 @pytest.mark.parametrize(
@@ -405,6 +410,18 @@ def test_the_state_dictionary_is_listed():
     assert ["transformer.h.11.mlp.c_fc.weight", "[3072,", "768]", "2,359,296"] in rows
     assert len(rows) == 2 + 12 * 12 + 2 + 1 + 1
     assert rows[-1][0] == "124,439,808"
+
+
+def test_the_state_dictionary_has_the_vocabulary_of_the_data(text_shards):
+    said = call("train_gpt2.py", "--model=demo", f"--data_dir={text_shards}", "--describe").stdout
+    assert "[257, 192]" in said
+
+
+def test_a_model_can_be_named_beside_the_demo():
+    assert choose_model_config(preset(["train_gpt2.py", "--demo"]), get_encoding("bytes")).n_layer == 2
+    named = replace(DEMO, model="gpt2-medium")
+    assert choose_model_config(named, get_encoding("bytes")).n_layer == 24
+    assert choose_model_config(replace(named, n_layer=3), get_encoding("bytes")).n_layer == 3
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
