@@ -41,7 +41,7 @@ from support.processes import StopSignals, World, faults_in_one_line, start_proc
 from support.report import Progress, gather_facts, tensor_table
 from support.run_folder import RunFolder, recipe_of
 from support.sampling import stream, write_samples
-from support.shards import Shards, load_shards
+from support.shards import Shards, load_shards, read_record
 
 import numpy as np
 import tiktoken
@@ -442,14 +442,14 @@ def configure_optimizer(
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Learning rate at `step`: linear warm-up, then a cosine down to a tenth at max_steps; or a trapezoid:
-    the warm-up, constant, then down to 0 in a straight line over the share `cooldown` of all steps."""
-    rising = config.max_lr * (step + 1) / max(1, config.warmup_steps)  # the first step already learns
+    """Learning rate at `step`: linear warm-up; then a cosine down to a tenth at max_steps, or a trapezoid:
+    constant, then down to 0 in a straight line over the share `cooldown` of all steps."""
+    lr = config.max_lr * (step + 1) / config.warmup_steps if step < config.warmup_steps else config.max_lr
     if config.schedule == "trapezoid":
-        left = max(0, config.max_steps - step)
-        return min(rising, config.max_lr, config.max_lr * (left / (config.cooldown * config.max_steps)))
+        left = max(0, config.max_steps - step) / (config.cooldown * config.max_steps)
+        return min(lr, config.max_lr * left) if left < 1 else lr
     if step < config.warmup_steps:
-        return rising
+        return lr
     if step >= config.max_steps:
         return config.max_lr * MIN_LR_RATIO
     progress = (step - config.warmup_steps) / (config.max_steps - config.warmup_steps)  # 0 to 1
@@ -628,8 +628,8 @@ def list_tensors(config: TrainConfig) -> str:
     """The state dictionary of the model that the flags describe, as a table."""
     if config.init_from:
         return tensor_table(GPT.from_pretrained(config.init_from).state_dict())
-    usual = "bytes" if config.demo else "gpt2"
-    name = load_shards(config.data_dir).encoding if config.data_dir.is_dir() else usual
+    usual, record = "bytes" if config.demo else "gpt2", config.data_dir / "shards.json"
+    name = read_record(record)["encoding"] if record.is_file() else usual
     return tensor_table(GPT(choose_model_config(config, get_encoding(name))).state_dict())
 
 

@@ -108,4 +108,5 @@ def main(name: str, config: train_gpt2.TrainConfig) -> None:
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in OPTIMIZERS:
         sys.exit(f"name a variant: {', '.join(OPTIMIZERS)}")
-    run_command(functools.partial(main, sys.argv.pop(1)), train_gpt2.TrainConfig)
+    variant = functools.partial(main, sys.argv.pop(1))
+    run_command(variant, train_gpt2.TrainConfig, default=train_gpt2.preset(sys.argv))

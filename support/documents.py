@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")  # one JSON object per line
 KINDS = (".parquet", *LINES, ".txt")
+RECORDS = ("shards.json", "shards.partial.json")  # fineweb.py's own, in its --output_dir
 PIECE = 250_000  # characters: the approximate size of a piece
 LONGEST_WORD = 4_000_000  # characters; tiktoken needs about 50 bytes of memory per character of a word
 
@@ -78,7 +79,8 @@ def local_files(patterns: Sequence[str], output_dir: Path | None = None) -> list
             if not inside and len(found) == 1:
                 raise InputError(f"--input {path}: the folder holds no {', '.join(KINDS)} files")
             for file in inside:
-                if is_named or not (output_dir and output_dir.resolve() in file.resolve().parents):
+                inside_output = output_dir and output_dir.resolve() in file.resolve().parents
+                if not inside_output or (is_named and file.name not in RECORDS):
                     paths.setdefault(file.resolve(), file)
     for path in paths.values():
         if not path.name.endswith(KINDS):

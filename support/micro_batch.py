@@ -142,11 +142,15 @@ def check_memory(model: Architecture, memory_limit_gb: float | None, world: Worl
     limits = world.from_all(memory_limit(world.device, memory_limit_gb))
     limit = min((limit for limit in limits if limit is not None), default=None)
     if limit is not None and own * GB > limit:
-        enough = math.ceil(4 * each * GB / (limit / 2))  # shares that leave half of the memory free
+        advice = "choose a smaller --model"
+        if world.device.type != "cpu":  # where all processes share one memory
+            enough = math.ceil(4 * each * GB / (limit / 2))  # shares that leave half of the memory free
+            advice += (
+                f", or divide it among {enough} such devices: torchrun --nproc_per_node={enough} and --shard"
+            )
         raise InputError(
             f"a model of {model.n_parameters:,} parameters needs {need}, {each / shares:.2f} GB each; "
-            f"{device_name(world.device)} has {limit / GB:.2f} GB for it: choose a smaller --model, or "
-            f"divide it among {enough} such devices: torchrun --nproc_per_node={enough} and --shard"
+            f"{device_name(world.device)} has {limit / GB:.2f} GB for it: {advice}"
         )
     return need
 

@@ -158,10 +158,11 @@ def faults_in_one_line() -> Iterator[None]:
 
 
 def leave_terminal() -> None:
-    """From now on, what is meant for the terminal goes nowhere: it is gone, and writing to it is an error."""
+    """The terminal is gone: writing to it is an error, and so is writing to `tee`, which has ended with it.
+    From now on, what is meant for them goes nowhere. Files stay."""
     with open(os.devnull, "wb") as nowhere:
         for descriptor in (1, 2):
-            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 os.dup2(nowhere.fileno(), descriptor)
 
 
@@ -204,4 +205,5 @@ class StopSignals:
 
     def print(self, text: str) -> None:
         if self.is_main:
-            os.write(2, f"\n{text}\n".encode())  # the signal may have interrupted a print
+            with contextlib.suppress(OSError):  # Ctrl-C ends `tee` too
+                os.write(2, f"\n{text}\n".encode())  # the signal may have interrupted a print

@@ -3,6 +3,7 @@ What a run reports: a table at the start, lines or a bar during training, a tabl
 in run.json. It reports to the terminal, to log.txt, to status.json, and to wandb or trackio.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import math
@@ -141,10 +142,16 @@ def describe(facts: Facts, dollars_so_far: float, first_step: int = 0) -> str:
             rows["time"] += "; on a CPU, try --demo"
     if price := config["dollars_per_hour"]:
         rows["cost"] = f"${price:,.2f} an hour, ${dollars_so_far:,.2f} so far"
-    if config["warmup_steps"] >= config["max_steps"] > 0:
+    warm_up, falls_from = config["warmup_steps"], round((1 - config["cooldown"]) * config["max_steps"])
+    if config["schedule"] == "trapezoid" and warm_up > falls_from and config["max_steps"] > 0:
         rows["note"] = (
-            f"the learning rate still rises when the run ends: the warm-up takes {config['warmup_steps']} "
-            "steps; see --warmup_steps"
+            f"the learning rate never reaches --max_lr: the warm-up takes {warm_up} steps, the cooldown "
+            f"begins at step {falls_from}; see --warmup_steps"
+        )
+    elif warm_up >= config["max_steps"] > 0:
+        rows["note"] = (
+            f"the learning rate still rises when the run ends: the warm-up takes {warm_up} steps; see "
+            "--warmup_steps"
         )
     elif tokens > MANY_EPOCHS * data["train_tokens"]:
         rows["note"] = f"more than {MANY_EPOCHS} epochs: the model may memorize the text; lower --max_steps"
@@ -248,8 +255,9 @@ class Progress:
     def show(self, text: str) -> None:
         """Print above the bar. The thread that saves does so too: tqdm has a lock."""
         if self.is_main:
-            tqdm.write(text)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):  # nobody reads it any more: no reason to stop
+                tqdm.write(text)
+                sys.stdout.flush()
 
     def write_status(self, ended: bool = False) -> None:
         """Write status.json: at most once a second, and when the run has ended. Times are Unix times, the

@@ -392,6 +392,12 @@ def test_text_in_the_output_folder_alone_is_no_input(tmp_path):
     done = call("fineweb.py", *flags, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "or all in --output_dir, which is left out" in done.stderr
+    for _ in range(2):  # what is named is read, wherever it lies, but for the record of the shards
+        found = [str(path) for path in tmp_path.iterdir() if path.suffix in (".txt", ".json")]
+        flags = "--encoding=bytes", "--shard_size=700", f"--output_dir={tmp_path}"
+        done = call("fineweb.py", "--input", *found, *flags)
+    assert len(found) == 2
+    assert "is finished" in done.stdout
 
 
 def test_a_disk_too_small_is_refused_before_the_work(tmp_path, monkeypatch):

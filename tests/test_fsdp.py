@@ -8,7 +8,7 @@ import sys
 import time
 
 from conftest import ROOT, TINY, call, run, torchrun
-from support import fsdp
+from support import fsdp, micro_batch
 from support.cli import InputError
 from support.curves import read_log
 from support.files import sha256
@@ -361,11 +361,16 @@ def test_an_old_pytorch_says_what_helps(divided, monkeypatch):
         fail_alone(divided)
 
 
-def test_what_cannot_fit_says_what_would():
-    """GPT-2 XL: 23.2 GB of states; on cards of 22 GB, three leave half of each free."""
+def test_what_cannot_fit_says_what_would(monkeypatch):
+    """GPT-2 XL: 23.2 GB of states; on cards of 22 GB, three leave half of each free. On a CPU, dividing would
+    not help: the processes share its memory."""
     xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
-    with pytest.raises(InputError, match=r"divide it among 3 such devices: torchrun --nproc_per_node=3"):
+    with pytest.raises(InputError, match=r"GB for it: choose a smaller --model$"):
         check_memory(xl, 22.0, World(0, 1, torch.device("cpu")))
+    monkeypatch.setattr(micro_batch, "memory_limit", lambda *_: 22.0 * 2**30)
+    monkeypatch.setattr(micro_batch, "device_name", lambda _: "a card")
+    with pytest.raises(InputError, match=r"divide it among 3 such devices: torchrun --nproc_per_node=3"):
+        check_memory(xl, 22.0, World(0, 1, torch.device("cuda")))
     assert "2.90 GB for weights" in check_memory(xl, 22.0, World(0, 1, torch.device("cpu")), shares=8)
 
 

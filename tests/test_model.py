@@ -420,7 +420,7 @@ def test_initialisation_is_gpt2s():
 
 
 def test_parameters_are_counted_as_openai_counts():
-    counts = {name: GPTConfig(**shape).n_parameters for name, shape in PRESETS.items()}
+    counts = {name: GPTConfig(**shape).n_parameters for name, shape in PRESETS.items() if name != "demo"}
     assert counts == {
         "gpt2": 124_439_808,
         "gpt2-medium": 354_823_168,

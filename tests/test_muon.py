@@ -209,7 +209,7 @@ def test_presets_choose_the_recipe_and_flags_override_it(text_shards, tmp_path):
     assert preset(["train_gpt2.py", "--recipe", "fast"]) == preset(["train_gpt2.py", "--recipe=fast"]) == FAST
     assert preset(["train_gpt2.py", "--demo"]) == DEMO
     slow = preset(["train_gpt2.py", "--demo", "--recipe", "tutorial"])
-    assert (slow.recipe, slow.optimizer, slow.schedule, slow.n_embd) == ("tutorial", "adamw", "cosine", 192)
+    assert (slow.recipe, slow.optimizer, slow.schedule, slow.model) == ("tutorial", "adamw", "cosine", "demo")
     changed = {name for name in vars(FAST) if getattr(FAST, name) != getattr(TrainConfig(), name)}
     assert changed == {"recipe", "optimizer", "schedule", "max_lr", "warmup_steps", "max_steps"}
     flags = ("--recipe=fast", "--max_steps=2", "--schedule=cosine", "--sample_every=0", "--val_every=0")

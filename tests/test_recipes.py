@@ -183,8 +183,23 @@ def test_adamw_and_muon_take_turns(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(optimizers, "SIZES", tiny)
     monkeypatch.setattr(optimizers, "set_up_for_training", lambda device: None)
     monkeypatch.setattr(optimizers.torch, "set_num_threads", lambda count: None)
+    make_step, rate, turns = optimizers.make_step, optimizers.rate, []
+    named = {}
+
+    def make_and_name(size, name):
+        step = make_step(size, name)
+        named[step] = name
+        return step
+
+    def rate_and_note(step, seconds):
+        turns.append(named[step])
+        return rate(step, seconds)
+
+    monkeypatch.setattr(optimizers, "make_step", make_and_name)
+    monkeypatch.setattr(optimizers, "rate", rate_and_note)
     optimizers.main(optimizers.Config(n=3, seconds=0.01, out=tmp_path / "record.json"))
     measured = json.loads((tmp_path / "record.json").read_text())["models"]["tiny"]
     assert measured["ratios"] == [m / a for a, m in zip(measured["adamw"], measured["muon"], strict=True)]
     assert len(measured["ratios"]) == 3
+    assert turns == ["muon", "adamw", "adamw", "muon", "muon", "adamw"]
     assert "| tiny |" in capsys.readouterr().out

@@ -258,6 +258,20 @@ def test_a_signal_finishes_the_step_and_saves(number, status, flags, tmp_path, u
     assert_same_end(tmp_path / "log", undisturbed)
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+def test_a_pipe_whose_reader_ends_with_it(number, flags, tmp_path):
+    """As in `python train_gpt2.py 2>&1 | tee run.out`: tee gets the signal too."""
+    steps = tmp_path / "steps"
+    process = start(f"slow=0.1 step_file={steps}", *flags, stderr=subprocess.STDOUT)
+    wait_for_step(steps, 6)
+    process.stdout.close()
+    process.send_signal(number)
+    process.wait(timeout=30)
+    events = json.loads((tmp_path / "log/status.json").read_text())["events"]
+    stopped_at = int(re.search(r"stopped at step (\d+), state saved", events[-1][1])[1])
+    assert list_checkpoints(tmp_path / "log")[-1].name == f"checkpoint_{stopped_at:05d}"
+
+
 @pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_terminal_that_is_closed_finishes_the_step_and_saves(processes, flags, tmp_path, undisturbed):
     """As when an ssh connection is lost: SIGHUP arrives, and nothing can be printed any more."""

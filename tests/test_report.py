@@ -128,15 +128,16 @@ def test_what_takes_long_gives_signs_of_life(progress, monkeypatch):
     ]
 
 
-def table_of(max_steps, train_tokens, **facts):
+def table_of(max_steps, train_tokens, first_step=0, schedule="cosine", **facts):
     model = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), 1)
     words = dict.fromkeys(("device", "precision", "attention", "memory"), "")
     numbers = dict.fromkeys(("parameters", "world_size", "micro_batch_size", "val_tokens"), 1)
-    made = {**facts_of(max_steps=max_steps, warmup_steps=10), **words, **numbers, "hellaswag_items": 0,
+    config = facts_of(max_steps=max_steps, warmup_steps=10, schedule=schedule)
+    made = {**config, **words, **numbers, "hellaswag_items": 0,
             "grad_accum_steps": 512, "model_config": {**model, "encoding": "gpt2"},
             "data": {"train_tokens": train_tokens, "train_shards": 1},
             "warm_up_step_seconds": None}  # fmt: skip
-    return report.describe(made | facts, 0.0)
+    return report.describe(made | facts, 0.0, first_step)
 
 
 def test_what_may_surprise_is_noted():
@@ -145,12 +146,15 @@ def test_what_may_surprise_is_noted():
     assert "less than 1,000,000 tokens" in table_of(20, 999_999)
     assert "the learning rate still rises when the run ends: the warm-up takes 10 steps" in table_of(9, 10**7)
     assert "note:" not in table_of(0, 10**7)
+    assert "the warm-up takes 10 steps, the cooldown begins at step 8" in table_of(20, 10**7, 0, "trapezoid")
+    assert "note:" not in table_of(25, 10**7, 0, "trapezoid")
 
 
 def test_a_run_that_a_cpu_can_not_finish_says_so_at_once():
     hopeless = table_of(19_073, 10**10, warm_up_step_seconds=20_000.0, device="cpu (x86_64, 2 cores)")
     assert "about 4,415 days of training, plus evaluation (estimated from the warm-up); on a CPU" in hopeless
     assert "time:" not in table_of(100, 10**7)
+    assert "about 33 min" in table_of(100, 10**7, 80, warm_up_step_seconds=100.0)  # 20 steps are left
 
 
 def test_a_models_text_is_readable():
