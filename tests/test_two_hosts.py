@@ -16,6 +16,7 @@ from support.files import sha256
 from support.run_folder import list_checkpoints
 
 import pytest
+from filelock import FileLock
 
 HOSTS = ("gpt2-host-a", "gpt2-host-b")
 ADDRESSES = ("10.79.31.1", "10.79.31.2")
@@ -26,7 +27,14 @@ def ip(*arguments, check=True):
 
 
 @pytest.fixture
-def two_hosts():
+def alone(tmp_path_factory):
+    """The namespaces have fixed names: tests that run in parallel take turns."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "two_hosts.lock"):
+        yield
+
+
+@pytest.fixture
+def two_hosts(alone):
     if not shutil.which("ip") or os.geteuid() != 0:
         pytest.skip("needs root and iproute2 to make network namespaces")
     try:
