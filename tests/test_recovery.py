@@ -47,6 +47,16 @@ def faulty(faults, *flags, launch=run, **options):
     return launch(ROOT / "tests/faults.py", *flags, env=env, **options)
 
 
+def hear_hangups():
+    """Even if the tests run under nohup, which ignores them for all that they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def open_terminal():
+    hear_hangups()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
 def start(faults, *flags, processes=0, **options):
     """Start a run in the background, in a session of its own; returns the process."""
     launcher = (
@@ -60,7 +70,7 @@ def start(faults, *flags, processes=0, **options):
         cwd=ROOT,
         text=True,
         start_new_session=True,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear_hangups, **options},
     )
 
 
@@ -279,7 +289,7 @@ def test_a_terminal_that_is_closed_finishes_the_step_and_saves(processes, flags,
     steps = tmp_path / "steps"
     process = start(f"slow=0.1 step_file={steps}", *flags, *["--micro_batch_size=4"] * bool(processes),
                     processes=processes, stdin=theirs, stdout=theirs, stderr=theirs,
-                    preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))  # fmt: skip
+                    preexec_fn=open_terminal)  # fmt: skip
     os.close(theirs)
     end = time.monotonic() + 60
     while not (steps.exists() and int(steps.read_text() or 0) >= 6):
