@@ -14,9 +14,9 @@ the rest are for training. `shards.json`, written last, records what they were m
 You may kill the job at any time: the same command resumes after the last finished shard, recorded in
 `shards.partial.json`, and produces the same bytes.
 
-Files on the Hub (support/hub.py) or on disk become documents (support/documents.py), tokens
-(support/tokens.py) and shards (support/shards.py). This file connects these steps. Shards that others have
-made take a shorter way (support/ready_shards.py).
+Files on the Hub (hub.py in support/data) or on disk become documents (documents.py), tokens (tokens.py) and
+shards (shards.py). This file connects these steps. Shards that others have made take a shorter way
+(ready_shards.py).
 """
 
 import math
@@ -29,13 +29,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from support.cli import InputError, run_command
-from support.documents import File, Piece, local_files, read_documents, text_bytes
-from support.encodings import get_encoding
-from support.files import lock_folder
-from support.hub import Downloads, dataset_files
-from support.ready_shards import fetch_shards
-from support.shards import (
+from support.cli import InputError, file_size, plural, run_command
+from support.data.documents import File, Piece, local_files, read_documents, text_bytes
+from support.data.encodings import get_encoding
+from support.data.hub import Downloads, dataset_files
+from support.data.ready_shards import fetch_shards
+from support.data.shards import (
     Place,
     Record,
     ShardWriter,
@@ -46,8 +45,8 @@ from support.shards import (
     new_record,
     write_shards,
 )
-from support.tokens import REMARKS
-from support.words import file_size, plural
+from support.data.tokens import REMARKS
+from support.files import lock_folder
 
 from tqdm import tqdm
 

@@ -27,14 +27,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from support.cli import CommandError, InputError, run_command
-from support.device import autocast_to, choose_device, is_out_of_memory, pack_for_cpu, to_device
-from support.encodings import get_encoding
-from support.fsdp import gathered
-from support.hub import hub_or_disk
-from support.huggingface import find_model
-from support.kv_cache import KVCache
-from support.processes import World
-from support.sampling import LanguageModel
+from support.data.encodings import get_encoding
+from support.data.hub import hub_or_disk
+from support.machine.device import autocast_to, choose_device, is_out_of_memory, pack_for_cpu, to_device
+from support.machine.processes import World
+from support.machine.sharding import gathered
+from support.model.huggingface import find_model
+from support.model.kv_cache import KVCache
+from support.model.sampling import LanguageModel
 
 import numpy as np
 import tiktoken

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Annotated
 
 from support.cli import InputError, run_command
-from support.curves import draw_runs, save_picture
-from support.watch import serve
+from support.run.curves import draw_runs, save_picture
+from support.run.watch import serve
 
 import numpy as np
 import tyro

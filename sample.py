@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from support.cli import InputError, run_command
-from support.device import autocast_to, choose_device
-from support.encodings import get_encoding
-from support.sampling import PROMPT, stream
+from support.data.encodings import get_encoding
+from support.machine.device import autocast_to, choose_device
+from support.model.sampling import PROMPT, stream
 
 import torch
 

@@ -27,21 +27,21 @@ from typing import Any, Literal
 # Our own imports come before torch's: support/__init__.py sets two variables that torch reads.
 from hellaswag import Item, evaluate, items_for_training
 from support.cli import InputError, check_numbers, run_command
-from support.demo import write_demo_shards
-from support.device import choose_dtype, fast_attention, mixed_precision, start_reading, to_device
-from support.divergence import check_finite, step_if_finite
-from support.encodings import get_encoding
-from support.fsdp import count_shares, divide, gathered, sync_gradients, whole
-from support.huggingface import Sizes, find_model, read_sizes, read_tensors, write_model
-from support.kv_cache import KVCache
-from support.loss import next_token_loss
-from support.micro_batch import fit_to_device, plan_micro_batch
-from support.muon import Muon, muon_groups
-from support.processes import StopSignals, World, faults_in_one_line, start_processes
-from support.report import Progress, gather_facts, tensor_table
-from support.run_folder import RunFolder, recipe_of
-from support.sampling import stream, write_samples
-from support.shards import Shards, load_shards, read_record
+from support.data.demo import write_demo_shards
+from support.data.encodings import get_encoding
+from support.data.shards import Shards, load_shards, read_record
+from support.machine.device import choose_dtype, fast_attention, mixed_precision, start_reading, to_device
+from support.machine.divergence import check_finite, step_if_finite
+from support.machine.micro_batch import fit_to_device, plan_micro_batch
+from support.machine.processes import StopSignals, World, faults_in_one_line, start_processes
+from support.machine.sharding import count_shares, divide, gathered, sync_gradients, whole
+from support.model.huggingface import Sizes, find_model, read_sizes, read_tensors, write_model
+from support.model.kv_cache import KVCache
+from support.model.loss import next_token_loss
+from support.model.muon import Muon, muon_groups
+from support.model.sampling import stream, write_samples
+from support.run.folder import RunFolder, recipe_of
+from support.run.report import Progress, gather_facts, tensor_table
 
 import numpy as np
 import tiktoken
@@ -63,7 +63,7 @@ class GPTConfig:
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768  # width of the residual stream
-    encoding: str = "gpt2"  # what the token ids stand for, see support/encodings.py
+    encoding: str = "gpt2"  # what the token ids stand for, see support/data/encodings.py
 
     def __post_init__(self) -> None:
         if min(self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd) < 1:
@@ -125,7 +125,7 @@ class TrainConfig:
     total_batch_size: int = 524_288  # tokens per step, 2**19: about 0.5M (GPT-3 paper, table 2.1)
     max_steps: int = 19_073  # updates: one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
-    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, see support/muon.py
+    optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, see support/model/muon.py
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
     adamw_lr_ratio: float = 2.0  # with muon: AdamW's rate, for all but the blocks' matrices, over max_lr
     schedule: Literal["cosine", "trapezoid"] = "cosine"  # of the learning rate, see get_lr
@@ -290,7 +290,7 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.loss_chunks = 1  # changes how the loss is computed, not its value: support/loss.py
+        self.loss_chunks = 1  # changes how the loss is computed, not its value: support/model/loss.py
         self.recompute = False  # see TrainConfig.recompute
         self.transformer = Transformer(
             {
@@ -412,8 +412,8 @@ class GPT(nn.Module):
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
         """Continue each row of `idx`, (B, T): returns (B, T + max_new_tokens) int64. Each new token is drawn
-        from the model's probabilities for it; support/sampling.py has the loop and explains the `options`
-        temperature, top_k, top_p, seed and compile."""
+        from the model's probabilities for it; support/model/sampling.py has the loop, and explains the
+        `options` temperature, top_k, top_p, seed and compile."""
         return torch.cat((idx, *stream(self, idx, max_new_tokens, **options)), dim=1)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.training import spread
-from support.device import choose_device, device_name
+from support.machine.device import choose_device, device_name
 
 import torch
 import tyro

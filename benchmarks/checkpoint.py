@@ -20,10 +20,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from support import run_folder
-from support.device import free_host_memory, set_up_for_training
-from support.processes import World
-from support.run_folder import SAVE_AT_LEAST_EVERY, RunFolder, list_checkpoints
+from support.machine.device import free_host_memory, set_up_for_training
+from support.machine.processes import World
+from support.model.huggingface import list_checkpoints
+from support.run import folder as run_folder
+from support.run.folder import SAVE_AT_LEAST_EVERY, RunFolder
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import torch

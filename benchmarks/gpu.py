@@ -41,13 +41,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from benchmarks import hellaswag, sampling, training
-from support.cli import InputError, run_command
-from support.curves import read_log
-from support.device import GB, choose_device, choose_dtype, device_name, is_out_of_memory
+from support.cli import InputError, plural, run_command
 from support.files import to_json, write_file
-from support.micro_batch import LOSS_CHUNKS
-from support.run_folder import versions
-from support.words import plural
+from support.machine.device import GB, choose_device, choose_dtype, device_name, is_out_of_memory
+from support.machine.micro_batch import LOSS_CHUNKS
+from support.run.curves import read_log
+from support.run.folder import versions
 from train_gpt2 import TrainConfig
 
 import torch

@@ -19,8 +19,8 @@ from typing import Any
 
 from benchmarks.training import default_attention
 from hellaswag import Item, evaluate, load_items
-from support.device import choose_device, device_name, pack_for_cpu
-from support.encodings import get_encoding
+from support.data.encodings import get_encoding
+from support.machine.device import choose_device, device_name, pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 import torch

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.training import spread
-from support.device import autocast_to, choose_device, choose_dtype, device_name, keep_freed_memory
-from support.micro_batch import LOSS_CHUNKS, try_step
+from support.machine.device import autocast_to, choose_device, choose_dtype, device_name, keep_freed_memory
+from support.machine.micro_batch import LOSS_CHUNKS, try_step
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import torch

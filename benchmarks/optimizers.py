@@ -18,8 +18,8 @@ from typing import Literal
 from benchmarks.recipes import ROOT, SIZES
 from benchmarks.training import spread
 from support.cli import check_numbers
-from support.device import autocast_to, fast_attention, set_up_for_training
 from support.files import to_json, write_file
+from support.machine.device import autocast_to, fast_attention, set_up_for_training
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import torch

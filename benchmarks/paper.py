@@ -14,9 +14,9 @@ from pathlib import Path
 
 from benchmarks.training import spread
 from hellaswag import N_VALIDATION
-from support.curves import draw_runs
-from support.device import GB, HEAD_ROOM, peak_flops
-from support.micro_batch import Plan
+from support.machine.device import GB, HEAD_ROOM, peak_flops
+from support.machine.micro_batch import Plan
+from support.run.curves import draw_runs
 from train_gpt2 import PRESETS, GPTConfig, TrainConfig
 
 import tyro

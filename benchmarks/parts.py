@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.training import spread
-from support.device import (
+from support.data.shards import load_shards
+from support.machine.device import (
     choose_device,
     choose_dtype,
     device_name,
@@ -23,7 +24,6 @@ from support.device import (
     keep_freed_memory,
     to_device,
 )
-from support.shards import load_shards
 from train_gpt2 import GPT, GPTConfig, TokenLoader, TrainConfig, configure_optimizer
 
 import numpy as np

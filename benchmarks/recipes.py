@@ -32,8 +32,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from support.cli import check_numbers
-from support.curves import read_run, save_picture
 from support.files import to_json, write_file
+from support.run.curves import read_run, save_picture
 
 import numpy as np
 import torch

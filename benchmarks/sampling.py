@@ -23,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 from benchmarks.training import default_attention
-from support.device import choose_device, device_name, pack_for_cpu
+from support.machine.device import choose_device, device_name, pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 import torch
@@ -46,7 +46,7 @@ class Config:
 
 def unpacked(write: Callable[[GPT], torch.Tensor], model: GPT) -> torch.Tensor:
     """What `write` does with the model as it is."""
-    with mock.patch("support.sampling.packing_pays", return_value=False):
+    with mock.patch("support.model.sampling.packing_pays", return_value=False):
         return write(model)
 
 

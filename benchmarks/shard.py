@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.training import spread
-from support.device import choose_device, device_name, mixed_precision
-from support.fsdp import sync_gradients
-from support.micro_batch import wrap_model
-from support.processes import start_processes
+from support.machine.device import choose_device, device_name, mixed_precision
+from support.machine.micro_batch import wrap_model
+from support.machine.processes import start_processes
+from support.machine.sharding import sync_gradients
 from train_gpt2 import GPTConfig, TrainConfig, configure_optimizer, make_model
 
 import torch

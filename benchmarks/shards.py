@@ -28,10 +28,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fineweb import local_files, read_files
-from support.encodings import get_encoding
+from support.data.encodings import get_encoding
+from support.data.shards import ShardWriter, new_record, write_shards
+from support.data.tokens import encode_stream
 from support.files import sha256, write_file
-from support.shards import ShardWriter, new_record, write_shards
-from support.tokens import encode_stream
 
 import numpy as np
 import pyarrow

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.device import (
+from support.machine.device import (
     autocast_to,
     choose_device,
     choose_dtype,
@@ -61,7 +61,7 @@ class Config:
     device: str = "cpu"
     dtype: str = "auto"
     backend: str = "inductor"  # of torch.compile
-    loss_chunks: int = 1  # see support/loss.py; this and the next two: ours alone
+    loss_chunks: int = 1  # see support/model/loss.py; this and the next two: ours alone
     recompute: bool = False  # compute the blocks again in the backward pass
     memory_budget: float = 1.0  # share of the activations that compiled code keeps; 0: as if all recomputed
     out: Path | None = None  # write the figures here as JSON

@@ -18,9 +18,9 @@ import sys
 from typing import Any
 
 import train_gpt2
-from support import muon
 from support.cli import run_command
-from support.muon import Muon
+from support.model import muon
+from support.model.muon import Muon
 
 import torch
 

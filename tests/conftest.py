@@ -12,9 +12,9 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from support.documents import Piece
-from support.encodings import get_encoding
-from support.shards import ShardWriter, new_record, write_shards
+from support.data.documents import Piece
+from support.data.encodings import get_encoding
+from support.data.shards import ShardWriter, new_record, write_shards
 
 import numpy as np
 import pytest

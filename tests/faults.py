@@ -20,7 +20,7 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     backend_rank=RANK     it fails only there
     trial_oom=N           memory runs out in the N-th forward pass of the process, which is one of a trial
     hosts=N               the processes of this machine take themselves for those of N hosts
-    whole_gradients=SHARE  see support/fsdp.py
+    whole_gradients=SHARE  see support/machine/sharding.py
     scale=SCALE           float16's first scale
 """
 
@@ -32,8 +32,9 @@ import time
 from pathlib import Path
 
 import train_gpt2
-from support import fsdp, micro_batch, run_folder
 from support.cli import run_command
+from support.machine import micro_batch, sharding
+from support.run import folder as run_folder
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -176,7 +177,7 @@ if "hosts" in faults:
     os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(faults["hosts"]))
 
 if "whole_gradients" in faults:
-    fsdp.WHOLE_GRADIENTS = float(faults["whole_gradients"])
+    sharding.WHOLE_GRADIENTS = float(faults["whole_gradients"])
 
 if "scale" in faults:
     make_scaler = torch.amp.GradScaler

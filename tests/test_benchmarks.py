@@ -12,7 +12,7 @@ from dataclasses import replace
 from benchmarks import gpu, hellaswag, paper, sampling, training
 from conftest import ROOT, make_shards, run
 from support.cli import InputError, parse
-from support.curves import read_log
+from support.run.curves import read_log
 
 import pytest
 import torch

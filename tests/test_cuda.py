@@ -1,8 +1,8 @@
 """What only a GPU can show; every test skips without one."""
 
 from conftest import TINY, run
-from support.curves import read_log
-from support.sampling import stream
+from support.model.sampling import stream
+from support.run.curves import read_log
 from train_gpt2 import GPT, GPTConfig
 
 import pytest

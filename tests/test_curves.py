@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from conftest import call, run
-from support import curves
 from support.cli import InputError
+from support.run import curves
 from train_gpt2 import GPT, GPTConfig
 
 import matplotlib.figure

@@ -5,7 +5,7 @@ import shutil
 
 from conftest import make_shards
 from support.cli import InputError
-from support.shards import load_shards, open_shard
+from support.data.shards import load_shards, open_shard
 from train_gpt2 import TokenLoader
 
 import numpy as np

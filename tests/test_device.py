@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import train_gpt2
 from conftest import make_shards, run
-from support import device
-from support.device import (
+from support.machine import device
+from support.machine.device import (
     choose_attention,
     choose_dtype,
     fast_attention,
@@ -19,8 +19,8 @@ from support.device import (
     memory_limit,
     peak_flops,
 )
-from support.micro_batch import check_memory
-from support.processes import World
+from support.machine.micro_batch import check_memory
+from support.machine.processes import World
 from train_gpt2 import GPT, GPTConfig
 
 import pytest
@@ -164,10 +164,10 @@ import sys
 import hellaswag
 from hellaswag import Item, evaluate
 from pathlib import Path
-from support.device import autocast_to, keep_freed_memory
-from support.encodings import get_encoding
-from support.processes import World
-from support.shards import load_shards
+from support.machine.device import autocast_to, keep_freed_memory
+from support.data.encodings import get_encoding
+from support.machine.processes import World
+from support.data.shards import load_shards
 from train_gpt2 import GPT, GPTConfig, TokenLoader, estimate_val_loss
 import torch
 

@@ -1,7 +1,7 @@
 """One process or several: the same batch, the same gradients, the same losses."""
 
 from conftest import ROOT, TINY, call, run, torchrun
-from support.curves import read_log
+from support.run.curves import read_log
 
 import pytest
 import torch

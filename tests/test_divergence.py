@@ -3,8 +3,8 @@
 import math
 
 from support.cli import RunFault
-from support.divergence import check_finite
-from support.processes import World
+from support.machine.divergence import check_finite
+from support.machine.processes import World
 
 import pytest
 import torch

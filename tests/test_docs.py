@@ -110,7 +110,7 @@ def test_every_test_that_the_fault_table_names_exists():
 
 def test_every_room_is_on_the_map():
     page = (ROOT / "docs/reading.md").read_text(encoding="utf-8")
-    rooms = {file.name for file in ROOT.glob("support/*.py")} - {"__init__.py"}
+    rooms = {file.name for file in ROOT.glob("support/**/*.py")} - {"__init__.py"}
     assert set(re.findall(r"^\| `(\w+\.py)` \|", page, re.MULTILINE)) == rooms
 
 

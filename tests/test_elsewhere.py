@@ -7,14 +7,15 @@ import sys
 import types
 
 from conftest import ROOT, TINY, call, run
-from support import device, processes, run_folder
 from support.cli import InputError
 from support.files import lock_folder
+from support.machine import device, processes
+from support.run import folder as run_folder
 
 import pytest
 import torch
 
-FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/*.py")])
+FILES = sorted([*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py")])
 POSIX_ONLY = {"fcntl", "grp", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty"}
 FORKING = {
     "fork",

@@ -4,9 +4,9 @@ import gzip
 import hashlib
 import random
 
-from support import encodings
 from support.cli import InputError
-from support.encodings import MERGES, get_encoding, merges
+from support.data import encodings
+from support.data.encodings import MERGES, get_encoding, merges
 
 import pytest
 

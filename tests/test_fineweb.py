@@ -11,14 +11,14 @@ from dataclasses import dataclass
 import fineweb
 from conftest import ROOT, bin_shard, call, kill_until_done, make_shards, run, write_texts
 from hub import COMMIT, serve
-from support import documents
 from support.cli import InputError, RunFault, run_command
-from support.documents import PIECE, File, Piece, chunks_of, cut_document
-from support.encodings import END_OF_TEXT, get_encoding
+from support.data import documents
+from support.data.documents import PIECE, File, Piece, chunks_of, cut_document
+from support.data.encodings import END_OF_TEXT, get_encoding
+from support.data.hub import Downloads
+from support.data.shards import ShardWriter, load_shards, new_record, read_record, write_shards
+from support.data.tokens import encode_piece, encode_task
 from support.files import sha256
-from support.hub import Downloads
-from support.shards import ShardWriter, load_shards, new_record, read_record, write_shards
-from support.tokens import encode_piece, encode_task
 
 import numpy as np
 import pyarrow
@@ -527,7 +527,9 @@ configs:
 # fineweb.py that hands out small tasks, and does not wait before it asks the Hub again
 IMPATIENT = """
 import fineweb
-from support import documents, hub, tokens
+from support.data import documents
+from support.data import hub
+from support.data import tokens
 documents.PIECE = tokens.TASK = 1000
 hub.RETRY_AFTER = (0, 0)
 fineweb.run_command(fineweb.main, fineweb.ShardConfig)

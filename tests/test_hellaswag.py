@@ -9,7 +9,7 @@ from conftest import call, run, torchrun
 from hellaswag import LIMITS, Item, batches, evaluate, load_items, render, score_batch
 from hub import serve
 from support.cli import InputError
-from support.encodings import get_encoding
+from support.data.encodings import get_encoding
 from train_gpt2 import GPT, GPTConfig
 
 import pytest

@@ -9,7 +9,7 @@ from conftest import ROOT
 import pytest
 
 SCRIPTS = {"train_gpt2", "fineweb", "hellaswag", "sample", "plot"}
-ROOMS = sorted(ROOT.glob("support/*.py"))
+ROOMS = sorted(ROOT.glob("support/**/*.py"))
 ALL = sorted(ROOT.glob("*.py")) + ROOMS
 # Scripts that a script may import at its top, and inside its main().
 AT_THE_TOP = {"train_gpt2": {"hellaswag"}}

@@ -65,7 +65,7 @@ def test_our_imports_come_before_torchs():
 def test_cells_define_nothing_that_the_project_has():
     """They import the real functions, never copies."""
     definition = (ast.FunctionDef, ast.ClassDef)
-    files = [*ROOT.glob("*.py"), *ROOT.glob("support/*.py")]
+    files = [*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py")]
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in files]
     names = {node.name for tree in trees for node in tree.body if isinstance(node, definition)}
     nodes = [node for source in SOURCES for node in ast.walk(ast.parse(source))]

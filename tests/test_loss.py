@@ -1,7 +1,7 @@
 """Every way to compute the loss gives the plain loss and its gradients."""
 
-from support.device import autocast_to
-from support.loss import masked_cross_entropy
+from support.machine.device import autocast_to
+from support.model.loss import masked_cross_entropy
 from train_gpt2 import GPT, GPTConfig
 
 import pytest

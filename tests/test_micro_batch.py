@@ -4,17 +4,17 @@ from dataclasses import replace
 
 import train_gpt2
 from conftest import TINY, call
-from support import device, micro_batch
 from support.cli import InputError
-from support.curves import read_log, read_run
-from support.micro_batch import (
+from support.machine import device, micro_batch
+from support.machine.micro_batch import (
     check_memory,
     find_micro_batch_size,
     fit_to_device,
     micro_batch_sizes,
     try_step,
 )
-from support.processes import World
+from support.machine.processes import World
+from support.run.curves import read_log, read_run
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import pytest

@@ -5,12 +5,12 @@ import json
 import math
 from dataclasses import replace
 
-from support import sampling
 from support.cli import InputError
-from support.encodings import get_encoding
-from support.huggingface import read_sizes
-from support.kv_cache import FixedKVCache
-from support.sampling import COMPILE_FROM, choose_token
+from support.data.encodings import get_encoding
+from support.model import sampling
+from support.model.huggingface import read_sizes
+from support.model.kv_cache import FixedKVCache
+from support.model.sampling import COMPILE_FROM, choose_token
 from train_gpt2 import GPT, PRESETS, GPTConfig
 
 import pytest

@@ -5,10 +5,10 @@ import json
 from dataclasses import replace
 
 from conftest import TINY, call
-from support import muon
-from support.divergence import step_if_finite
-from support.muon import Muon, muon_groups, orthogonalize
-from support.processes import World
+from support.machine.divergence import step_if_finite
+from support.machine.processes import World
+from support.model import muon
+from support.model.muon import Muon, muon_groups, orthogonalize
 from train_gpt2 import DEMO, FAST, GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr, preset
 
 import pytest

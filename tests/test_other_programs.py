@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hellaswag
 from hellaswag import evaluate, load_items
-from support.encodings import get_encoding
+from support.data.encodings import get_encoding
 from train_gpt2 import GPT, GPTConfig
 
 import pytest

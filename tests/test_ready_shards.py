@@ -11,13 +11,13 @@ from contextlib import redirect_stdout
 import fineweb
 from conftest import TINY, bin_shard, call, kill_until_done, make_shards, write_texts
 from hub import COMMIT, serve
-from support import hub as hub_room
+from support.data import hub as hub_room
 from support.cli import InputError, RunFault
-from support.curves import comparable_loss
-from support.documents import File
+from support.data.documents import File
+from support.data.ready_shards import choose_shards
+from support.data.shards import load_shards, open_shard
 from support.files import lock_folder, sha256
-from support.ready_shards import choose_shards
-from support.shards import load_shards, open_shard
+from support.run.curves import comparable_loss
 
 import numpy as np
 import pytest

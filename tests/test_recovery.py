@@ -18,12 +18,13 @@ import time
 from pathlib import Path
 
 from conftest import ROOT, STOP_SIGNALS, TINY, call, make_shards, run, torchrun
-from support import run_folder
 from support.cli import InputError
-from support.curves import read_log
 from support.files import sha256
-from support.processes import StopSignals, World
-from support.run_folder import RunFolder, list_checkpoints
+from support.machine.processes import StopSignals, World
+from support.model.huggingface import list_checkpoints
+from support.run import folder as run_folder
+from support.run.curves import read_log
+from support.run.folder import RunFolder
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import numpy as np
@@ -688,7 +689,7 @@ def test_a_log_line_that_did_not_fit_is_written_later(tmp_path, monkeypatch):
     folder = RunFolder(tmp_path, True, print)
     folder.event(0, "train", "1.0")
     script = (
-        "import resource, sys; from pathlib import Path; from support.run_folder import RunFolder\n"
+        "import resource, sys; from pathlib import Path; from support.run.folder import RunFolder\n"
         "folder = RunFolder(Path(sys.argv[1]), True, print)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))\n"
         "folder.event(1, 'train', '2.0'); folder.event(2, 'train', '3.0')\n"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from conftest import TINY, call, run
 from hellaswag import Score
-from support import report, words
-from support.curves import read_log
-from support.processes import World
-from support.run_folder import RunFolder
+from support import cli as words
+from support.machine.processes import World
+from support.run import report
+from support.run.curves import read_log
+from support.run.folder import RunFolder
 from train_gpt2 import TrainConfig
 
 import pytest

@@ -9,11 +9,11 @@ import sample
 from conftest import call, run
 from hub import serve
 from sample import SampleConfig, main
-from support import sampling
 from support.cli import InputError, RunFault
-from support.device import PackedLinear, autocast_to, pack_for_cpu, packing_pays
-from support.encodings import get_encoding
-from support.huggingface import find_model
+from support.data.encodings import get_encoding
+from support.machine.device import PackedLinear, autocast_to, pack_for_cpu, packing_pays
+from support.model import sampling
+from support.model.huggingface import find_model
 from train_gpt2 import GPT, GPTConfig
 
 import pytest

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from conftest import ROOT, TINY, call, run
 from support import VERSION
-from support.curves import read_log
-from support.device import autocast_to
-from support.encodings import get_encoding
+from support.data.encodings import get_encoding
+from support.data.shards import load_shards
 from support.files import sha256
-from support.processes import World
-from support.run_folder import list_checkpoints
-from support.shards import load_shards
+from support.machine.device import autocast_to
+from support.machine.processes import World
+from support.model.huggingface import list_checkpoints
+from support.run.curves import read_log
 from train_gpt2 import (
     DEMO,
     GPT,
@@ -365,7 +365,7 @@ def test_the_demo_on_ones_own_text(tmp_path, text_shards, monkeypatch):
 def test_importing_the_files_does_nothing(tmp_path):
     files = ", ".join(
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
-        for file in (*ROOT.glob("*.py"), *ROOT.glob("support/*.py"))
+        for file in (*ROOT.glob("*.py"), *ROOT.glob("support/**/*.py"))
         if file.stem != "__init__"
     )
     code = (

@@ -11,9 +11,9 @@ import sys
 import time
 
 from conftest import ROOT, TINY, run
-from support.curves import read_log
 from support.files import sha256
-from support.run_folder import list_checkpoints
+from support.model.huggingface import list_checkpoints
+from support.run.curves import read_log
 
 import pytest
 from filelock import FileLock

@@ -15,10 +15,10 @@ import threading
 import time
 
 from conftest import ROOT, TINY, call
-from support import report, watch
 from support.cli import InputError
-from support.curves import read_log, smooth
-from support.run_folder import RunFolder
+from support.run import report, watch
+from support.run.curves import read_log, smooth
+from support.run.folder import RunFolder
 
 import pytest
 from test_curves import make_run
@@ -304,7 +304,7 @@ def test_the_server_gives_its_page_and_its_data_and_nothing_else(tmp_path):
         assert get.address[0] == "127.0.0.1"
         status, headers, text = get("/")
         assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
-        assert text == (ROOT / "support/watch.html").read_text(encoding="utf-8")
+        assert text == (ROOT / "support/run/watch.html").read_text(encoding="utf-8")
         assert headers["Content-Security-Policy"].startswith("default-src 'none'")
         status, headers, text = get("/data.json", host="localhost")
         assert (status, headers["Content-Type"]) == (200, "application/json; charset=utf-8")
@@ -328,7 +328,7 @@ def test_the_server_gives_its_page_and_its_data_and_nothing_else(tmp_path):
 
 
 def test_nothing_is_loaded_from_elsewhere():
-    page = (ROOT / "support/watch.html").read_text(encoding="utf-8")
+    page = (ROOT / "support/run/watch.html").read_text(encoding="utf-8")
     assert set(re.findall(r"https?://[^\s\"']+", page)) == {
         "http://www.w3.org/2000/svg"
     }  # a name, not a place

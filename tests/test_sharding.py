@@ -8,13 +8,13 @@ import sys
 import time
 
 from conftest import ROOT, TINY, call, run, torchrun
-from support import fsdp, micro_batch
 from support.cli import InputError
-from support.curves import read_log
 from support.files import sha256
-from support.micro_batch import check_memory
-from support.processes import World
-from support.run_folder import list_checkpoints
+from support.machine import micro_batch, sharding
+from support.machine.micro_batch import check_memory
+from support.machine.processes import World
+from support.model.huggingface import list_checkpoints
+from support.run.curves import read_log
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, make_model
 
 import pytest
@@ -67,8 +67,8 @@ def divided_work(rank, world_size, folder):
     model = make_model(CONFIG, SMALL, None, world, world_size, torch.float32)
     optimizer = configure_optimizer(model, CONFIG)
     found = train_here(model, optimizer, ROWS.chunk(world_size, dim=1)[rank])
-    weights = {name: fsdp.whole(p.detach()) for name, p in model.named_parameters()}
-    states = [t for state in optimizer.state.values() for t in state.values() if fsdp.is_divided(t)]
+    weights = {name: sharding.whole(p.detach()) for name, p in model.named_parameters()}
+    states = [t for state in optimizer.state.values() for t in state.values() if sharding.is_divided(t)]
     own = sum(t.to_local().nbytes for t in (*model.parameters(), *states))
     torch.save((found, weights, own), folder / f"rank{rank}")
     dist.destroy_process_group()
@@ -301,11 +301,11 @@ def test_what_is_refused():
     one, two = (Hosts(0, n, torch.device("cpu")) for n in (1, 2))
     object.__setattr__(two, "local", [2, 2])
     with pytest.raises(InputError, match="start them with torchrun"):
-        fsdp.count_shares(True, "adamw", one)
+        sharding.count_shares(True, "adamw", one)
     with pytest.raises(InputError, match="Muon needs whole matrices"):
-        fsdp.count_shares(True, "muon", two)
-    assert fsdp.count_shares(False, "muon", two) == 1
-    assert fsdp.count_shares(True, "adamw", two) == 2
+        sharding.count_shares(True, "muon", two)
+    assert sharding.count_shares(False, "muon", two) == 1
+    assert sharding.count_shares(True, "adamw", two) == 2
 
 
 @pytest.mark.parametrize(("local", "shares"), [([4] * 4, 4), ([2] * 4, 2), ([1] * 4, 4), ([3, 3, 3, 1], 4)])
@@ -313,7 +313,7 @@ def test_a_model_is_divided_within_hosts(local, shares):
     """Hosts with one process each share one copy; so do hosts that differ."""
     world = Hosts(0, 4, torch.device("cpu"))
     object.__setattr__(world, "local", local)
-    assert fsdp.count_shares(True, "adamw", world) == shares
+    assert sharding.count_shares(True, "adamw", world) == shares
 
 
 @pytest.fixture
@@ -324,7 +324,7 @@ def divided():
     with torch.device("meta"):
         model = GPT(GPTConfig(8, 257, 1, 1, 8, encoding="bytes"))
     weights = GPT(model.config).state_dict()
-    fsdp.divide(model, weights, world, 1, torch.float32, None)
+    sharding.divide(model, weights, world, 1, torch.float32, None)
     yield model
     dist.destroy_process_group()
 
@@ -332,7 +332,7 @@ def divided():
 def fail_alone(model):
     hook = model.transformer.h[0].register_forward_pre_hook(lambda *_: 1 / 0)
     try:
-        with fsdp.alone(model):
+        with sharding.alone(model):
             model(torch.zeros((1, 8), dtype=torch.int64))
     finally:
         hook.remove()

@@ -10,10 +10,11 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, replace
 
 from conftest import TINY, call
-from support.curves import read_log
 from support.files import sha256
-from support.model_card import run_card
-from support.run_folder import RunFolder, check_sums, list_checkpoints
+from support.model.huggingface import list_checkpoints
+from support.run.card import run_card
+from support.run.curves import read_log
+from support.run.folder import RunFolder, check_sums
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import pytest

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-from support.processes import World, all_gather
+from support.machine.processes import World, all_gather
 
 import torch
 from torch import nn

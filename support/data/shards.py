@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from support.cli import InputError, RunFault, in_words
-from support.documents import Piece
-from support.encodings import get_encoding
+from support.cli import InputError, RunFault, in_words, plural
+from support.data.documents import Piece
+from support.data.encodings import get_encoding
+from support.data.tokens import encode_stream
 from support.files import sha256, to_json, write_file
-from support.tokens import encode_stream
-from support.words import plural
 
 import numpy as np
 import tiktoken

@@ -17,8 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from support.cli import InputError, in_words
-from support.curves import (
+from support.cli import InputError, duration, in_words, plural
+from support.run.curves import (
     Points,
     caption,
     published_values,
@@ -28,7 +28,6 @@ from support.curves import (
     read_status,
     smooth,
 )
-from support.words import duration, plural
 
 MOST_ROWS = 1000  # of a curve: a chart has not many more pixels
 SILENCE = 300  # seconds without a sign of life, for instance in a save, that mean nothing yet

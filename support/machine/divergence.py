@@ -3,7 +3,7 @@
 import math
 
 from support.cli import RunFault
-from support.processes import World
+from support.machine.processes import World
 
 import torch
 import torch.distributed as dist

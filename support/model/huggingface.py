@@ -11,19 +11,18 @@ import operator
 import os
 import sys
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from support.cli import InputError
-from support.encodings import END_OF_TEXT, get_encoding, letters, merges
+from support.data.encodings import END_OF_TEXT, get_encoding, letters, merges
+from support.data.hub import model_files
 from support.files import to_json
-from support.hub import model_files
-from support.model_card import CARD, short_card
-from support.run_folder import list_checkpoints
 
 import safetensors
 import safetensors.torch
 import torch
 
+CARD = "README.md"  # the model card
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that work without an owner
 ARCHITECTURE = {  # the entries of config.json that define a GPT-2
     "model_type": "gpt2",
@@ -81,6 +80,16 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
     runs = [run for run in (Path("log", name), Path("log"), Path("log/demo")) if list_checkpoints(run)]
     hint = f"; did you mean {runs[0]}?" if runs else ""
     return model_files(repository, f"the model {name!r} (no folder here has that name{hint})")
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint_"))
+
+
+def list_checkpoints(log_dir: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    found = [path for path in log_dir.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
+    return sorted(found, key=step_of)
 
 
 def read_sizes(config_file: Path) -> Sizes:
@@ -175,3 +184,71 @@ def tokenizer_files(model_max_length: int) -> dict[str, str]:
     stored = json.loads(tokenizer.to_str())
     stored["model"]["merges"] = [" ".join(pair) for pair in merges()]  # the only form that old releases read
     return {"tokenizer.json": to_json(stored), "tokenizer_config.json": to_json(settings)}
+
+
+# -----------------------------------------------------------------------------
+# the model card of a model of whose training nothing is known; support/run/card.py has that of a run
+
+WITH_TOKENIZER = """\
+```python
+from transformers import pipeline
+
+write = pipeline("text-generation", ".")  # this folder; or the model's name on the Hub
+print(write("Hello, I'm a language model,", max_new_tokens=NEW)[0]["generated_text"])
+```
+"""
+WITH_BYTES = """\
+Its tokens are bytes: ids 0 to 255, and 256 ends a text. There is no tokenizer to load.
+
+```python
+import torch
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".")  # this folder; or the model's name on the Hub
+tokens = model.generate(torch.tensor([list(b"Hello")]), max_new_tokens=NEW, do_sample=True)[0].tolist()
+print(bytes(token for token in tokens if token < 256).decode(errors="replace"))
+```
+"""
+
+
+def short_card(n_parameters: int, encoding: str, block_size: int) -> str:
+    """The card of a model of whose training nothing is known."""
+    name = model_name(n_parameters)
+    first = f"A GPT-2 of {n_parameters:,} parameters. Its training is not recorded here."
+    return "\n".join([
+        metadata(encoding), f"# {name}\n", f"{first}\n",
+        "## How to use it\n", how_to_use(encoding, block_size),
+        "## Limits\n", limits(block_size),
+    ])  # fmt: skip
+
+
+def metadata(encoding: str, **known: Any) -> str:
+    """The block at the top, which the Hub reads."""
+    from huggingface_hub import ModelCardData
+
+    library = "transformers" if encoding == "gpt2" else None  # its pipelines need a tokenizer
+    data = ModelCardData(library_name=library, pipeline_tag="text-generation", **known)
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def model_name(n_parameters: int) -> str:
+    millions = n_parameters / 1e6
+    return f"GPT-2, {f'{millions:,.0f}' if millions >= 10 else f'{millions:.2g}'}M parameters"
+
+
+def how_to_use(encoding: str, block_size: int) -> str:
+    """Code that runs as it stands in the folder."""
+    code = WITH_TOKENIZER if encoding == "gpt2" else WITH_BYTES
+    return code.replace("NEW", f"{min(100, block_size // 2)}")
+
+
+def limits(block_size: int, epochs: float = 0) -> str:
+    lines = [
+        f"It continues text, and sees at most the last {block_size:,} tokens. It was not taught to follow "
+        "instructions.",
+        "It may write what is false, biased or offensive, as its training text may; nothing was done "
+        "against that.",
+    ]
+    if epochs >= 1.5:
+        lines.append(f"It has read its training text {epochs:.1f} times, and may repeat parts word for word.")
+    return "".join(f"- {line}\n" for line in lines)

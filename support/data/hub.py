@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from support.cli import CommandError, InputError, RunFault, in_words
-from support.documents import KINDS, File
+from support.data.documents import KINDS, File
 from support.files import sha256
 
 from tqdm import tqdm

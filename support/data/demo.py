@@ -9,9 +9,9 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.documents import Piece
-from support.encodings import get_encoding
-from support.shards import ShardWriter, new_record, write_shards
+from support.data.documents import Piece
+from support.data.encodings import get_encoding
+from support.data.shards import ShardWriter, new_record, write_shards
 
 
 def write_demo_shards(output_dir: Path) -> None:

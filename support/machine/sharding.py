@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from support.cli import InputError, in_words
-from support.device import memory_limit
-from support.processes import World, all_gather, reduce_scatter
+from support.machine.device import memory_limit
+from support.machine.processes import World, all_gather, reduce_scatter
 
 import torch
 import torch.distributed as dist

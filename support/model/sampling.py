@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from support.device import choose_compile, pack_for_cpu, packing_pays
-from support.fsdp import division_of, gathered
-from support.kv_cache import FixedKVCache, KVCache
+from support.machine.device import choose_compile, pack_for_cpu, packing_pays
+from support.machine.sharding import division_of, gathered
+from support.model.kv_cache import FixedKVCache, KVCache
 
 import tiktoken
 import torch

@@ -32,13 +32,14 @@ from pickle import UnpicklingError
 from typing import Any, Protocol
 
 from support.cli import InputError, RunFault, in_words
-from support.curves import draw_runs, read_log, read_run
-from support.device import device_name, free_host_memory, to_host
+from support.data.shards import Shards
 from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
-from support.fsdp import collect, is_divided, share_out_states
-from support.model_card import CARD, PICTURE, run_card
-from support.processes import World
-from support.shards import Shards
+from support.machine.device import device_name, free_host_memory, to_host
+from support.machine.processes import World
+from support.machine.sharding import collect, is_divided, share_out_states
+from support.model.huggingface import CARD, list_checkpoints, step_of
+from support.run.card import PICTURE, run_card
+from support.run.curves import draw_runs, read_log, read_run
 
 import safetensors
 import torch
@@ -351,16 +352,6 @@ class RunFolder:
                 f"the end of the run, step {step}, could not be saved; free some disk space, then "
                 "run it again with --resume"
             )
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint_"))
-
-
-def list_checkpoints(log_dir: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first."""
-    found = [path for path in log_dir.glob("checkpoint_*") if path.name.removeprefix("checkpoint_").isdigit()]
-    return sorted(found, key=step_of)
 
 
 def check_sums(folder: Path) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from support.cli import InputError
-from support.documents import LONGEST_WORD, Piece
-from support.encodings import END_OF_TEXT
+from support.data.documents import LONGEST_WORD, Piece
+from support.data.encodings import END_OF_TEXT
 
 import numpy as np
 import tiktoken

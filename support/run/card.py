@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from support import VERSION
-from support.curves import GPT2_HELLASWAG, GPT2_VAL_LOSS, Points, comparable_hellaswag, comparable_loss
-from support.words import duration, plural, printable
+from support.cli import duration, plural, printable
+from support.model.huggingface import how_to_use, limits, metadata, model_name
+from support.run.curves import GPT2_HELLASWAG, GPT2_VAL_LOSS, Points, comparable_hellaswag, comparable_loss
 
-CARD, PICTURE = "README.md", "loss.png"  # for people: no program here reads them back
+PICTURE = "loss.png"  # beside the card; both are for people: no program here reads them back
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TABLE_ROWS = 10  # at most, of the evaluations
 
@@ -23,38 +24,6 @@ KNOWN_DATASETS = {
     "HuggingFaceFW/fineweb-edu": ("en", "ODC-By 1.0"),
     "HuggingFaceFW/fineweb": ("en", "ODC-By 1.0"),
 }
-
-WITH_TOKENIZER = """\
-```python
-from transformers import pipeline
-
-write = pipeline("text-generation", ".")  # this folder; or the model's name on the Hub
-print(write("Hello, I'm a language model,", max_new_tokens=NEW)[0]["generated_text"])
-```
-"""
-WITH_BYTES = """\
-Its tokens are bytes: ids 0 to 255, and 256 ends a text. There is no tokenizer to load.
-
-```python
-import torch
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(".")  # this folder; or the model's name on the Hub
-tokens = model.generate(torch.tensor([list(b"Hello")]), max_new_tokens=NEW, do_sample=True)[0].tolist()
-print(bytes(token for token in tokens if token < 256).decode(errors="replace"))
-```
-"""
-
-
-def short_card(n_parameters: int, encoding: str, block_size: int) -> str:
-    """The card of a model of whose training nothing is known."""
-    name = model_name(n_parameters)
-    first = f"A GPT-2 of {n_parameters:,} parameters. Its training is not recorded here."
-    return "\n".join([
-        metadata(encoding), f"# {name}\n", f"{first}\n",
-        "## How to use it\n", how_to_use(encoding, block_size),
-        "## Limits\n", limits(block_size),
-    ])  # fmt: skip
 
 
 def run_card(
@@ -99,15 +68,6 @@ def run_card(
     return "\n".join(parts)
 
 
-def metadata(encoding: str, **known: Any) -> str:
-    """The block at the top, which the Hub reads."""
-    from huggingface_hub import ModelCardData
-
-    library = "transformers" if encoding == "gpt2" else None  # its pipelines need a tokenizer
-    data = ModelCardData(library_name=library, pipeline_tag="text-generation", **known)
-    return f"---\n{data.to_yaml()}\n---\n"
-
-
 def known_of(facts: dict[str, Any]) -> dict[str, Any]:
     """The metadata that follow from the data and the first weights."""
     dataset, init_from = facts["data"]["dataset"], facts["train_config"]["init_from"]
@@ -149,11 +109,6 @@ def results_at(step: int, facts: dict[str, Any], events: dict[str, Points]) -> l
                               dataset_split="validation", metric_type="acc_norm", metric_name=metric,
                               metric_value=score))  # fmt: skip
     return results
-
-
-def model_name(n_parameters: int) -> str:
-    millions = n_parameters / 1e6
-    return f"GPT-2, {f'{millions:,.0f}' if millions >= 10 else f'{millions:.2g}'}M parameters"
 
 
 def origin(facts: dict[str, Any]) -> str:
@@ -234,24 +189,6 @@ def training_table(facts: dict[str, Any], step: int, spent: dict[str, float], ep
         rows["time"] = (f"{duration(spent['training'])} of training, {duration(spent['other'])} of "
                         "evaluation, saving and start-up")  # fmt: skip
     return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-
-
-def how_to_use(encoding: str, block_size: int) -> str:
-    """Code that runs as it stands in the folder."""
-    code = WITH_TOKENIZER if encoding == "gpt2" else WITH_BYTES
-    return code.replace("NEW", f"{min(100, block_size // 2)}")
-
-
-def limits(block_size: int, epochs: float = 0) -> str:
-    lines = [
-        f"It continues text, and sees at most the last {block_size:,} tokens. It was not taught to follow "
-        "instructions.",
-        "It may write what is false, biased or offensive, as its training text may; nothing was done "
-        "against that.",
-    ]
-    if epochs >= 1.5:
-        lines.append(f"It has read its training text {epochs:.1f} times, and may repeat parts word for word.")
-    return "".join(f"- {line}\n" for line in lines)
 
 
 def license_of(facts: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ GPT2_VAL_LOSS = 3.2924  # OpenAI's 124M on FineWeb-Edu's validation shard (build
 GPT2_HELLASWAG = 0.2955  # OpenAI's 124M, acc_norm, tutorial protocol (build-nanogpt, hellaswag.py)
 GPT3_HELLASWAG = 0.337  # GPT-3 Small (GPT-3 paper, table H.1)
 ALL_HELLASWAG_ITEMS = 10_042
-CONFIG = "sample-10BT"  # of FineWeb-Edu: another one's validation shard is another text
+GPT2_VAL_LOSS_CONFIG = "sample-10BT"  # FineWeb-Edu's: the validation shard of another one is another text
 GPT2, GPT3 = "OpenAI's GPT-2 (124M)", "GPT-3 of the same size"  # labels
 
 
@@ -74,8 +74,8 @@ def read_status(folder: Path) -> dict[str, Any]:
 def comparable_loss(run: dict[str, Any]) -> bool:
     """Whether a run's loss is comparable with OpenAI's: same data, same tokens. `run` is its run.json; before
     version 1.1 it did not tell the dataset's config."""
-    data = run.get("data", {})
-    same = data.get("dataset") == "HuggingFaceFW/fineweb-edu" and data.get("config", CONFIG) == CONFIG
+    data = {"config": GPT2_VAL_LOSS_CONFIG, **run.get("data", {})}
+    same = (data.get("dataset"), data["config"]) == ("HuggingFaceFW/fineweb-edu", GPT2_VAL_LOSS_CONFIG)
     return run.get("encoding") == "gpt2" and same
 
 

@@ -17,12 +17,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from support.cli import InputError
-from support.documents import File
-from support.encodings import get_encoding
-from support.files import flush_to_disk, sha256, to_json, write_file
-from support.hub import Downloads, is_copy, repository_files
-from support.shards import (
+from support.cli import InputError, file_size, plural
+from support.data.documents import File
+from support.data.encodings import get_encoding
+from support.data.hub import Downloads, is_copy, repository_files
+from support.data.shards import (
     PARTIAL,
     Record,
     ShardEntry,
@@ -34,7 +33,7 @@ from support.shards import (
     open_shard,
     split_of,
 )
-from support.words import file_size, plural
+from support.files import flush_to_disk, sha256, to_json, write_file
 
 from tqdm import tqdm
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from support.cli import CommandError, InputError, RunFault
-from support.device import choose_device, is_out_of_memory, set_up_for_training
+from support.machine.device import choose_device, is_out_of_memory, set_up_for_training
 
 import torch
 import torch.distributed as dist

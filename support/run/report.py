@@ -19,14 +19,19 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from support.cli import InputError
-from support.curves import GPT2_HELLASWAG, GPT2_VAL_LOSS, comparable_hellaswag, comparable_loss, read_status
-from support.device import choose_attention, device_name, peak_flops
-from support.micro_batch import Fit, Plan
-from support.processes import World
-from support.run_folder import RunFolder, versions
-from support.shards import Shards
-from support.words import duration, plural, printable
+from support.cli import InputError, duration, plural, printable
+from support.data.shards import Shards
+from support.machine.device import choose_attention, device_name, peak_flops
+from support.machine.micro_batch import Fit, Plan
+from support.machine.processes import World
+from support.run.curves import (
+    GPT2_HELLASWAG,
+    GPT2_VAL_LOSS,
+    comparable_hellaswag,
+    comparable_loss,
+    read_status,
+)
+from support.run.folder import RunFolder, versions
 
 import torch
 from tqdm import tqdm

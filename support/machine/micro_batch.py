@@ -10,8 +10,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, cast
 
-from support.cli import InputError
-from support.device import (
+from support.cli import InputError, plural
+from support.machine.device import (
     GB,
     choose_compile,
     device_name,
@@ -20,9 +20,8 @@ from support.device import (
     is_out_of_memory,
     memory_limit,
 )
-from support.fsdp import alone, division_of, sync_gradients
-from support.processes import World
-from support.words import plural
+from support.machine.processes import World
+from support.machine.sharding import alone, division_of, sync_gradients
 
 import torch
 from torch import nn
@@ -143,7 +142,7 @@ def check_memory(model: Architecture, memory_limit_gb: float | None, world: Worl
     limit = min((limit for limit in limits if limit is not None), default=None)
     if limit is not None and own * GB > limit:
         advice = "choose a smaller --model"
-        if world.device.type != "cpu":  # where all processes share one memory
+        if world.device.type != "cpu":  # on a CPU, dividing does not help: the processes share one memory
             enough = math.ceil(4 * each * GB / (limit / 2))  # shares that leave half of the memory free
             advice += (
                 f", or divide it among {enough} such devices: torchrun --nproc_per_node={enough} and --shard"

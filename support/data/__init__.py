@@ -1,0 +1,1 @@
+"""The data: text in, token shards out, and where both are fetched."""

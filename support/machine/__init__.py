@@ -1,0 +1,1 @@
+"""The machine: its device, its processes, and what fits into its memory."""

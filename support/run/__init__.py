@@ -1,0 +1,1 @@
+"""The run: its folder, what it reports, its pictures and its page."""
