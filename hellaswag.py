@@ -24,23 +24,33 @@ import time
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from support.cli import CommandError, InputError, run_command
+from support.cli import CommandError, InputError, PositiveInt, check_numbers, run_command
 from support.data.encodings import get_encoding
 from support.data.hub import hub_or_disk
-from support.machine.device import autocast_to, choose_device, is_out_of_memory, pack_for_cpu, to_device
+from support.machine.device import (
+    DeviceName,
+    autocast_to,
+    choose_device,
+    is_out_of_memory,
+    to_device,
+    varying_shapes,
+)
 from support.machine.processes import World
 from support.machine.sharding import gathered
 from support.model.huggingface import find_model
-from support.model.kv_cache import KVCache
-from support.model.sampling import LanguageModel
+from support.model.packed import pack_for_cpu, packing_pays
+from support.model.sampling import KVCache
 
 import numpy as np
 import tiktoken
 import torch
 from torch.nn import functional as F
 from tqdm import tqdm
+
+if TYPE_CHECKING:
+    from train_gpt2 import GPT, TrainConfig
 
 DATASET = "Rowan/hellaswag"
 N_VALIDATION = 10_042  # items of the validation split (HellaSwag paper, section 4)
@@ -54,10 +64,10 @@ class ScoreConfig:
     model: tuple[str, ...] = ("gpt2",)  # Hub names (gpt2, gpt2-medium, ...), checkpoint or run folders
     protocol: Protocol = "tutorial"  # how prompts are built and endings scored; see the top of hellaswag.py
     data: Path | None = None  # items as JSON lines; default: the validation split from the Hub
-    limit: int | None = None  # score only this many items, spread evenly; default: all
+    limit: PositiveInt | None = None  # score only this many items, spread evenly; default: all
     save_predictions: Path | None = None  # write a JSON line per item here
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: DeviceName = "auto"
 
 
 @dataclass(frozen=True)
@@ -119,7 +129,7 @@ class Limits:
 LIMITS = {"cpu": Limits(8_192, 32, 2, 128), "gpu": Limits(65_536, 512, 16, 4_096)}
 
 
-def limits_for(model: LanguageModel) -> Limits:
+def limits_for(model: "GPT") -> Limits:
     """The limits of the model's device. A model larger than 124M gets fewer tokens, for the same memory."""
     device, config = next(model.parameters()).device, model.config
     limits = LIMITS["cpu" if device.type == "cpu" else "gpu"]
@@ -198,15 +208,15 @@ def load_items(file: Path | None = None, limit: int | None = None, flag: str = "
     return spread(items, limit)
 
 
-def items_for_training(every: int, file: Path | None, limit: int | None) -> list[Item]:
-    """The items to score during training; none if `every` is 0. If the Hub can't provide them, print a note
-    and return none; a local `file` must load."""
-    if not every:
+def items_for_training(config: "TrainConfig") -> list[Item]:
+    """The items to score during training; none if --hellaswag_every is 0. If the Hub can't provide them,
+    print a note and return none; a local --hellaswag_data must load."""
+    if not config.hellaswag_every:
         return []
     try:
-        return load_items(file, limit, "--hellaswag_data")
+        return load_items(config.hellaswag_data, config.hellaswag_limit, "--hellaswag_data")
     except CommandError as error:
-        if file is not None:
+        if config.hellaswag_data is not None:
             raise
         print(f"training without HellaSwag: {error}")
         return []
@@ -281,7 +291,7 @@ def batches(rendered: list[Rendered], limits: Limits) -> Iterator[list[Rendered]
         yield batch
 
 
-def score_within_memory(model: LanguageModel, batch: list[Rendered], limits: Limits) -> torch.Tensor:
+def score_within_memory(model: "GPT", batch: list[Rendered], limits: Limits) -> torch.Tensor:
     """`score_batch`, in a CPU's small batches if memory is too short for a GPU's large ones."""
     small = LIMITS["cpu"]
     try:
@@ -293,7 +303,7 @@ def score_within_memory(model: LanguageModel, batch: list[Rendered], limits: Lim
 
 
 @torch.no_grad()
-def score_batch(model: LanguageModel, batch: list[Rendered], limits: Limits) -> torch.Tensor:
+def score_batch(model: "GPT", batch: list[Rendered], limits: Limits) -> torch.Tensor:
     """The summed loss of every ending, in nats: (n_items, 4) float32. Never waits for the device.
 
     The first n_read tokens of each context are read once; the shortest context has one more. Each row
@@ -326,11 +336,7 @@ def score_batch(model: LanguageModel, batch: list[Rendered], limits: Limits) -> 
 
 
 def score_rows(
-    model: LanguageModel,
-    rows: list[list[int]],
-    starts: list[int],
-    caches: list[KVCache] | None,
-    logits_at_once: int,
+    model: "GPT", rows: list[list[int]], starts: list[int], caches: list[KVCache] | None, logits_at_once: int
 ) -> torch.Tensor:
     """The summed loss of each row from its start on, (n_rows,) float32, given the tokens in `caches`.
 
@@ -354,7 +360,7 @@ def score_rows(
 
 
 def evaluate(
-    model: LanguageModel,
+    model: "GPT",
     items: list[Item],
     encoding: tiktoken.Encoding,
     world: World | None = None,
@@ -377,7 +383,7 @@ def evaluate(
     sums = torch.zeros(len(own), 4, device=device)  # a small tensor per batch would fragment the memory
     right, n_counted, shown_at = 0, 0, time.monotonic()
     bar = tqdm(total=len(own), desc="HellaSwag", disable=not progress, dynamic_ncols=True)
-    with gathered(model), bar:
+    with gathered(model), varying_shapes(), bar:
         for batch in batches(own, limits):
             on_part(len(order), len(own))
             sums[len(order) : len(order) + len(batch)] = score_within_memory(model, batch, limits)
@@ -415,8 +421,7 @@ def evaluate(
 def main(config: ScoreConfig) -> None:
     from train_gpt2 import GPT
 
-    if config.limit is not None and config.limit < 1:
-        raise InputError(f"--limit {config.limit}: must be at least 1")
+    check_numbers(config)
     if not config.model:
         raise InputError("--model: name one or more")
     if config.save_predictions and len(config.model) > 1:
@@ -430,11 +435,11 @@ def main(config: ScoreConfig) -> None:
         find_model(name)  # fail before scoring the first if one is missing
     width = max(map(len, config.model))
     for name in config.model:
-        model = GPT.from_pretrained(name).to(device)
+        model = GPT.from_pretrained(name).to(device).eval()
         encoding = get_encoding(model.config.encoding, model.config.vocab_size)
-        if device.type == "cpu" and dtype == torch.float32:
-            model = pack_for_cpu(model, ("lm_head",))  # faster for the 128 rows it gets at a time
         with autocast_to(device, dtype):
+            if packing_pays(model.lm_head, LIMITS["cpu"].logits, times=len(items)):
+                model = pack_for_cpu(model, ("lm_head",))
             score = evaluate(model, items, encoding, progress=True, protocol=config.protocol)
         print(f"{name:{width}}  HellaSwag {score}", flush=True)
     if config.save_predictions:

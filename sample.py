@@ -15,7 +15,7 @@ from typing import Literal
 
 from support.cli import InputError, run_command
 from support.data.encodings import get_encoding
-from support.machine.device import autocast_to, choose_device
+from support.machine.device import DeviceName, autocast_to, choose_device
 from support.model.sampling import PROMPT, stream
 
 import torch
@@ -37,7 +37,7 @@ class SampleConfig:
     stream: bool = False  # print the words of one sample as they come
     compile: bool = False  # on a GPU, compile the step for one token: starts slowly, then is faster
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: DeviceName = "auto"
 
 
 def main(config: SampleConfig) -> None:
@@ -56,7 +56,7 @@ def main(config: SampleConfig) -> None:
     if config.stream and n_texts > 1:
         raise InputError(f"--stream with --num_samples {n_texts}: it shows one text as it is written")
     device = choose_device(config.device)
-    model = GPT.from_pretrained(config.model).to(device)
+    model = GPT.from_pretrained(config.model).to(device).eval()
     encoding = get_encoding(model.config.encoding, model.config.vocab_size)
     n_new = config.max_new_tokens
     if n_new is None:

@@ -17,7 +17,7 @@ from typing import Literal
 
 from benchmarks.recipes import ROOT, SIZES
 from benchmarks.training import spread
-from support.cli import check_numbers
+from support.cli import PositiveFloat, PositiveInt, check_numbers
 from support.files import to_json, write_file
 from support.machine.device import autocast_to, fast_attention, set_up_for_training
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
@@ -30,9 +30,9 @@ import tyro
 class Config:
     """Compare the time of a step with AdamW and with Muon."""
 
-    n: int = 7  # rounds
-    seconds: float = 4.0  # of steps in a row, before it is the other's turn
-    threads: int = 1
+    n: PositiveInt = 7  # rounds
+    seconds: PositiveFloat = 4.0  # of steps in a row, before it is the other's turn
+    threads: PositiveInt = 1
     out: Path = ROOT / "benchmarks/results/optimizers_cpu.json"
 
 
@@ -67,7 +67,7 @@ def rate(step: Callable[[], float], seconds: float) -> float:
 
 
 def main(config: Config) -> None:
-    check_numbers(config, {"n", "seconds", "threads"})
+    check_numbers(config)
     set_up_for_training(torch.device("cpu"))
     torch.set_num_threads(config.threads)
     results = {}

@@ -9,10 +9,10 @@ import platform
 import re
 import sys
 import types
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args, get_type_hints
 
 from support import VERSION
 
@@ -49,17 +49,24 @@ def in_words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def check_numbers(config: Any, positive: Collection[str] = (), at_most_1: Collection[str] = ()) -> None:
-    """Raises InputError if a numeric field of a dataclass is negative or nan, is 0 though named in
-    `positive`, or above 1 though named in `at_most_1`."""
+# Numbers with bounds, for the fields of a script's flags. Any other number must be at least 0.
+PositiveInt = Annotated[int, "positive"]
+PositiveFloat = Annotated[float, "positive"]
+Share = Annotated[float, "positive", "at most 1"]
+
+
+def check_numbers(config: Any) -> None:
+    """Raises InputError if a number in a dataclass is nan, or outside the bounds of its type."""
+    types = get_type_hints(type(config), include_extras=True)
     for field in fields(config):
-        value = getattr(config, field.name)
+        value, hint = getattr(config, field.name), types[field.name]
         if not isinstance(value, int | float):
             continue
-        if not (value > 0 if field.name in positive else value >= 0):  # written so that nan fails too
-            bound = "more than" if field.name in positive else "at least"
-            raise InputError(f"--{field.name} {value}: must be {bound} 0")
-        if value > 1 and field.name in at_most_1:
+        bounds = {bound for part in (hint, *get_args(hint)) for bound in getattr(part, "__metadata__", ())}
+        if not (value > 0 if "positive" in bounds else value >= 0):  # written so that nan fails too
+            least = "more than" if "positive" in bounds else "at least"
+            raise InputError(f"--{field.name} {value}: must be {least} 0")
+        if value > 1 and "at most 1" in bounds:
             raise InputError(f"--{field.name} {value}: must be at most 1")
 
 

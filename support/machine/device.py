@@ -1,7 +1,6 @@
 """What the device can do: precision, attention, compiler, peak rate, copies and memory."""
 
 import contextlib
-import copy
 import ctypes
 import importlib.util
 import os
@@ -11,20 +10,41 @@ import shutil
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal
 
 from support.cli import InputError
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-Module = TypeVar("Module", bound=nn.Module)
+from torch.nn.attention import SDPBackend
 
 GB = 2**30  # bytes, as GPU makers count
 HEAD_ROOM = 0.07  # share of memory kept free for fragmentation, communication and evaluation
+
+
+@dataclass(frozen=True)
+class DeviceType:
+    """A kind of device, and what differs between kinds beyond PyTorch's own names."""
+
+    torch_type: str  # what torch.device calls it
+    is_available: Callable[[], bool]
+    most_tokens: int  # of a micro-batch: more gains nothing
+    backend: str | None  # of torch.distributed; None: one process only
+    fused: bool  # whether optimizers have a fused version there
+
+
+# The first available one is what --device auto takes. Another kind of device is another row.
+DEVICES = {
+    "cuda": DeviceType("cuda", lambda: torch.cuda.is_available(), 2**16, "nccl", True),
+    "mps": DeviceType("mps", lambda: torch.backends.mps.is_available(), 2**14, None, False),
+    "cpu": DeviceType("cpu", lambda: True, 2**12, "gloo", True),
+}
+if TYPE_CHECKING:
+    DeviceName = str
+else:
+    DeviceName = Literal[("auto", *DEVICES)]  # the values of --device
 
 # Dense bfloat16 (before Ampere: float16) TFLOP/s of the tensor cores with float32 accumulation. Sources:
 # NVIDIA's data sheets for data-centre cards; for GeForce, appendix A of the GA102, Ada and RTX Blackwell
@@ -40,18 +60,18 @@ PEAK_TFLOPS = {
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; "auto" picks CUDA, else MPS, else the CPU. InputError if unavailable.
-
-    Also switches cuDNN's attention off, which PyTorch prefers on Hopper: it plans anew for every shape, and
-    sampling and scoring have hundreds of them. `fast_attention` switches it on where shapes stay the same.
-    """
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """The device called `name`; for "auto", the first of DEVICES that is available. Raises InputError if the
+    device is not available."""
     if name == "auto":
-        name = next(kind for kind, is_there in available.items() if is_there)
-    if not available[name]:
+        name = next(name for name, kind in DEVICES.items() if kind.is_available())
+    if not DEVICES[name].is_available():
         raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device")
-    return torch.device(name)
+    return torch.device(DEVICES[name].torch_type)
+
+
+def type_of(device: torch.device) -> DeviceType:
+    """The row of DEVICES for this device."""
+    return next(kind for kind in DEVICES.values() if kind.torch_type == device.type)
 
 
 def device_name(device: torch.device) -> str:
@@ -83,20 +103,6 @@ def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def mixed_precision(device: torch.device, dtype: torch.dtype) -> tuple[torch.autocast, torch.amp.GradScaler]:
-    """For training: `autocast_to` and a scaler, enabled only for float16. Small gradients underflow in
-    float16, so the loss is multiplied before the backward pass and the gradients are divided after it."""
-    return autocast_to(device, dtype), torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-
-def set_up_for_training(device: torch.device) -> None:
-    """On a GPU, use TF32 for float32 matrix products; on a CPU, keep freed memory between steps."""
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    elif device.type == "cpu":
-        keep_freed_memory()
-
-
 def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
     """Whether to use torch.compile, and the reason."""
     if not wanted:
@@ -114,22 +120,43 @@ def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
     return True, "on"
 
 
-def choose_attention(device: torch.device) -> list[SDPBackend]:
-    """PyTorch's attention backends, the fastest on this device first. cuDNN is 1.7 to 2.3 times as fast as
-    flash attention 2 on Hopper, but slower on Ampere."""
-    cudnn, flash = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
-    if device.type != "cuda":
-        return [flash, SDPBackend.MATH]
-    hopper_or_later = torch.cuda.get_device_capability(device)[0] in (9, 10)
-    order = [cudnn, flash] if hopper_or_later else [flash, cudnn]
-    return [*order, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the last two run everywhere
+# -----------------------------------------------------------------------------
+# attention
 
 
-def fast_attention(device: torch.device) -> contextlib.AbstractContextManager:
-    """A context with the device's fastest attention, for fixed shapes: cuDNN makes a new plan for every
-    shape, so scoring and sampling, whose lengths vary, do without. Run the backward pass inside it too:
-    recomputed blocks must use the same backend."""
-    return sdpa_kernel(choose_attention(device), set_priority=True)
+def prefer_fast_attention(device: torch.device) -> None:
+    """Let F.scaled_dot_product_attention take the fastest kernel for shapes that stay the same.
+
+    On Hopper and Blackwell that is cuDNN's, 1.7 to 2.3 times as fast as flash attention 2; where cuDNN's is
+    enabled, PyTorch takes it first there. Elsewhere flash attention is faster, and PyTorch's first choice.
+    """
+    hopper_or_later = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    torch.backends.cuda.enable_cudnn_sdp(hopper_or_later)
+
+
+@contextlib.contextmanager
+def varying_shapes() -> Iterator[None]:
+    """Inside, attention does without cuDNN's kernel. cuDNN makes a new plan for every shape, and sampling and
+    scoring have hundreds of shapes."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
+def attention_name(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
+    """The kernel that F.scaled_dot_product_attention takes, as PyTorch calls it."""
+    q = torch.zeros((1, 1, 16, head_size), dtype=dtype, device=device)
+    try:
+        return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
+    except (AttributeError, RuntimeError, TypeError, ValueError):  # PyTorch's own function, without promise
+        return "PyTorch's choice"
+
+
+# -----------------------------------------------------------------------------
+# rates and copies
 
 
 def peak_flops(name: str) -> float | None:
@@ -149,9 +176,9 @@ def to_device(device: torch.device, *values: torch.Tensor | np.ndarray) -> list[
     return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
-def start_reading(values: torch.Tensor) -> Callable[[], list[Any]]:
-    """Begin to copy values from the device; returns a function that waits for them. A GPU that is given more
-    work in between is busy with it while the host reads."""
+def copy_to_host(values: torch.Tensor) -> Callable[[], list[Any]]:
+    """Begin to copy values from the device; returns a function that waits for them and returns them. A GPU
+    that is given more work in between is busy with it while the host waits."""
     if values.device.type != "cuda":
         return values.tolist
     copy, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -175,39 +202,8 @@ def to_host(value: Any) -> Any:
     return value
 
 
-class PackedLinear(nn.Module):
-    """A linear layer with its weight in the layout that oneDNN, PyTorch's CPU matrix library, prefers: 1.1 to
-    5 times as fast for the one or eight rows of a decoding step, but not for training's thousands."""
-
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.bias = linear.bias
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack_for_cpu(module: Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> Module:
-    """The same function as a float32 model on a CPU, with PackedLinear for its linear layers of these names,
-    if PyTorch has oneDNN. It shares everything else with the model, which stays as it is."""
-    if not (torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")):
-        return module
-    twin = copy.copy(module)
-    twin._modules = module._modules.copy()
-    for name, child in module._modules.items():
-        if name in names and isinstance(child, nn.Linear):
-            twin._modules[name] = PackedLinear(child)
-        elif child is not None:
-            twin._modules[name] = pack_for_cpu(child, names)
-    return twin
-
-
-def packing_pays(weight: torch.Tensor, n_embd: int, max_new_tokens: int) -> bool:
-    """Whether `pack_for_cpu` saves more time than it takes, for a model of this width. Measured on two cores:
-    packing the 124M model takes as long as it saves in 10 to 25 tokens; a width of 192 gains nothing."""
-    on_cpu = weight.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-    return on_cpu and weight.dtype == torch.float32 and n_embd >= 384 and max_new_tokens >= 24
+# -----------------------------------------------------------------------------
+# memory
 
 
 def keep_freed_memory() -> None:
@@ -219,10 +215,6 @@ def keep_freed_memory() -> None:
         M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
-
-
-# -----------------------------------------------------------------------------
-# memory
 
 
 def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:

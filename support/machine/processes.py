@@ -13,28 +13,29 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from support.cli import CommandError, InputError, RunFault
-from support.machine.device import choose_device, is_out_of_memory, set_up_for_training
+from support.machine.device import choose_device, is_out_of_memory, keep_freed_memory, type_of
 
 import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-# of one tensor from each process; PyTorch 2.13 has renamed them
+CPU = torch.device("cpu")
+# It gathers one tensor from each process; PyTorch 2.13 has renamed it.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
 class World:
     """All processes of a run, seen from one of them: its rank, their number, its device."""
 
-    rank: int
-    size: int
-    device: torch.device
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
 
     @property
     def is_main(self) -> bool:
-        return self.rank == 0  # the one that prints and saves for all
+        """Whether this is the process that prints and saves for all."""
+        return self.rank == 0
 
     @property
     def collective_device(self) -> torch.device:
@@ -107,8 +108,9 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
         for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
     )
     device = choose_device(wanted)
-    if device.type == "mps" and world_size > 1:
-        raise InputError("several processes can't share MPS; use one, or --device cpu")
+    backend = type_of(device).backend
+    if backend is None and world_size > 1:
+        raise InputError(f"several processes can't share {device.type.upper()}; use one, or --device cpu")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise InputError(
@@ -118,9 +120,9 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
             )
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    set_up_for_training(device)
+    if device.type == "cpu":
+        keep_freed_memory()
     if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
         if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:

@@ -9,36 +9,44 @@ hosts, each has a copy (known as hybrid sharding, HSDP).
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-from support.cli import InputError, in_words
+from support.cli import InputError
 from support.machine.device import memory_limit
-from support.machine.processes import World, all_gather, reduce_scatter
+from support.machine.processes import World
 
 import torch
-import torch.distributed as dist
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:  # imported where they are used: they take most of a second, and few runs need them
+if TYPE_CHECKING:
+    # At run time they are imported where they are used: they take most of a second, and few runs need them.
+    from train_gpt2 import GPT, TrainConfig
+
     from torch.distributed.fsdp import FSDPModule
 
-WHOLE_GRADIENTS = 0.25  # of the memory may be taken by gradients that are not divided yet
+# Unsharded gradients are kept between micro-steps where they take at most this share of the memory.
+UNSHARDED_GRADIENTS = 0.25
 
 
-def count_shares(shard: bool, optimizer: str, world: World) -> int:
-    """Among how many processes each copy of the model is divided: those of a host if all hosts have equally
-    many and more than one, otherwise all; 1 without --shard. Raises InputError where --shard can't work."""
-    if not shard:
+def count_shards(config: "TrainConfig", world: World) -> int:
+    """The number of processes among which each copy of the model is divided: those of a host if all hosts
+    have equally many and more than one, otherwise all; 1 without --shard. Raises InputError where --shard
+    can't work."""
+    if not config.shard:
         return 1
     if world.size == 1:
         raise InputError("--shard divides the model among several processes: start them with torchrun")
-    if optimizer == "muon":
+    if config.optimizer == "muon":
         raise InputError("--shard with --optimizer muon: Muon needs whole matrices; use --optimizer adamw")
     on_hosts = set(world.from_all(int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
     return world.size if len(on_hosts) > 1 or on_hosts == {1} else on_hosts.pop()
+
+
+def weights_on_main_only(shard: bool, world: World) -> contextlib.AbstractContextManager[Any]:
+    """A context in which, with --shard, models made by other processes than the main one have no weights."""
+    return torch.device("meta") if shard and not world.is_main else contextlib.nullcontext()
 
 
 @dataclass
@@ -46,13 +54,13 @@ class Division:
     """How a model is divided."""
 
     blocks: list[nn.Module]  # gathered one at a time
-    model: nn.Module  # what is not in them is gathered for the whole of a micro-step
+    model: nn.Module  # what is not in the blocks; it stays gathered for the whole of a micro-step
+    block_type: Callable[..., nn.Module]  # the class of a block before fully_shard replaced it
     exchange_always: bool  # average gradients in every micro-step, not in a step's last only
-    together: "Together"
 
     @property
-    def parts(self) -> "list[FSDPModule]":
-        return [cast("FSDPModule", part) for part in (self.model, *self.blocks)]
+    def modules(self) -> "list[FSDPModule]":
+        return [cast("FSDPModule", module) for module in (self.model, *self.blocks)]
 
 
 def division_of(model: object) -> Division | None:
@@ -60,67 +68,111 @@ def division_of(model: object) -> Division | None:
     return getattr(model, "division", None)
 
 
-def divide(
-    model: Any,
-    weights: dict[str, torch.Tensor] | None,
-    world: World,
-    shares: int,
-    dtype: torch.dtype,
-    memory_limit_gb: float | None,
-) -> None:
-    """Divide a GPT that has no weights yet (it is on the meta device), and give it `weights`.
+class ShardedModel(nn.Module):
+    """A divided GPT with the switch that DistributedDataParallel has."""
+
+    def __init__(self, raw_model: "GPT", compiled: bool):
+        super().__init__()
+        self.raw_model, self.compiled = raw_model, compiled
+        self.division = cast(Division, division_of(raw_model))
+        for block in self.division.blocks if compiled else ():
+            # Only what a block computes is compiled, not the hooks that gather its weights.
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.raw_model(idx, targets)
+
+    @property
+    def require_backward_grad_sync(self) -> bool:
+        """Whether the backward pass averages the gradients among the processes.
+
+        Without it, unsharded gradients are kept. Where they would take more than UNSHARDED_GRADIENTS of the
+        memory, they are averaged and sharded in every micro-step, but within a host only.
+        """
+        return self._sync
+
+    @require_backward_grad_sync.setter
+    def require_backward_grad_sync(self, sync: bool) -> None:
+        self._sync = sync
+        root = cast("FSDPModule", self.raw_model)
+        root.set_requires_gradient_sync(sync or self.division.exchange_always)
+        root.set_requires_all_reduce(sync)  # among the copies
+
+
+def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.dtype) -> "GPT":
+    """The same GPT, divided among the processes.
 
     Args:
-        weights: in the main process, a whole state dictionary on the host; None in the others, which get
-            their shares of it tensor by tensor.
-        shares: among how many processes; where there are more, each such group has a copy.
+        unsharded: on the host. Only the main process's weights count; every other process gets its shards of
+            them, tensor by tensor, so its own may be on the meta device, which has none.
         dtype: of the matrix products. In bfloat16 weights travel so, too; gradients are summed in float32.
-        memory_limit_gb: as in TrainConfig.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    with torch.device("meta"):
+        model = type(unsharded)(unsharded.config).pad_vocabulary()
     # Several hosts have a copy each: the fast connections within a host carry the weights.
-    sizes = {"shares": shares} if shares == world.size else {"copies": world.size // shares, "shares": shares}
+    shards = count_shards(config, world)
+    sizes = {"shards": shards} if shards == world.size else {"copies": world.size // shards, "shards": shards}
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     narrow = torch.bfloat16 if dtype == torch.bfloat16 else None
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-    blocks = list(model.transformer.h)  # gathered one at a time
+    blocks = list(model.transformer.h)
+    block_type = type(blocks[0])
     for block in blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    # the rest, with wte and lm_head, which share their weight, stays gathered from forward to backward
+    # The rest, with wte and lm_head, which share their weight, stays gathered from forward to backward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("hidden_states", "head"):
         register_fsdp_forward_method(model, method)
     model.to_empty(device=world.device)
     gradients = 4 * sum(p.numel() for p in model.parameters())
-    limits = [limit for limit in world.from_all(memory_limit(world.device, memory_limit_gb)) if limit]
-    exchange_always = gradients > WHOLE_GRADIENTS * min(limits, default=0.0)
-    division = Division(blocks, model, exchange_always, Together())
+    limits = world.from_all(memory_limit(world.device, config.memory_limit_gb))
+    smallest = min((limit for limit in limits if limit), default=0.0)
+    exchange_always = gradients > UNSHARDED_GRADIENTS * smallest
+    division = Division(blocks, model, block_type, exchange_always)
     object.__setattr__(model, "division", division)  # not a submodule
-    for part in division.parts:
-        part.set_custom_all_gather(Gather(division.together))  # type: ignore[arg-type]
-        part.set_custom_reduce_scatter(Scatter(division.together))  # type: ignore[arg-type]
+    weights = unsharded.state_dict() if world.is_main else None
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(share_out(weights[name] if weights else None, parameter))
+            parameter.copy_(shard_tensor(weights[name] if weights else None, parameter))
+    return model
+
+
+@contextlib.contextmanager
+def gathered(model: object) -> Iterator[None]:
+    """Inside, a divided model is unsharded in every process, which can use it without the others: to score
+    and to sample, where each does something else. It is not compiled there."""
+    division = division_of(model)
+    if division is None:
+        yield
+        return
+    for module in division.modules:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    for module in division.modules:
+        module.set_reshard_after_forward(module in division.blocks, recurse=False)
+        module.reshard()
 
 
 # -----------------------------------------------------------------------------
-# tensors, whole and divided
+# tensors, unsharded and sharded
 
 
-def is_divided(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "full_tensor")  # a DTensor
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor, put together if it is divided; every process has to call it."""
-    return cast(Any, tensor).full_tensor() if is_divided(tensor) else tensor
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, put together if it is sharded; every process has to call it."""
+    return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
-def share_out(tensor: torch.Tensor | None, like: Any) -> torch.Tensor:
-    """The main process's tensor, divided among the processes as `like` is; the others give None."""
+def shard_tensor(tensor: torch.Tensor | None, like: Any) -> torch.Tensor:
+    """The main process's tensor, sharded as `like` is; the other processes give None."""
     from torch.distributed.tensor import distribute_tensor
 
     given = torch.empty(like.shape, dtype=like.dtype) if tensor is None else tensor.detach()
@@ -131,7 +183,7 @@ def collect(value: Any, keep: bool) -> Any:
     """A copy in host memory of a tensor, or of all tensors in dictionaries, lists and tuples, put together
     one by one; every process has to call it. Only a process with `keep` keeps it; the others get None."""
     if isinstance(value, torch.Tensor):
-        tensor = whole(value.detach())
+        tensor = full_tensor(value.detach())
         return tensor.to("cpu", copy=True) if keep else None
     if isinstance(value, dict):
         return {key: collect(item, keep) for key, item in value.items()}
@@ -140,132 +192,21 @@ def collect(value: Any, keep: bool) -> Any:
     return value
 
 
-def share_out_states(
+def shard_states(
     optimizer: torch.optim.Optimizer, states: dict[int, dict[str, torch.Tensor]], world: World
 ) -> None:
-    """Give every process its share of the optimizer's state, which the main process has as a state dictionary
-    has it."""
+    """Give every process its shards of the optimizer's state, which the main process has as a state
+    dictionary has it. Scalars, such as the number of steps, go to all as they are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    names_of = world.from_main(lambda: [list(states[i]) for i in range(len(parameters))])
-    for i, (parameter, names) in enumerate(zip(parameters, names_of, strict=True)):
-        for name in names:
-            value = states[i][name] if world.is_main else None
-            if name == "step":
-                step = world.from_main(lambda value=value: value)  # type: ignore[misc]
-                optimizer.state[parameter][name] = step.to(world.device)
+    scalars = world.from_main(
+        lambda: [
+            {name: value if value.dim() == 0 else None for name, value in s.items()} for s in states.values()
+        ]
+    )
+    for i, (parameter, scalars_of_one) in enumerate(zip(parameters, scalars, strict=True)):
+        for name, scalar in scalars_of_one.items():
+            if scalar is not None:
+                optimizer.state[parameter][name] = scalar.to(world.device)
             else:
-                optimizer.state[parameter][name] = share_out(value, parameter)
-
-
-@contextlib.contextmanager
-def gathered(model: object) -> Iterator[None]:
-    """Inside, a divided model is whole in every process, which can use it without the others: to score and to
-    sample, where each does something else. It is not compiled there."""
-    division = division_of(model)
-    if division is None:
-        yield
-        return
-    for part in division.parts:
-        part.set_reshard_after_forward(False, recurse=False)
-        part.unshard()
-    with torch.compiler.set_stance("force_eager"):
-        yield
-    for part in division.parts:
-        part.set_reshard_after_forward(part in division.blocks, recurse=False)
-        part.reshard()
-
-
-# -----------------------------------------------------------------------------
-# gradients, and communication
-
-
-def sync_gradients(model: Any, last: bool) -> None:
-    """Say, before a micro-step, whether it is the step's last: only then the processes average their
-    gradients. DDP reads its flag in the forward pass.
-
-    A divided model keeps whole gradients until then. Where they would take more than WHOLE_GRADIENTS of the
-    memory, it averages and divides them in every micro-step, but within a host only.
-    """
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = last
-    elif division := division_of(model):
-        model.set_requires_gradient_sync(last or division.exchange_always)
-        model.set_requires_all_reduce(last and division.together.really)  # among the copies
-
-
-@contextlib.contextmanager
-def alone(model: Any) -> Iterator[None]:
-    """Inside, this process trains without the others, with meaningless gradients: to find out what fits. An
-    exception leaves the model usable.
-
-    Raises:
-        InputError: after an exception in a divided model, with a PyTorch that can't mend it.
-    """
-    division = division_of(model)
-    if isinstance(model, DistributedDataParallel):
-        model.require_backward_grad_sync = False
-    if division is None:
-        yield
-        return
-    division.together.really = False
-    try:
-        yield
-    except Exception as error:
-        if not hasattr(model, "reset_iter_state"):  # new in PyTorch 2.13
-            reason = in_words(error).splitlines()[0][:150]
-            raise InputError(
-                f"a trial step failed ({reason}), and PyTorch {torch.__version__} can't go on after that "
-                "with --shard: a smaller --micro_batch_size, --no_compile or PyTorch 2.13 may help"
-            ) from error
-        model.reset_iter_state()
-        raise
-    finally:
-        division.together.really = True
-        for part in division.parts:
-            part.reshard()  # forget what was not really gathered
-
-
-@dataclass
-class Together:
-    """Whether the processes really communicate, or each only takes the memory and time for it."""
-
-    really: bool = True
-
-
-@dataclass
-class Communication:
-    """What fully_shard calls to communicate."""
-
-    together: Together
-
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device=device)
-
-
-class Gather(Communication):
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        if self.together.really:
-            return all_gather(output_tensor, input_tensor, group, async_op)
-        output_tensor.view(group.size(), -1).copy_(input_tensor.clone())  # the input lies within the output
-        return None
-
-
-class Scatter(Communication):
-    def __call__(
-        self,
-        output_tensor: torch.Tensor,
-        input_tensor: torch.Tensor,
-        group: dist.ProcessGroup,
-        op: Any,
-        async_op: bool = False,
-    ) -> dist.Work | None:
-        if self.together.really:
-            return reduce_scatter(output_tensor, input_tensor, op, group, async_op)
-        output_tensor.zero_()  # nothing that the next real step could inherit
-        return None
+                value = states[i][name] if world.is_main else None
+                optimizer.state[parameter][name] = shard_tensor(value, parameter)

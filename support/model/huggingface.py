@@ -2,16 +2,18 @@
 Read and write transformers' model folders: config.json, model.safetensors, the tokenizer's files.
 
 Sizes and tensors are plain values here; `GPT.from_pretrained` and `GPT.save_pretrained` give them meaning.
+The folder is GPT-2's, so a model whose code was changed into something else is marked as changed.
 """
 
 import difflib
 import functools
 import json
+import math
 import operator
 import os
 import sys
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 from support.cli import InputError
 from support.data.encodings import END_OF_TEXT, get_encoding, letters, merges
@@ -21,28 +23,21 @@ from support.files import to_json
 import safetensors
 import safetensors.torch
 import torch
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from train_gpt2 import GPT, GPTConfig
 
 CARD = "README.md"  # the model card
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that work without an owner
+CHANGED = "changed-gpt2"  # the model_type of a model whose code is not GPT-2's any more
 ARCHITECTURE = {  # the entries of config.json that define a GPT-2
-    "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
     "n_inner": None,  # 4 * n_embd
     "scale_attn_by_inverse_layer_idx": False,
     "tie_word_embeddings": True,
 }
-
-
-class Sizes(TypedDict):
-    """The architecture of a GPT-2: the fields of GPTConfig."""
-
-    block_size: int
-    vocab_size: int
-    n_layer: int
-    n_head: int
-    n_embd: int
-    encoding: str
 
 
 # -----------------------------------------------------------------------------
@@ -92,11 +87,12 @@ def list_checkpoints(log_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def read_sizes(config_file: Path) -> Sizes:
-    """The sizes in a Hugging Face config.json. Raises InputError if it does not describe a GPT-2."""
+def read_sizes(config_file: Path) -> dict[str, Any]:
+    """The sizes in a Hugging Face config.json, under the names of GPTConfig's fields. Raises InputError if it
+    does not describe a GPT-2."""
     try:
         stored = json.loads(config_file.read_text(encoding="utf-8"))
-        sizes: Sizes = {
+        sizes = {
             "block_size": operator.index(stored["n_positions"]),
             "vocab_size": operator.index(stored["vocab_size"]),
             "n_layer": operator.index(stored["n_layer"]),
@@ -108,6 +104,8 @@ def read_sizes(config_file: Path) -> Sizes:
         raise InputError(
             f"{config_file}: not the configuration of a GPT-2 ({type(error).__name__}: {error})"
         ) from error
+    if stored.get("model_type", "gpt2") not in ("gpt2", CHANGED):
+        raise InputError(f"{config_file}: model_type is {stored['model_type']!r}, a GPT-2 has 'gpt2'")
     for key, value in ARCHITECTURE.items():
         if stored.get(key, value) not in (value, 4 * sizes["n_embd"] if key == "n_inner" else value):
             raise InputError(f"{config_file}: {key} is {stored[key]!r}, a GPT-2 has {value!r}")
@@ -117,57 +115,159 @@ def read_sizes(config_file: Path) -> Sizes:
 def read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
     """The weights in a safetensors file, under transformers' names.
 
-    The tied head is left out, and so are the masks that old releases stored. Raises InputError for any other
-    file; pickles are never opened.
+    A head that is the embedding's copy is left out, and so are the masks that old releases stored. Raises
+    InputError for any other file; pickles are never opened.
     """
     try:
         tensors = safetensors.torch.load_file(weights_file)
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{weights_file}: not a sound safetensors file ({error})") from error
-    return {
-        "transformer." + name.removeprefix("transformer."): tensor  # OpenAI's own files lack the prefix
+    masks = (".attn.bias", ".attn.masked_bias")
+    tensors = {
+        # OpenAI's own files lack the prefix.
+        name if name == "lm_head.weight" else "transformer." + name.removeprefix("transformer."): tensor
         for name, tensor in tensors.items()
-        if not name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight"))
+        if not name.endswith(masks)
     }
+    head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
+    if head is not None and embedding is not None and torch.equal(head, embedding):
+        del tensors["lm_head.weight"]
+    return tensors
+
+
+# -----------------------------------------------------------------------------
+# a model whose code was changed
+
+
+@functools.cache
+def change_from_gpt2(model_class: type["GPT"], config_class: type["GPTConfig"]) -> str | None:
+    """What makes models of this class other than GPT-2, as a phrase; None if nothing does.
+
+    A tiny model with random weights tells: its tensors need GPT-2's names, and its logits must be those of
+    the paper's formulas. So a change of the code, such as RMSNorm, never passes for a GPT-2.
+    """
+    config = config_class(block_size=8, vocab_size=17, n_layer=2, n_head=2, n_embd=8)
+    generator = torch.Generator().manual_seed(0)
+    idx = torch.arange(8).view(1, 8)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        model = model_class(config).eval()
+        for parameter in model.parameters():
+            parameter.normal_(generator=generator)
+        weights = model.state_dict()
+        try:
+            expected, used = gpt2_logits(weights, config, idx)
+        except KeyError as error:
+            return f"it has no {error.args[0]}"
+        except RuntimeError:
+            return "its tensors have other shapes than GPT-2's"
+        if weights["transformer.h.0.mlp.c_fc.weight"].size(0) != 4 * config.n_embd:
+            return "its MLPs are not four times as wide as the residual stream"
+        if added := [name for name, _ in model.named_parameters() if name not in used]:
+            return f"it has {added[0]}, which GPT-2 has not"
+        logits = model(idx)
+    same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
+    return None if same else "with the same weights, GPT-2 has other logits"
+
+
+def gpt2_logits(
+    weights: dict[str, torch.Tensor], config: "GPTConfig", idx: torch.Tensor
+) -> tuple[torch.Tensor, set[str]]:
+    """The logits of GPT-2 (GPT-2 paper, section 2.3), written out: (B, T) token ids to (B, T, vocab_size);
+    and the names of the weights that went into them. Raises KeyError with the name of a missing one."""
+    (B, T), C = idx.shape, config.n_embd
+    used = set()
+
+    def take(name: str) -> torch.Tensor:
+        used.add(name)
+        return weights[name]
+
+    def both(name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        return take(f"{name}.weight"), take(f"{name}.bias")
+
+    x = take("transformer.wte.weight")[idx] + take("transformer.wpe.weight")[:T]
+    for i in range(config.n_layer):
+        block = f"transformer.h.{i}"
+        qkv = F.linear(F.layer_norm(x, (C,), *both(f"{block}.ln_1")), *both(f"{block}.attn.c_attn"))
+        q, k, v = (t.view(B, T, config.n_head, -1).transpose(1, 2) for t in qkv.split(C, dim=2))
+        scores = (q @ k.mT) / math.sqrt(q.size(-1))
+        future = torch.ones(T, T, dtype=torch.bool).triu(1)
+        y = scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v
+        x = x + F.linear(y.transpose(1, 2).reshape(B, T, C), *both(f"{block}.attn.c_proj"))
+        hidden = F.linear(F.layer_norm(x, (C,), *both(f"{block}.ln_2")), *both(f"{block}.mlp.c_fc"))
+        x = x + F.linear(F.gelu(hidden, approximate="tanh"), *both(f"{block}.mlp.c_proj"))
+    x = F.layer_norm(x, (C,), *both("transformer.ln_f"))
+    return x @ take("transformer.wte.weight").t(), used
+
+
+def check_change(config_file: Path, change: str | None) -> None:
+    """Raises InputError if the model was trained by changed code, and the code here is GPT-2's."""
+    stored = json.loads(config_file.read_text(encoding="utf-8"))
+    if stored.get("model_type") == CHANGED and change is None:
+        raise InputError(
+            f"{config_file}: not a GPT-2: {stored.get('change')}; load it with the train_gpt2.py "
+            "that trained it"
+        )
 
 
 # -----------------------------------------------------------------------------
 # writing
 
 
-def write_model(folder: Path, sizes: Sizes, tensors: dict[str, torch.Tensor]) -> None:
+def write_model(
+    folder: Path, config: "GPTConfig", tensors: dict[str, torch.Tensor], change: str | None
+) -> None:
     """Write config.json, generation_config.json, model.safetensors, for the gpt2 encoding the tokenizer, and
     a short model card unless there is one.
 
     Args:
         tensors: float32, under transformers' names and in its layout.
+        change: what `change_from_gpt2` says. The config.json of a changed model names no architecture of
+            transformers, so that nothing loads it as what it is not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    end_of_text = sizes["vocab_size"] - 1  # the last id in both encodings
+    end_of_text = config.vocab_size - 1  # the last id in both encodings
     special_tokens = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    texts = {"config.json": to_json({
-        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": sizes["vocab_size"],
-        "n_positions": sizes["block_size"], "n_ctx": sizes["block_size"], "n_embd": sizes["n_embd"],
-        "n_layer": sizes["n_layer"], "n_head": sizes["n_head"], "n_inner": None,
-        "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "initializer_range": 0.02,
-        "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "scale_attn_weights": True,
-        "tie_word_embeddings": True, "torch_dtype": "float32", **special_tokens,
-        "encoding": sizes["encoding"],
-    })}  # fmt: skip
-    texts["generation_config.json"] = to_json({**special_tokens, "_from_model_config": True})
-    if sizes["encoding"] == "gpt2":
-        texts |= tokenizer_files(sizes["block_size"])
+    stored = {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_ctx": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "initializer_range": 0.02,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "scale_attn_weights": True,
+        "tie_word_embeddings": True,
+        "torch_dtype": "float32",
+        **special_tokens,
+        "encoding": config.encoding,
+    }
+    if change:
+        stored |= {"architectures": [], "model_type": CHANGED, "change": change}
+    texts = {
+        "config.json": to_json(stored),
+        "generation_config.json": to_json({**special_tokens, "_from_model_config": True}),
+    }
+    if config.encoding == "gpt2":
+        texts |= tokenizer_files(config.block_size)
     if not (folder / CARD).exists():
-        n_parameters = sum(tensor.numel() for tensor in tensors.values())
-        texts[CARD] = short_card(n_parameters, sizes["encoding"], sizes["block_size"])
+        texts[CARD] = short_card(sum(tensor.numel() for tensor in tensors.values()), config, change)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
 
 
 @functools.cache
 def tokenizer_files(model_max_length: int) -> dict[str, str]:
-    """GPT-2's tokenizer in the files (name to text) that `AutoTokenizer.from_pretrained` reads."""
+    """GPT-2's tokenizer in the files (name to text) that `AutoTokenizer.from_pretrained` reads; the older
+    tokenizers read vocab.json and merges.txt."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     letter_of = letters()
@@ -179,11 +279,22 @@ def tokenizer_files(model_max_length: int) -> dict[str, str]:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     tokenizer.add_special_tokens([END_OF_TEXT])
     special_tokens = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
-    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": model_max_length, **special_tokens,
-                "add_prefix_space": False, "clean_up_tokenization_spaces": False}  # fmt: skip
+    settings = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": model_max_length,
+        **special_tokens,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": False,
+    }
+    merge_lines = [" ".join(pair) for pair in merges()]
     stored = json.loads(tokenizer.to_str())
-    stored["model"]["merges"] = [" ".join(pair) for pair in merges()]  # the only form that old releases read
-    return {"tokenizer.json": to_json(stored), "tokenizer_config.json": to_json(settings)}
+    stored["model"]["merges"] = merge_lines  # the only form that old releases read
+    return {
+        "tokenizer.json": to_json(stored),
+        "tokenizer_config.json": to_json(settings),
+        "vocab.json": json.dumps({**vocabulary, END_OF_TEXT: len(vocabulary)}),
+        "merges.txt": "\n".join(["#version: 0.2", *merge_lines, ""]),
+    }
 
 
 # -----------------------------------------------------------------------------
@@ -211,22 +322,29 @@ print(bytes(token for token in tokens if token < 256).decode(errors="replace"))
 """
 
 
-def short_card(n_parameters: int, encoding: str, block_size: int) -> str:
+def short_card(n_parameters: int, config: "GPTConfig", change: str | None) -> str:
     """The card of a model of whose training nothing is known."""
     name = model_name(n_parameters)
     first = f"A GPT-2 of {n_parameters:,} parameters. Its training is not recorded here."
-    return "\n".join([
-        metadata(encoding), f"# {name}\n", f"{first}\n",
-        "## How to use it\n", how_to_use(encoding, block_size),
-        "## Limits\n", limits(block_size),
-    ])  # fmt: skip
+    if change:
+        first = f"A model of {n_parameters:,} parameters, not a GPT-2: {change}. {first.split('. ')[1]}"
+    parts = [
+        metadata(config.encoding, loadable=not change),
+        f"# {name}\n",
+        f"{first}\n",
+        "## How to use it\n",
+        how_to_use(config.encoding, config.block_size, change),
+        "## Limits\n",
+        limits(config.block_size),
+    ]
+    return "\n".join(parts)
 
 
-def metadata(encoding: str, **known: Any) -> str:
-    """The block at the top, which the Hub reads."""
+def metadata(encoding: str, loadable: bool = True, **known: Any) -> str:
+    """The block at the top, which the Hub reads. transformers is named for what it can load and tokenize."""
     from huggingface_hub import ModelCardData
 
-    library = "transformers" if encoding == "gpt2" else None  # its pipelines need a tokenizer
+    library = "transformers" if encoding == "gpt2" and loadable else None
     data = ModelCardData(library_name=library, pipeline_tag="text-generation", **known)
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -236,8 +354,10 @@ def model_name(n_parameters: int) -> str:
     return f"GPT-2, {f'{millions:,.0f}' if millions >= 10 else f'{millions:.2g}'}M parameters"
 
 
-def how_to_use(encoding: str, block_size: int) -> str:
-    """Code that runs as it stands in the folder."""
+def how_to_use(encoding: str, block_size: int, change: str | None = None) -> str:
+    """Code that runs as it stands in the folder; for a changed model, a sentence."""
+    if change:
+        return "transformers can't load it. `sample.py` beside the `train_gpt2.py` that trained it can.\n"
     code = WITH_TOKENIZER if encoding == "gpt2" else WITH_BYTES
     return code.replace("NEW", f"{min(100, block_size // 2)}")
 

@@ -1,41 +1,16 @@
 """
-The loss: the mean cross-entropy of the next token, in nats.
+The loss where memory is short, or where the compiler wants another form: the mean cross-entropy, in nats.
 
 Its logits are by far the largest tensors of a training step: a row of 1,024 tokens has 103 MB of them in
-bfloat16. Three ways to compute the same number treat them with care.
+bfloat16. Both functions compute the same number as F.cross_entropy, and treat the logits with care.
 """
 
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
 
-FLOAT_ROWS = 64  # of a chunk's logits exist in float32 at a time
-WEIGHT_PARTS = 8  # the head's gradient grows by one of so many parts at a time
-
-
-def next_token_loss(
-    lm_head: nn.Linear, hidden: torch.Tensor, targets: torch.Tensor, vocab_size: int, n_chunks: int = 1
-) -> torch.Tensor:
-    """The mean cross-entropy over all targets, a scalar.
-
-    Args:
-        lm_head: hidden states (..., n_embd) to logits; columns from `vocab_size` on only pad the vocabulary.
-        hidden: (B, T, n_embd).
-        targets: (B, T) int64 token ids; -100 is ignored.
-        n_chunks: above 1, the logits exist for one of so many chunks at a time, which takes less memory.
-    """
-    hidden, targets = hidden.flatten(0, 1), targets.flatten()
-    if n_chunks > 1:
-        chunked = chunked_cross_entropy
-        if torch.compiler.is_compiling():  # the compiler would keep the chunks' logits, all of them at once
-            chunked = torch.compiler.disable(chunked_cross_entropy)
-        return chunked(hidden, lm_head.weight, targets, vocab_size, n_chunks)
-    logits = lm_head(hidden)
-    if torch.compiler.is_compiling():
-        return masked_cross_entropy(logits, targets, vocab_size)
-    return F.cross_entropy(logits[:, :vocab_size], targets)
+FLOAT_ROWS = 64  # rows of a chunk's logits that exist in float32 at a time
+COLUMN_BLOCKS = 8  # column blocks of the head's gradient, computed one at a time
 
 
 def masked_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -63,8 +38,22 @@ def masked_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size
 def chunked_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, n_chunks: int
 ) -> torch.Tensor:
-    """The same from hidden states (N, n_embd) and the head's weight (columns, n_embd); the logits of one
-    chunk exist at a time."""
+    """The same, with the logits of one of `n_chunks` chunks of tokens in memory at a time.
+
+    Args:
+        hidden: hidden states, (N, n_embd).
+        weight: the head's, (columns, n_embd); columns from `vocab_size` on only pad the vocabulary.
+        targets: (N,) int64; -100 is ignored.
+    """
+    compute = compute_in_chunks
+    if torch.compiler.is_compiling():  # the compiler would keep the logits of all chunks
+        compute = torch.compiler.disable(compute)
+    return compute(hidden, weight, targets, vocab_size, n_chunks)
+
+
+def compute_in_chunks(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, n_chunks: int
+) -> torch.Tensor:
     return ChunkedCrossEntropy.apply(hidden, weight, targets, vocab_size, n_chunks)
 
 
@@ -121,14 +110,13 @@ def chunk_loss(
     """The summed cross-entropy from hidden states (N, n_embd) and the head's weight (vocab_size, n_embd).
     Puts its gradient, times `shrink`, into grad_h (N, n_embd) and adds it to grad_w (columns, n_embd)."""
     logits = h @ w.t()
-    parts = zip(logits.split(FLOAT_ROWS), targets.split(FLOAT_ROWS), strict=True)
-    total = torch.stack([to_gradient(some, targets_of_some, shrink) for some, targets_of_some in parts]).sum()
+    pieces = zip(logits.split(FLOAT_ROWS), targets.split(FLOAT_ROWS), strict=True)
+    total = torch.stack([to_gradient(rows, t, shrink) for rows, t in pieces]).sum()
     if grad_h is not None and grad_w is not None:
         grad_h.copy_(logits @ w)
-        for part, columns in zip(
-            grad_w[: len(w)].chunk(WEIGHT_PARTS), logits.chunk(WEIGHT_PARTS, dim=1), strict=True
-        ):
-            part += columns.t() @ h
+        blocks = grad_w[: len(w)].chunk(COLUMN_BLOCKS)
+        for block, columns in zip(blocks, logits.chunk(COLUMN_BLOCKS, dim=1), strict=True):
+            block += columns.t() @ h
     return total
 
 

@@ -1,53 +1,110 @@
-"""Sampling: draw the next token from the model's probabilities, again and again."""
+"""
+Sampling: draw the next token from the model's probabilities, again and again.
+
+The keys and values of what was read are kept in a cache, which scoring uses too; training does not.
+"""
 
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from support.machine.device import choose_compile, pack_for_cpu, packing_pays
+from support.machine.device import choose_compile, varying_shapes
 from support.machine.sharding import division_of, gathered
-from support.model.kv_cache import FixedKVCache, KVCache
+from support.model.packed import pack_for_cpu, packing_pays
 
 import tiktoken
 import torch
-from torch import nn
 from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from train_gpt2 import GPT
 
 COMPILE_FROM = 32  # tokens; for fewer, compilation is not tried
 PROMPT = "Hello, I'm a language model,"  # the lecture's
 
 
-class Sizes(Protocol):
-    @property
-    def block_size(self) -> int: ...
-    @property
-    def n_layer(self) -> int: ...
-    @property
-    def n_embd(self) -> int: ...
+# -----------------------------------------------------------------------------
+# the cache
 
 
-class LanguageModel(Protocol):
-    """What sampling and scoring need from a model, such as a GPT."""
+class KVCache:
+    """One layer's keys and values for the tokens read so far, with room for `length` tokens.
 
-    @property
-    def config(self) -> Sizes: ...
+    Sampling then reads each token once, and four endings share one reading of their context (`select`).
+    """
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]: ...
+    def __init__(self, length: int):
+        self.length, self.n_read = length, 0
+        self.keys = self.values = torch.empty(0)
 
-    def new_caches(self, length: int) -> list[KVCache]:
-        """A cache for each layer, with room for `length` tokens."""
+    def positions(self, T: int, device: torch.device) -> torch.Tensor:
+        """Those of the T tokens to be read next, (T,) int64. Raises ValueError if they don't fit."""
+        end = self.n_read + T
+        if end > self.length:
+            raise ValueError(f"a cache for {self.length} tokens is given {end}")
+        return torch.arange(self.n_read, end, device=device)
 
-    def hidden_states(self, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
-        """(B, T) token ids to (B, T, n_embd), following the tokens in `caches`."""
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """Add T tokens, whose queries, keys and values are (B, nh, T, hs) each; returns what they see in
+        themselves and in what came before them, (B, nh, T, hs)."""
+        T = q.size(2)
+        k, v = self.append(k, v)
+        if k.size(2) == T:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # the T queries are the last of all positions; a single query may attend to all of them
+        mask = torch.ones(T, k.size(2), dtype=torch.bool, device=q.device).tril(k.size(2) - T)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask if T > 1 else None)
 
-    def head(self, x: torch.Tensor) -> torch.Tensor:
-        """Hidden states (..., n_embd) to logits (..., vocab_size)."""
+    def append(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add keys and values, (B, nh, T, hs) each; returns those of all tokens read."""
+        if self.n_read == 0:
+            shape = (*k.shape[:2], self.length, k.size(3))
+            self.keys, self.values = k.new_empty(shape), v.new_empty(shape)
+        start, self.n_read = self.n_read, self.n_read + k.size(2)
+        self.keys[:, :, start : self.n_read] = k
+        self.values[:, :, start : self.n_read] = v
+        return self.keys[:, :, : self.n_read], self.values[:, :, : self.n_read]
+
+    def select(self, rows: torch.Tensor, length: int) -> "KVCache":
+        """A copy of the rows with these indices, which may repeat, with room for `length` tokens."""
+        copy = KVCache(length)
+        copy.append(*(t[rows, :, : self.n_read] for t in (self.keys, self.values)))
+        return copy
+
+
+class FixedKVCache(KVCache):
+    """Goes on from `cache`, one token at a time, with the same shapes at every position: so a step can be
+    compiled once and replayed as a CUDA graph.
+
+    `position`, (1,) int64 on the device, says where the next token goes; all layers share it, and the caller
+    advances it. Attention runs over all `length` places and masks those after it.
+    """
+
+    def __init__(self, cache: KVCache, length: int, position: torch.Tensor):
+        super().__init__(length)
+        room = (0, 0, 0, length - cache.n_read)  # zeros: empty memory may hold NaNs, which no mask hides
+        self.keys = F.pad(cache.keys[:, :, : cache.n_read], room)
+        self.values = F.pad(cache.values[:, :, : cache.n_read], room)
+        self.position = position
+
+    def positions(self, T: int, device: torch.device) -> torch.Tensor:
+        return self.position
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        self.keys.index_copy_(2, self.position, k)
+        self.values.index_copy_(2, self.position, v)
+        mask = torch.arange(self.length, device=q.device).view(1, -1) <= self.position  # (1, length)
+        return F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask)
+
+
+# -----------------------------------------------------------------------------
+# sampling
 
 
 @torch.no_grad()
 def stream(
-    model: LanguageModel,
+    model: "GPT",
     idx: torch.Tensor,
     max_new_tokens: int,
     *,
@@ -77,23 +134,23 @@ def stream(
     length = min(tokens.size(1) + max_new_tokens, block_size)
     enough = length - tokens.size(1) >= COMPILE_FROM
     compiled, _ = choose_compile(compile and enough, idx.device)
-    weight, n_embd, divided = next(model.parameters()), model.config.n_embd, division_of(model)
-    if isinstance(model, nn.Module) and not divided and packing_pays(weight, n_embd, max_new_tokens):
+    if not division_of(model) and packing_pays(model.transformer.h[0].mlp.c_fc, len(idx), max_new_tokens):
         model = pack_for_cpu(model)
     caches, step = model.new_caches(length), None
     for n in range(max_new_tokens):
         if compiled and n == 1:  # the prompt has been read
             step = CompiledStep(model, caches, min(math.ceil(length / 128) * 128, block_size))
-        if tokens.size(1) > block_size:
-            logits = next_logits(model, tokens[:, -block_size:])
-        else:
-            logits = step(unread) if step else next_logits(model, unread, caches)
+        with varying_shapes():
+            if tokens.size(1) > block_size:
+                logits = next_logits(model, tokens[:, -block_size:])
+            else:
+                logits = step(unread) if step else next_logits(model, unread, caches)
         unread = choose_token(logits, temperature, top_k, top_p, generator)
         tokens = torch.cat((tokens, unread), dim=1)
         yield unread
 
 
-def next_logits(model: LanguageModel, idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
+def next_logits(model: "GPT", idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
     """The logits of the token after `idx`: (B, T) int64 to (B, vocab_size) float32."""
     return model.head(model.hidden_states(idx, caches)[:, -1]).float()
 
@@ -105,7 +162,7 @@ class CompiledStep:
     A replay overwrites the logits of the one before.
     """
 
-    def __init__(self, model: LanguageModel, caches: list[KVCache], length: int):
+    def __init__(self, model: "GPT", caches: list[KVCache], length: int):
         self.model = model
         # filled by the device, because it would have to wait for a copy
         self.position = torch.full((1,), caches[0].n_read, device=caches[0].keys.device)
@@ -166,7 +223,7 @@ def choose_token(
     return choice if tokens is None else tokens.gather(-1, choice)
 
 
-def write_samples(model: LanguageModel, encoding: tiktoken.Encoding, autocast: torch.autocast) -> list[str]:
+def write_samples(model: "GPT", encoding: tiktoken.Encoding, autocast: torch.autocast) -> list[str]:
     """Continuations of PROMPT, the same draws every time."""
     # A model of bytes writes one longer text: a GPT-2 token is about four bytes of English.
     count, max_new_tokens = (1, 256) if encoding.name == "bytes" else (4, 32)

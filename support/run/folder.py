@@ -29,14 +29,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from support.cli import InputError, RunFault, in_words
 from support.data.shards import Shards
 from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
 from support.machine.device import device_name, free_host_memory, to_host
 from support.machine.processes import World
-from support.machine.sharding import collect, is_divided, share_out_states
+from support.machine.sharding import collect, is_sharded, shard_states
 from support.model.huggingface import CARD, list_checkpoints, step_of
 from support.run.card import PICTURE, run_card
 from support.run.curves import draw_runs, read_log, read_run
@@ -45,47 +45,52 @@ import safetensors
 import torch
 import torch.distributed as dist
 
+if TYPE_CHECKING:
+    from train_gpt2 import GPT, GPTConfig, TrainConfig
+
 SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: the most work that a slow machine may lose
-# what a checkpoint of version 1.0 does not say
-ONLY_CHOICE = {"optimizer": "adamw", "adamw_lr_ratio": 2.0, "schedule": "cosine", "cooldown": 0.6}
-LOG_LINE = re.compile(rb"(\d+) (train|val|hella) \S+\n")
-
-
-class Model(Protocol):
-    """The model to save: a GPT."""
-
-    def named_parameters(self) -> Iterator[tuple[str, torch.nn.Parameter]]: ...
-
-    def save_pretrained(self, folder: Path, weights: dict[str, torch.Tensor]) -> None: ...
+# What reading a damaged checkpoint raises.
+DAMAGE = (FileNotFoundError, ValueError, RuntimeError, EOFError, AttributeError, UnpicklingError)
+LOG_LINE = re.compile(rb"(\d+) (\S+) [-+.\w]+\n")  # step, kind, value
 
 
 class RunFolder:
-    """A run's folder. Only the main process writes to it."""
+    """A run's folder. Every process has one, but only the main process writes."""
 
-    def __init__(self, path: Path, is_main: bool, print: Callable[[str], None], keep_every: int = 0):
-        self.path, self.is_main, self.print, self.keep_every = path, is_main, print, keep_every
+    def __init__(self, config: "TrainConfig", world: World, print: Callable[[str], None]):
+        self.config, self.world, self.print, self.path = config, world, print, config.log_dir
         self.unwritten = b""  # log.txt lines that a full disk has delayed
         self.saved_at = time.monotonic()
         self.writer = ThreadPoolExecutor(1)  # Python ends only when its thread has: an error loses no save
         self.saving: Future[None] | None = None  # the save that the thread was last given
         self.recipe: dict[str, Any] = {}  # all settings that affect the run's numbers
-        self.checkpoint: Path | None = None  # to resume from
+        self.checkpoint: Path | None = None  # to resume from; None in other processes than the main one
         self.trainer: dict[str, Any] = {}  # the contents of its trainer.pt
+        self.first_step = 0
         self.run_id = uuid.uuid4().hex[:8]  # the same after every --resume
         self.interruptions = 0
         self.before: dict[str, Any] = {}  # run.json, of a run that is resumed
         self.facts: dict[str, Any] = {}  # the contents of run.json
         self.samples: tuple[int, list[str]] | None = None  # the latest ones: their step, their texts
 
-    def open(self, resume: bool, recipe: dict[str, Any]) -> int:
+    # ------------------------------------------------------------------ opening
+
+    def open(self, model_config: "GPTConfig", shards: Shards) -> int:
         """Create the folder, or find its newest sound checkpoint; returns the step to start at.
 
-        Raises InputError if another process trains in the folder, or if it holds a run that is not to be
-        resumed, has another recipe, or has only damaged checkpoints.
+        Raises InputError, in every process, if another process trains in the folder, or if it holds a run
+        that is not to be resumed, has another recipe, or has only damaged checkpoints.
         """
-        self.recipe = recipe
+        self.recipe = self.config.mathematics() | asdict(model_config) | {"data": shards.fingerprint}
+        # A setting that a checkpoint does not mention yet had its default.
+        defaults = type(self.config)().mathematics() | asdict(type(model_config)())
+        self.first_step = self.world.from_main(lambda: self.open_here(defaults))
+        return self.first_step
+
+    def open_here(self, defaults: dict[str, Any]) -> int:
+        """`open`, in the main process."""
         begun = self.holds_a_run()
-        if begun and not resume:
+        if begun and not self.config.resume:
             raise InputError(
                 f"{self.path} already holds a run; continue it with --resume, choose another --log_dir, or "
                 "delete the folder to start over"
@@ -104,7 +109,7 @@ class RunFolder:
                 "to start over, or choose another --log_dir"
             )
         if self.checkpoint:
-            compare_recipes(self.path, self.trainer["recipe"], recipe)
+            self.compare_recipes(self.trainer["recipe"], defaults)
         for name in damaged:  # moved aside, so that the step can be saved again
             aside = self.path / f"{name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
@@ -138,8 +143,8 @@ class RunFolder:
                 EOFError,
                 AttributeError,
                 UnpicklingError,
-            ) as error:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+            ) as e:
+                reason = (str(e).splitlines() or [type(e).__name__])[0]
                 self.print(f"DAMAGED: {folder}: {reason}; skipping it")
                 damaged.append(folder.name)
                 continue
@@ -147,69 +152,89 @@ class RunFolder:
             break
         return damaged
 
-    def fitted_before(self, config: dict[str, Any], world: World) -> tuple[int, int] | None:
+    def compare_recipes(self, then: dict[str, Any], defaults: dict[str, Any]) -> None:
+        """Raises InputError, listing every difference, unless the run in the folder has the same recipe. What
+        may change by now is not compared."""
+        now, may_change = self.recipe, asdict(self.config).keys() - self.recipe.keys()
+        then = {name: value for name, value in {**defaults, **then}.items() if name not in may_change}
+        different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+        if not different:
+            return
+        changes = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in different)
+        hint = ""
+        if "max_steps" in different:
+            hint += (
+                f"; to train longer, start a new run: your other flags, --init_from {self.path} --log_dir NEW"
+            )
+        if "data" in different:
+            hint += (
+                "; data is the fingerprint of the shards: they are others, or shards.json was written or "
+                "removed since"
+            )
+        raise InputError(f"{self.path} can't be resumed with another recipe: {changes}{hint}")
+
+    def fitted_before(self) -> tuple[int, int] | None:
         """The micro-batch that the interrupted run found, as (rows, chunks of the loss), if it was made on
         the same device, with the same flags that matter for memory."""
-        flags = ("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size")
-        here = [device_name(world.device), world.size, *(config[name] for name in flags)]
-        with contextlib.suppress(KeyError, TypeError):  # run.json may be another version's, or damaged
-            then = [self.before["device"], self.before["world_size"]]
-            then += [self.before["train_config"][name] for name in flags]
-            if then == here:
-                return int(self.before["micro_batch_size"]), int(self.before["loss_chunks"])
-        return None
 
-    def restore(
-        self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, first_step: int, world: World
-    ) -> None:
+        def read() -> tuple[int, int] | None:
+            flags = ("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size")
+            here = [device_name(self.world.device), self.world.size]
+            here += [getattr(self.config, name) for name in flags]
+            with contextlib.suppress(KeyError, TypeError):  # run.json may be another version's, or damaged
+                then = [self.before["device"], self.before["world_size"]]
+                then += [self.before["train_config"][name] for name in flags]
+                if then == here:
+                    return int(self.before["micro_batch_size"]), int(self.before["loss_chunks"])
+            return None
+
+        return self.world.from_main(read)
+
+    def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Restore the training state from the checkpoint, and cut log.txt back to its step.
 
         Only the main process has read the checkpoint; the others receive the optimizer's moments over the
         network, so hosts need no shared disk.
         """
-        self.cut_log(first_step)
-        if first_step == 0:
+        self.cut_log(self.first_step)
+        if self.first_step == 0:
             return
-        divided = any(is_divided(p) for p in optimizer.param_groups[0]["params"])
-        if divided:
-            share_out_states(optimizer, self.trainer.get("optimizer", {}).get("state", {}), world)
-        elif world.is_main:
-            optimizer.load_state_dict(self.trainer["optimizer"])
+        world, parameters = self.world, [p for group in optimizer.param_groups for p in group["params"]]
+        if any(map(is_sharded, parameters)):
+            shard_states(optimizer, self.trainer.get("optimizer", {}).get("state", {}), world)
+        else:
+            if world.is_main:
+                for group in self.trainer["optimizer"]["param_groups"]:
+                    if "fused" in group:  # as suits this device, not the one that saved
+                        group["fused"] = optimizer.defaults["fused"]
+                optimizer.load_state_dict(self.trainer["optimizer"])
+            if world.size > 1:
+                broadcast_states(optimizer, parameters, world)
         if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if the scaler was off
             scaler.load_state_dict(scaler_state)
         self.trainer.pop("optimizer", None)  # 8 bytes a parameter that nobody reads again
         torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
-        if world.size > 1 and not divided:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            names_of = world.from_main(lambda: [list(optimizer.state[p]) for p in parameters])
-            for parameter, names in zip(parameters, names_of, strict=True):
-                for name in names:
-                    like = torch.zeros((), device=parameter.device) if name == "step" else parameter
-                    dist.broadcast(optimizer.state[parameter].setdefault(name, torch.zeros_like(like)), src=0)
-        self.print(f"resuming at step {first_step} from {self.checkpoint}")
+        self.print(f"resuming at step {self.first_step} from {self.checkpoint}")
+
+    # ------------------------------------------------------------------ log.txt, run.json, status.json
 
     def cut_log(self, step: int) -> None:
-        """Keep only the lines of log.txt for steps before `step`: later steps run again. Lines that a power
-        cut damaged are dropped too."""
-        if self.is_main:
-            log = self.path / "log.txt"
-            lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-            found = [match for line in lines if (match := LOG_LINE.fullmatch(line))]
-            kept = b"".join(match[0] for match in found if int(match[1]) < step)
+        """Keep only the lines of log.txt for steps before `step`: later steps run again. What a power cut
+        damaged is dropped too: a line without an end, and zeros. Any other line is somebody's, and stays."""
+        if self.world.is_main:
+            log, kept = self.path / "log.txt", b""
+            for line in log.read_bytes().splitlines(keepends=True) if log.exists() else []:
+                match = LOG_LINE.fullmatch(line)
+                damaged = b"\0" in line or not line.endswith(b"\n") or line.isspace()
+                kept += line if not damaged and (match is None or int(match[1]) < step) else b""
             write_file(log, lambda file: file.write(kept))
 
-    def event(self, step: int, kind: str, value: str) -> None:
-        """Add a line to log.txt: step, "train", "val" or "hella", value. A full disk only delays it."""
-        if self.is_main:
+    def append(self, step: int, kind: str, value: str) -> None:
+        """Add a line to log.txt: step, kind, value. A full disk only delays it."""
+        if self.world.is_main:
             self.unwritten += f"{step} {kind} {value}\n".encode()
             with contextlib.suppress(OSError):
                 self.write_log()
-
-    def write_status(self, status: dict[str, Any]) -> None:
-        """Replace status.json, without waiting for the disk. On a full disk the old one stays."""
-        with contextlib.suppress(OSError):
-            text = json.dumps(status).encode()
-            write_file(self.path / "status.json", lambda file: file.write(text), flush=False)
 
     def write_log(self) -> None:
         """Append the unwritten lines to log.txt: all of them, or none and an OSError."""
@@ -223,27 +248,35 @@ class RunFolder:
                 raise
         self.unwritten = b""
 
-    def describe(self, facts: dict[str, Any]) -> None:
+    def write_facts(self, facts: dict[str, Any]) -> None:
         """Write run.json."""
         self.facts = facts
-        if self.is_main:
+        if self.world.is_main:
             write_file(self.path / "run.json", lambda file: file.write(to_json(facts).encode()))
+
+    def write_status(self, status: dict[str, Any]) -> None:
+        """Replace status.json, without waiting for the disk. On a full disk the old one stays."""
+        with contextlib.suppress(OSError):
+            text = json.dumps(status).encode()
+            write_file(self.path / "status.json", lambda file: file.write(text), flush=False)
 
     def draw(self) -> None:
         """Redraw loss.png. If that fails, print the reason and carry on."""
-        if self.is_main:
+        if self.world.is_main:
             try:
                 draw_runs([self.path], self.path / PICTURE)
             except Exception as error:
                 self.print(f"loss.png could not be drawn: {error}")
 
+    # ------------------------------------------------------------------ checkpoints
+
     def save(
         self,
         step: int,
-        raw_model: Model,
+        raw_model: "GPT",
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        state: dict[str, Any],
+        **state: Any,
     ) -> None:
         """Save checkpoint_<step>: a Hugging Face folder, trainer.pt with all that --resume needs (tensors and
         plain values, including `state`), a model card, and SHA256SUMS.
@@ -255,14 +288,21 @@ class RunFolder:
         self.finish_save()
         self.saved_at = time.monotonic()
         weights: dict[str, torch.Tensor] = dict(raw_model.named_parameters())
-        trainer = {"step": step, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                   **state, "rng": torch.get_rng_state(), "recipe": self.recipe}  # fmt: skip
-        divided = any(map(is_divided, weights.values()))
-        if divided:
-            weights, trainer = collect((weights, trainer), keep=self.is_main)
-        if not self.is_main:
+        trainer = {
+            "step": step,
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            **state,
+            "rng": torch.get_rng_state(),
+            "recipe": self.recipe,
+        }
+        sharded = any(map(is_sharded, weights.values()))
+        if sharded:
+            weights, trainer = collect((weights, trainer), keep=self.world.is_main)
+        if not self.world.is_main:
             return
-        tensors = [*weights.values(), *(t for s in optimizer.state.values() for t in s.values())]
+        states = [value for state in optimizer.state.values() for value in state.values()]
+        tensors = [t for t in (*weights.values(), *states) if isinstance(t, torch.Tensor)]
         size = sum(t.numel() * t.element_size() for t in tensors)
         with self.failure_reported(step):
             needed = size + 10_000_000
@@ -272,14 +312,12 @@ class RunFolder:
             card = self.make_card(step, state)
             # Twice the copy: the thread needs memory too, to transpose, and training may still grow. If less
             # is free, training waits while its own tensors are written: the system kills what takes too much.
-            if not divided and free_host_memory() < 2 * size:
+            if not sharded and free_host_memory() < 2 * size:
                 self.write_checkpoint(step, raw_model, weights, trainer, card)
-            else:
-                if not divided:
-                    weights, trainer = to_host(weights), to_host(trainer)
-                self.saving = self.writer.submit(
-                    self.write_checkpoint, step, raw_model, weights, trainer, card
-                )
+                return
+            if not sharded:
+                weights, trainer = to_host(weights), to_host(trainer)
+            self.saving = self.writer.submit(self.write_checkpoint, step, raw_model, weights, trainer, card)
 
     @contextlib.contextmanager
     def failure_reported(self, step: int) -> Iterator[None]:
@@ -308,13 +346,13 @@ class RunFolder:
     def write_checkpoint(
         self,
         step: int,
-        raw_model: Model,
+        raw_model: "GPT",
         weights: dict[str, torch.Tensor],
         trainer: dict[str, Any],
         card: dict[str, bytes],
     ) -> None:
         """Write checkpoint_<step>; it is complete on disk before it gets its name. Then delete older ones,
-        except the last two and those at multiples of `keep_every` steps."""
+        except the last two and those at multiples of --keep_every."""
         final = self.path / f"checkpoint_{step:05d}"
         temporary = self.path / f"{final.name}.tmp"
         with self.failure_reported(step):
@@ -329,7 +367,7 @@ class RunFolder:
             os.rename(temporary, final)
             flush_to_disk(self.path)
             for old in list_checkpoints(self.path)[:-2]:
-                if not self.keep_every or step_of(old) % self.keep_every:
+                if not self.config.keep_every or step_of(old) % self.config.keep_every:
                     shutil.rmtree(old, ignore_errors=True)
             self.print(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
 
@@ -341,17 +379,36 @@ class RunFolder:
     def overdue(self) -> bool:
         """Whether the last attempt to save was more than SAVE_AT_LEAST_EVERY seconds ago. Only the main
         process says so: all have to save at the same step."""
-        return self.is_main and time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
+        return self.world.is_main and time.monotonic() - self.saved_at > SAVE_AT_LEAST_EVERY
 
-    def require(self, step: int) -> None:
-        """Wait for the save in flight. Raises RunFault unless `step` has a checkpoint: the end of a run must
-        not be lost silently."""
-        self.finish_save()
-        if not (self.path / f"checkpoint_{step:05d}").exists():
-            raise RunFault(
-                f"the end of the run, step {step}, could not be saved; free some disk space, then "
-                "run it again with --resume"
-            )
+    def wait_for_save(self, step: int) -> None:
+        """Wait for the save in flight. Raises RunFault, in every process, unless `step` has a checkpoint: the
+        end of a run must not be lost silently."""
+
+        def wait() -> None:
+            self.finish_save()
+            if not (self.path / f"checkpoint_{step:05d}").exists():
+                raise RunFault(
+                    f"the end of the run, step {step}, could not be saved; free some disk space, then "
+                    "run it again with --resume"
+                )
+
+        self.world.from_main(wait)
+
+
+def broadcast_states(
+    optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], world: World
+) -> None:
+    """Give every process the main process's optimizer state: tensors of a parameter's shape, and scalars."""
+
+    def names_in(state: dict[str, torch.Tensor]) -> list[tuple[str, bool]]:
+        return [(name, value.dim() == 0) for name, value in state.items() if value is not None]
+
+    names_of = world.from_main(lambda: [names_in(optimizer.state[p]) for p in parameters])
+    for parameter, names in zip(parameters, names_of, strict=True):
+        for name, is_scalar in names:
+            like = torch.zeros((), device=parameter.device) if is_scalar else parameter
+            dist.broadcast(optimizer.state[parameter].setdefault(name, torch.zeros_like(like)), src=0)
 
 
 def check_sums(folder: Path) -> None:
@@ -363,35 +420,6 @@ def check_sums(folder: Path) -> None:
     for name in ("model.safetensors", "config.json", "trainer.pt", *expected):
         if name not in expected or sha256(folder / name) != expected[name]:
             raise ValueError(f"{name} is not what SHA256SUMS says")
-
-
-def recipe_of(config: Any, model_config: Any, shards: Shards) -> dict[str, Any]:
-    """All that decides a run's numbers, as plain values. `config` and `model_config` are train_gpt2.py's
-    dataclasses. What is missing here (processes, micro-batch, precision, intervals) may differ when a run is
-    resumed."""
-    names = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
-             "weight_decay", "grad_clip", "val_tokens", "seed", "shuffle", *ONLY_CHOICE)  # fmt: skip
-    values = {name: getattr(config, name) for name in names}
-    return {**values, **asdict(model_config), "data": shards.fingerprint}
-
-
-def compare_recipes(log_dir: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises InputError, listing every difference, unless the run in `log_dir` has the same recipe."""
-    then = {**ONLY_CHOICE, **then}
-    different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    if different:
-        changes = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in different)
-        hint = ""
-        if "max_steps" in different:
-            hint += (
-                f"; to train longer, start a new run: your other flags, --init_from {log_dir} --log_dir NEW"
-            )
-        if "data" in different:
-            hint += (
-                "; data is the fingerprint of the shards: they are others, or shards.json was written or "
-                "removed since"
-            )
-        raise InputError(f"{log_dir} can't be resumed with another recipe: {changes}{hint}")
 
 
 def versions() -> dict[str, str | None]:

@@ -17,12 +17,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from support.cli import InputError, duration, plural, printable
-from support.data.shards import Shards
-from support.machine.device import choose_attention, device_name, peak_flops
-from support.machine.micro_batch import Fit, Plan
+from support.machine.device import attention_name, choose_compile, choose_dtype, device_name, peak_flops
+from support.machine.micro_batch import Fit
 from support.machine.processes import World
 from support.run.curves import (
     GPT2_HELLASWAG,
@@ -36,6 +35,10 @@ from support.run.folder import RunFolder, versions
 import torch
 from tqdm import tqdm
 
+if TYPE_CHECKING:
+    from hellaswag import Score
+    from train_gpt2 import GPT, TokenLoader, TrainConfig
+
 # Validation losses of a healthy run of the default recipe (build-nanogpt, pull request 30).
 HEALTHY_LOSS = {250: 6.16, 1000: 4.15, 1250: 3.95}
 TOLERANCE = 0.03  # relative; a loss higher by more than this is not healthy
@@ -43,45 +46,39 @@ MANY_EPOCHS = 20
 A_LONG_TIME = 48 * 3600  # seconds
 EVENTS_KEPT = 200  # in status.json
 LITTLE_DATA = 1_000_000  # training tokens; fewer are too few to learn a language
+# How values look in log.txt, and what trackers call them; a value of another name keeps it.
+FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f"}
+TRACKER_NAMES = {"train": "train/loss", "val": "val/loss", "hella": "hellaswag/acc_norm"}
 Facts = dict[str, Any]  # run.json: plain values, all that is needed to understand or repeat the run
 
 
-class Score(Protocol):
-    """HellaSwag's accuracies over n items."""
-
-    @property
-    def n(self) -> int: ...
-    @property
-    def acc(self) -> float: ...
-    @property
-    def acc_norm(self) -> float: ...
-    def standard_error(self, accuracy: float) -> float: ...
+# -----------------------------------------------------------------------------
+# the facts of a run, and its tables
 
 
-def gather_facts(
-    train_config: Any,
-    defaults: Any,
-    model_config: Any,
-    shards: Shards,
-    world: World,
-    plan: Plan,
+def facts_of(
+    run: RunFolder,
+    raw_model: "GPT",
+    optimizer: torch.optim.Optimizer,
     fit: Fit,
-    dtype: torch.dtype,
-    **numbers: int,
+    val_loader: "TokenLoader",
+    n_items: int,
 ) -> Facts:
-    """What run.json records. `train_config` and `model_config` are train_gpt2.py's dataclasses, `defaults` is
-    the first one without flags."""
-    config = asdict(train_config)
-    rows = config["total_batch_size"] // config["sequence_length"]
-    accumulate = rows // (fit.rows * world.size)
-    backends = ", ".join(backend.name.lower() for backend in choose_attention(world.device))
+    """What run.json records before the first step."""
+    config, world, shards, shape = run.config, run.world, val_loader.shards, raw_model.config
+    dtype = choose_dtype(config.dtype, world.device, shape.n_embd)
+    compiler_fault = f"off: it failed ({fit.compiler_fault})" if fit.compiler_fault else None
+    compile_note = compiler_fault or choose_compile(config.compile, world.device)[1]
+    grad_accum_steps = config.total_batch_size // (config.sequence_length * fit.rows * world.size)
     return {
-        "train_config": config,
-        "model_config": asdict(model_config),
-        "default_recipe": is_default_recipe(config, asdict(defaults)),
-        "parameters": model_config.n_parameters,
-        "flops_per_token": model_config.flops_per_token(train_config.sequence_length),
-        **numbers,
+        "train_config": asdict(config),
+        "model_config": asdict(shape),
+        "default_recipe": is_default_recipe(run, raw_model),
+        "parameters": count_parameters(raw_model),
+        "changed": raw_model.change_from_gpt2(),
+        "flops_per_token": shape.flops_per_token(config.sequence_length),
+        "val_tokens": val_loader.n_windows * config.sequence_length,
+        "hellaswag_items": n_items,
         "encoding": shards.encoding,
         "data": {
             "dataset": shards.source.get("dataset"),
@@ -92,26 +89,36 @@ def gather_facts(
         },
         "device": device_name(world.device),
         "world_size": world.size,
-        "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {fit.compile_note}",
-        "attention": f"the first available of {backends}",
-        "memory": plan.memory + (", the blocks recomputed" if config["recompute"] else ""),
+        "optimizer": type(optimizer).__name__,
+        "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {compile_note}",
+        "attention": attention_name(world.device, dtype, shape.n_embd // shape.n_head),
+        "memory": fit.memory + (", the blocks recomputed" if config.recompute else ""),
         "micro_batch_size": fit.rows,
         "loss_chunks": fit.loss_chunks,
-        "grad_accum_steps": accumulate,
-        "warm_up_step_seconds": fit.seconds and fit.seconds * accumulate,
+        "grad_accum_steps": grad_accum_steps,
+        "warm_up_step_seconds": fit.seconds and fit.seconds * grad_accum_steps,
         "versions": versions(),
+        "run_id": run.run_id,
+        "interruptions": run.interruptions,
     }
 
 
-def is_default_recipe(config: dict[str, Any], defaults: dict[str, Any]) -> bool:
-    """Whether a run's losses compare with published ones, given the same data."""
-    recipe = ("init_from", "sequence_length", "total_batch_size", "max_steps", "warmup_steps", "max_lr",
-              "weight_decay", "grad_clip", "optimizer", "schedule", "model", "n_layer", "n_head",
-              "n_embd")  # fmt: skip
-    return all(config[name] == defaults[name] for name in recipe)
+def count_parameters(raw_model: "GPT") -> int:
+    """The parameters, without the rows that pad the vocabulary."""
+    padding = raw_model.transformer.wte.weight.size(0) - raw_model.config.vocab_size
+    return sum(p.numel() for p in raw_model.parameters()) - padding * raw_model.config.n_embd
 
 
-def describe(facts: Facts, dollars_so_far: float, first_step: int = 0) -> str:
+def is_default_recipe(run: RunFolder, raw_model: "GPT") -> bool:
+    """Whether a run's losses compare with published ones, given the same data: only the seed and the order
+    of the data may differ."""
+    config, shape = run.config, raw_model.config
+    values = config.mathematics() | asdict(shape)
+    defaults = type(config)().mathematics() | asdict(type(shape)())
+    return all(values[name] == defaults[name] for name in values if name not in ("seed", "shuffle"))
+
+
+def opening_table(facts: Facts, dollars_so_far: float, first_step: int = 0) -> str:
     """The table at the start: what you want to know before spending 50 hours on a run."""
     config, data, model = facts["train_config"], facts["data"], facts["model_config"]
     tokens = config["max_steps"] * config["total_batch_size"]
@@ -125,8 +132,8 @@ def describe(facts: Facts, dollars_so_far: float, first_step: int = 0) -> str:
         f"({model['encoding']})",
         "data": f"{config['data_dir']}: {data['train_tokens']:,} training tokens, "
         + plural(data["train_shards"], "shard"),
-        "recipe": f"{config['recipe']}: {'AdamW' if config['optimizer'] == 'adamw' else 'Muon'}, "
-        f"{config['schedule']}, at most {config['max_lr']:.2g}",
+        "recipe": f"{config['recipe']}: {facts['optimizer']}, {config['schedule']}, "
+        f"at most {config['max_lr']:.2g}",
         "training": f"{plural(config['max_steps'], 'step')}, {tokens:,} tokens, "
         f"{tokens / data['train_tokens']:.2f} epochs",
         "batch": f"{config['total_batch_size']:,} tokens a step = {plural(facts['micro_batch_size'], 'row')} "
@@ -145,6 +152,11 @@ def describe(facts: Facts, dollars_so_far: float, first_step: int = 0) -> str:
         rows["time"] = f"about {duration(left)} of training, plus evaluation (estimated from the warm-up)"
         if left > A_LONG_TIME and facts["device"].startswith("cpu"):
             rows["time"] += "; on a CPU, try --demo"
+    if facts["changed"]:
+        rows["export"] = (
+            f"not a GPT-2: {facts['changed']}. GPT-2's format has no place for it: checkpoints resume here, "
+            "and sample.py reads them; transformers and llama.cpp don't"
+        )
     if price := config["dollars_per_hour"]:
         rows["cost"] = f"${price:,.2f} an hour, ${dollars_so_far:,.2f} so far"
     warm_up, falls_from = config["warmup_steps"], round((1 - config["cooldown"]) * config["max_steps"])
@@ -183,28 +195,27 @@ def check_tracker(name: str | None) -> None:
         raise InputError(f"--tracker {name}: it is not installed; pip install {name}")
 
 
-class Progress:
+class Report:
     """Reports for the main process, and keeps time. A terminal shows one bar, with events above it;
-    elsewhere, the tutorial's lines appear, at most one per second. Losses and scores also go to log.txt and
-    to the tracker, if there is one; events and the last step go to status.json, for `plot.py watch`."""
+    elsewhere, the tutorial's lines appear, at most one per second. Values also go to log.txt and to the
+    tracker, if there is one; events and the last values go to status.json, for `plot.py watch`."""
 
-    def __init__(self, world: World, tracker: str | None):
-        self.is_main, self.world_size = world.is_main, world.size
+    def __init__(self, config: "TrainConfig", world: World):
+        self.config, self.is_main, self.world_size = config, world.is_main, world.size
         self.on_terminal = sys.stderr.isatty()
         self.peak = peak_flops(device_name(world.device))  # FLOP/s of each device; None if unknown
         self.last_line = -math.inf
         self.step_seconds: deque[float] = deque(maxlen=20)  # of the last steps
         self.n_steps = 0  # trained by this process
         self.warned = self.estimated = False
-        self.began = self.shown = 0.0  # when the current long task began, and was last shown
+        self.task_began = self.task_shown = 0.0  # when the current long task began, and was last shown
         self.task = ""  # the long task, and how far it is
         self.events: deque[list[Any]] = deque(maxlen=EVENTS_KEPT)  # [Unix time, text], the oldest first
-        self.status: dict[str, Any] = {}  # what the last step and the last samples add to status.json
+        self.status: dict[str, Any] = {"values": {}}  # what steps and evaluations add to status.json
         self.status_at = -math.inf  # when it was last written
-        world.from_main(lambda: check_tracker(tracker))
+        world.from_main(lambda: check_tracker(config.tracker))
         self.run: RunFolder  # see `start`
         self.tracker: Any = None  # the module wandb or trackio; the calls used here work in both
-        self.config: dict[str, Any] = {}
         self.facts: Facts = {}
         self.started = time.perf_counter()
         self.training_seconds = 0.0  # by this process
@@ -217,38 +228,174 @@ class Progress:
         return {
             "training": self.before["training"] + self.training_seconds,
             "other": self.before["other"] + other,
-            "tokens": self.before["tokens"] + self.n_steps * self.config.get("total_batch_size", 0),
+            "tokens": self.before["tokens"] + self.n_steps * self.config.total_batch_size,
         }
 
-    def start(self, first_step: int, facts: Facts, run: RunFolder) -> None:
-        """Print the table, write run.json, and set up the tracker and the bar."""
-        self.run, self.facts, self.config = run, facts, facts["train_config"]
-        facts |= {"run_id": run.run_id, "interruptions": run.interruptions}
-        run.describe(facts)
+    def start(
+        self,
+        run: RunFolder,
+        raw_model: "GPT",
+        optimizer: torch.optim.Optimizer,
+        fit: Fit,
+        val_loader: "TokenLoader",
+        *,
+        n_items: int,
+    ) -> None:
+        """Print the table, write run.json, and set up the tracker and the bar. `n_items`: HellaSwag's."""
+        self.begin(run, facts_of(run, raw_model, optimizer, fit, val_loader, n_items=n_items))
+
+    def begin(self, run: RunFolder, facts: Facts) -> None:
+        """`start`, once the facts are known."""
+        self.run, self.facts = run, facts
+        run.write_facts(facts)
         self.before |= run.trainer.get("spent", {})  # from the checkpoint, if resumed
         if run.interruptions:  # the events of the parts before stay, also those of steps that run again
             before = read_status(run.path)
             self.events = deque([*before.get("events", []), *self.events], maxlen=EVENTS_KEPT)
-            self.status = {name: before[name] for name in ("samples", "samples_step") if name in before}
+            self.status |= {name: before[name] for name in ("samples", "samples_step") if name in before}
         if facts["precision"].startswith("float32"):
             self.peak = None  # the table's peaks are for 16-bit types
         hours = (self.spent["training"] + self.spent["other"]) / 3600
-        self.show(describe(facts, hours * (self.config["dollars_per_hour"] or 0), first_step))
+        self.show(opening_table(facts, hours * (self.config.dollars_per_hour or 0), run.first_step))
         self.write_status()
-        if self.config["tracker"] and self.is_main:
+        if self.config.tracker and self.is_main:
             self.track(self.start_tracker)
-        silent = not (self.is_main and self.on_terminal)
-        self.bar = tqdm(total=self.config["max_steps"], initial=first_step, disable=silent,
-                        dynamic_ncols=True,
-                        bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}")  # fmt: skip
+        self.bar = tqdm(
+            total=self.config.max_steps,
+            initial=run.first_step,
+            disable=not (self.is_main and self.on_terminal),
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}",
+        )
 
-    def start_tracker(self) -> None:
-        name = self.config["tracker"]
-        self.tracker = importlib.import_module(name)
-        run_id = self.facts["run_id"]  # identifies the run, also after --resume
-        options = {"id": run_id} if name == "wandb" else {}
-        label = f"{self.config['log_dir'].resolve().name}-{run_id}"
-        self.tracker.init(project="gpt2", name=label, config=self.facts, resume="allow", **options)
+    # ------------------------------------------------------------------ values
+
+    def log(self, step: int, **values: float) -> None:
+        """Log values of `step` under their names: to log.txt, status.json and the tracker. The pictures draw
+        them, and --resume keeps them. Any name will do."""
+        self.write_values(step, values)
+        self.send_to_tracker(step, values)
+
+    def write_values(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.run.append(step, name, format(value, FORMATS.get(name, ".6g")))
+            self.status["values"][name] = [step, value if math.isfinite(value) else None]
+        self.write_status()
+
+    def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
+        """Report one training step: its loss in nats, its duration in seconds."""
+        self.n_steps += 1
+        self.training_seconds += seconds
+        self.step_seconds.append(seconds)
+        if not self.is_main:
+            return
+        rate = self.config.total_batch_size / seconds
+        mfu = rate * self.facts["flops_per_token"] / (self.peak * self.world_size) if self.peak else None
+        typical = statistics.median(self.step_seconds)
+        left = self.config.max_steps - step - 1
+        self.task = ""
+        self.status |= {
+            "tokens_per_second": self.config.total_batch_size / typical,
+            "mfu": mfu,
+            "step_seconds": typical,
+            "training_seconds_left": left * typical,
+        }
+        self.write_values(step, {"train": loss})
+        if self.on_terminal:
+            self.update_bar(step, loss, lr, norm, rate=rate, mfu=mfu)
+        elif time.monotonic() - self.last_line >= 1:
+            self.last_line = time.monotonic()
+            self.show(
+                f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
+                f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}" + (f" | mfu: {mfu:.1%}" if mfu else "")
+            )
+        values = {"train": loss, "train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
+        self.send_to_tracker(step, values | ({"mfu": mfu} if mfu else {}))
+        if (self.n_steps == 5 or seconds > 30) and not self.estimated:  # the first is slow: it allocates
+            self.estimate(min(self.step_seconds), left)
+
+    def update_bar(
+        self, step: int, loss: float, lr: float, norm: float, *, rate: float, mfu: float | None
+    ) -> None:
+        typical, left = self.status["step_seconds"], self.config.max_steps - step - 1
+        every = self.config.val_every
+        until = min(left, every - 1 - step % every) if every else 0
+        wide = shutil.get_terminal_size().columns >= 110
+        parts = [
+            f"loss {loss:.3f}",
+            f"lr {lr:.1e} norm {norm:.2f}" if wide else "",
+            f"{rate:,.0f} tok/s",
+            f"MFU {mfu:.0%}" if mfu else "",
+            f"| evaluation in {duration(until * typical)}" if wide and until else "",
+            f"| left {duration(left * typical)}",
+        ]
+        self.bar.set_postfix_str(" ".join(part for part in parts if part), refresh=False)
+        self.bar.update()
+
+    def validation(self, step: int, loss: float) -> None:
+        """Report a validation loss, in nats per token."""
+        self.evaluated(step, f"validation loss {loss:.4f} on {self.facts['val_tokens']:,} tokens", val=loss)
+        warning = unhealthy(self.facts, step, loss)
+        if warning and not self.warned:
+            self.warned = True
+            self.print(warning)
+
+    def hellaswag(self, step: int, score: "Score") -> None:
+        self.evaluated(step, f"HellaSwag {score}", hella=score.acc_norm)
+
+    def evaluated(self, step: int, text: str, **values: float) -> None:
+        """Report the end of an evaluation: print `text`, and log the values."""
+        self.task = ""
+        self.bar.set_postfix_str("", refresh=False)  # clear what `sign_of_life` left
+        self.print(f"step {step}: {text}")
+        self.log(step, **values)
+
+    def samples(self, step: int, texts: list[str]) -> None:
+        """Print texts sampled at `step`; the model card shows the latest."""
+        self.run.samples = (step, texts)
+        self.status |= {"samples": [printable(text) for text in texts], "samples_step": step}
+        for text in texts:
+            self.show(f"step {step}: sample: {printable(text)}")
+        self.write_status()
+
+    # ------------------------------------------------------------------ long tasks
+
+    def progress_of(self, what: str) -> Callable[[int, int], None]:
+        """A callback (parts done, parts in all) that shows the progress of a long task."""
+        return lambda done, total: self.sign_of_life(what, done, total)
+
+    def sign_of_life(self, what: str, done: int, total: int) -> None:
+        """Show that `done` of `total` parts are done: in a terminal's bar, elsewhere a line every minute."""
+        now = time.monotonic()
+        if done == 0:
+            self.task_began = self.task_shown = now
+        if not self.is_main or done == 0:
+            return
+        seconds_left = (now - self.task_began) / done * (total - done)
+        self.task = f"{what} {done}/{total}, {duration(seconds_left)} left"
+        self.write_status()
+        if now - self.task_shown >= (0.5 if self.on_terminal else 60):
+            self.task_shown = now
+            self.bar.set_postfix_str(self.task) if self.on_terminal else self.show(self.task)
+
+    def micro_step(self, step: int, done: int, total: int) -> None:
+        """Show that `done` of a step's `total` micro-steps are done, unless steps are short."""
+        if self.step_seconds and self.step_seconds[-1] < 60:  # then keep the last step's values in the bar
+            return
+        self.sign_of_life(f"step {step}: micro-step", done, total)
+        elapsed = time.monotonic() - self.task_began
+        if done and elapsed > 30 and not self.estimated:
+            self.estimate(elapsed / done * total, self.config.max_steps - step)
+
+    def estimate(self, seconds: float, steps: int) -> None:
+        """Print once how long `steps` steps of `seconds` each will take, and what they cost."""
+        self.estimated = True
+        cost = (self.config.dollars_per_hour or 0) * seconds * steps / 3600
+        a_step = duration(seconds) if seconds >= 10 else f"{seconds:.2f} s"
+        price = f", ${cost:,.2f}" if cost else ""
+        self.print(f"training will take about {duration(seconds * steps)}{price} ({a_step} a step)")
+
+    # ------------------------------------------------------------------ terminal, status.json, tracker
 
     def print(self, text: str) -> None:
         """Print an event, and keep it for status.json."""
@@ -271,9 +418,9 @@ class Progress:
         if not (self.is_main and self.facts) or (now - self.status_at < 1 and not ended):
             return
         self.status_at = now
-        spent, price = self.spent, self.config["dollars_per_hour"]
+        spent, price = self.spent, self.config.dollars_per_hour
         left = self.status.get("training_seconds_left")
-        self.run.write_status(self.status | {
+        status = self.status | {
             "time": time.time(),
             "ended": ended,
             "task": self.task,
@@ -282,7 +429,21 @@ class Progress:
             "dollars": price and price * (spent["training"] + spent["other"]) / 3600,
             "dollars_left": price and left and price * left / 3600,
             "events": list(self.events),
-        })  # fmt: skip
+        }
+        self.run.write_status(status)
+
+    def start_tracker(self) -> None:
+        name, run_id = self.config.tracker, self.facts["run_id"]  # the same id after --resume
+        assert name is not None
+        self.tracker = importlib.import_module(name)
+        options = {"id": run_id} if name == "wandb" else {}
+        label = f"{self.config.log_dir.resolve().name}-{run_id}"
+        self.tracker.init(project="gpt2", name=label, config=self.facts, resume="allow", **options)
+
+    def send_to_tracker(self, step: int, values: dict[str, float]) -> None:
+        if self.tracker:
+            named = {TRACKER_NAMES.get(name, name): value for name, value in values.items()}
+            self.track(lambda: self.tracker.log(named, step=step))
 
     def track(self, send: Callable[[], object]) -> None:
         """Call `send`, which sends something to the tracker. If it fails, training continues without it."""
@@ -290,111 +451,9 @@ class Progress:
             send()
         except Exception as error:
             self.tracker = None
-            self.print(f"--tracker {self.config['tracker']} failed, training continues without it: {error}")
+            self.print(f"--tracker {self.config.tracker} failed, training continues without it: {error}")
 
-    def validation(self, step: int, loss: float) -> None:
-        """Report a validation loss, in nats per token."""
-        self.measured(step, "val", loss, f"validation loss {loss:.4f} on {self.facts['val_tokens']:,} tokens")
-        warning = unhealthy(self.facts, step, loss)
-        if warning and not self.warned:
-            self.warned = True
-            self.print(warning)
-
-    def hellaswag(self, step: int, score: Score) -> None:
-        self.measured(step, "hella", score.acc_norm, f"HellaSwag {score}")
-
-    def measured(self, step: int, kind: str, value: float, text: str) -> None:
-        """Report an evaluation: `text` is printed; `kind` and `value` go to log.txt and the tracker."""
-        self.task = ""
-        self.bar.set_postfix_str("", refresh=False)  # clear what `sign_of_life` left
-        self.print(f"step {step}: {text}")
-        self.run.event(step, kind, f"{value:.4f}")
-        if self.tracker:
-            name = {"val": "val/loss", "hella": "hellaswag/acc_norm"}[kind]
-            self.track(lambda: self.tracker.log({name: value}, step=step))
-
-    def samples(self, step: int, texts: list[str]) -> None:
-        """Print texts sampled at `step`; the model card shows the latest."""
-        self.run.samples = (step, texts)
-        self.status |= {"samples": [printable(text) for text in texts], "samples_step": step}
-        for text in texts:
-            self.show(f"step {step}: sample: {printable(text)}")
-        self.write_status()
-
-    def of(self, what: str) -> Callable[[int, int], None]:
-        """A callback (parts done, parts in all) that shows the progress of a long task."""
-        return lambda done, total: self.sign_of_life(what, done, total)
-
-    def sign_of_life(self, what: str, done: int, total: int) -> None:
-        """Show that `done` of `total` parts are done: in a terminal's bar, elsewhere a line every minute."""
-        now = time.monotonic()
-        if done == 0:
-            self.began = self.shown = now
-        if not self.is_main or done == 0:
-            return
-        self.task = f"{what} {done}/{total}, {duration((now - self.began) / done * (total - done))} left"
-        self.write_status()
-        if now - self.shown >= (0.5 if self.on_terminal else 60):
-            self.shown = now
-            self.bar.set_postfix_str(self.task) if self.on_terminal else self.show(self.task)
-
-    def micro_step(self, step: int, done: int, total: int) -> None:
-        """Show that `done` of a step's `total` micro-steps are done, unless steps are short."""
-        if self.step_seconds and self.step_seconds[-1] < 60:  # then keep the last step's values in the bar
-            return
-        self.sign_of_life(f"step {step}: micro-step", done, total)
-        elapsed = time.monotonic() - self.began
-        if done and elapsed > 30 and not self.estimated:
-            self.estimate(elapsed / done * total, self.config["max_steps"] - step)
-
-    def estimate(self, seconds: float, steps: int) -> None:
-        """Print once how long `steps` steps of `seconds` each will take, and what they cost."""
-        self.estimated = True
-        cost = (self.config["dollars_per_hour"] or 0) * seconds * steps / 3600
-        self.print(f"training will take about {duration(seconds * steps)}"
-                   + (f", ${cost:,.2f}" if cost else "")
-                   + f" ({duration(seconds) if seconds >= 10 else f'{seconds:.2f} s'} a step)")  # fmt: skip
-
-    def step(self, step: int, loss: float, lr: float, norm: float, seconds: float) -> None:
-        """Report one training step: its loss in nats, its duration in seconds."""
-        self.n_steps += 1
-        self.training_seconds += seconds
-        self.step_seconds.append(seconds)
-        if not self.is_main:
-            return
-        self.run.event(step, "train", f"{loss:.6f}")
-        rate = self.config["total_batch_size"] / seconds
-        mfu = rate * self.facts["flops_per_token"] / (self.peak * self.world_size) if self.peak else None
-        typical = statistics.median(self.step_seconds)
-        left = self.config["max_steps"] - step - 1
-        self.task = ""
-        self.status |= {"tokens_per_second": self.config["total_batch_size"] / typical, "mfu": mfu,
-                        "step_seconds": typical, "training_seconds_left": left * typical}  # fmt: skip
-        self.write_status()
-        if self.on_terminal:
-            every = self.config["val_every"]
-            until = min(left, every - 1 - step % every) if every else 0
-            wide = shutil.get_terminal_size().columns >= 110
-            parts = [
-                f"loss {loss:.3f}",
-                f"lr {lr:.1e} norm {norm:.2f}" if wide else "",
-                f"{rate:,.0f} tok/s",
-                f"MFU {mfu:.0%}" if mfu else "",
-                f"| evaluation in {duration(until * typical)}" if wide and until else "",
-                f"| left {duration(left * typical)}",
-            ]
-            self.bar.set_postfix_str(" ".join(part for part in parts if part), refresh=False)
-            self.bar.update()
-        elif time.monotonic() - self.last_line >= 1:
-            self.last_line = time.monotonic()
-            self.show(f"step {step:5d} | loss: {loss:.6f} | lr {lr:.4e} | norm: {norm:.4f} | "
-                      f"dt: {1000 * seconds:.2f}ms | tok/sec: {rate:.2f}"
-                      + (f" | mfu: {mfu:.1%}" if mfu else ""))  # fmt: skip
-        if self.tracker:
-            values = {"train/loss": loss, "train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
-            self.track(lambda: self.tracker.log(values | ({"mfu": mfu} if mfu else {}), step=step))
-        if (self.n_steps == 5 or seconds > 30) and not self.estimated:  # the first is slow: it allocates
-            self.estimate(min(self.step_seconds), left)
+    # ------------------------------------------------------------------ the end
 
     def close(self, text: str) -> None:
         """Close the bar and the tracker, then print `text`."""
@@ -404,12 +463,12 @@ class Progress:
         self.print(text)
         self.write_status(ended=True)
 
-    def finish(self, step: int, val_loss: float, score: Score | None) -> None:
+    def finish(self, step: int, val_loss: float, score: "Score | None") -> None:
         """Print the results and write them to run.json."""
         self.facts["result"] = result_of(self.facts, step, self.spent, val_loss, score)
-        self.run.describe(self.facts)
+        self.run.write_facts(self.facts)
         self.run.draw()  # with the time in its caption
-        where = f"done: {plural(step, 'step')}; the run is in {self.config['log_dir']}"
+        where = f"done: {plural(step, 'step')}; the run is in {self.config.log_dir}"
         self.close(f"{where}\n{closing_table(self.facts)}")
 
 
@@ -429,22 +488,27 @@ def unhealthy(facts: Facts, step: int, val_loss: float) -> str | None:
 
 
 def result_of(
-    facts: Facts, step: int, spent: dict[str, float], val_loss: float, score: Score | None
+    facts: Facts, step: int, spent: dict[str, float], val_loss: float, score: "Score | None"
 ) -> dict[str, Any]:
     """The results in run.json: losses in nats, times in hours."""
     config = facts["train_config"]
     tokens, hours = step * config["total_batch_size"], (spent["training"] + spent["other"]) / 3600
+    scores = score and {
+        "acc": score.acc,
+        "acc_norm": score.acc_norm,
+        "items": score.n,
+        "standard_error": score.standard_error(score.acc_norm),
+    }
     return {
         "validation_loss": None if math.isnan(val_loss) else round(val_loss, 4),
-        "hellaswag": score and {"acc": score.acc, "acc_norm": score.acc_norm, "items": score.n,
-                                "standard_error": score.standard_error(score.acc_norm)},
+        "hellaswag": scores,
         "tokens": tokens,
         "training_hours": spent["training"] / 3600,
         "other_hours": spent["other"] / 3600,
         "tokens_per_second": spent["tokens"] / spent["training"] if spent["training"] else None,
         "dollars": config["dollars_per_hour"] and config["dollars_per_hour"] * hours,
         "interruptions": facts["interruptions"],
-    }  # fmt: skip
+    }
 
 
 def closing_table(facts: Facts) -> str:
