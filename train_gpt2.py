@@ -679,7 +679,10 @@ def main(config: TrainConfig) -> None:
         model = sharding.ShardedModel(raw_model, compiled)
     else:
         raw_model.to(device)
-        if compiled:
+        if (
+            compiled
+        ):  # in one graph: gradients are exchanged once in a step, too seldom to break it for overlap
+            torch._dynamo.config.optimize_ddp = False
             model = torch.compile(raw_model, dynamic=False)
         if W > 1:  # each process has a copy, with the main process's weights
             gpu = [device.index] if device.type == "cuda" else None
@@ -755,11 +758,9 @@ def main(config: TrainConfig) -> None:
         for group in optimizer.param_groups:
             group["lr"] = lr * group.get("lr_ratio", 1.0)
         finite = torch.isfinite(values).all()
-        if (
-            fused
-        ):  # the device leaves out a step that is not finite; for another optimizer, the host waits here
-            optimizer.found_inf = 1 - finite.float()
-        if fused or finite:
+        if fused:
+            optimizer.found_inf = 1 - finite.float()  # the device itself leaves out a step that is not finite
+        if fused or finite:  # for an optimizer that is not fused, the host waits here
             optimizer.step()
         optimizer.zero_grad(set_to_none=W == 1)  # DDP's gradients are views of its buffers: they stay
         train_loss, stopping, overdue, grad_norm = read_values()  # the step's only host-device sync

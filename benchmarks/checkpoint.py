@@ -20,7 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from support.machine.device import free_host_memory, set_up_for_training
+from support.machine.device import free_host_memory, keep_freed_memory
 from support.machine.processes import World
 from support.model.huggingface import list_checkpoints
 from support.run import folder as run_folder
@@ -50,7 +50,7 @@ class Training:
         self.optimizer = configure_optimizer(self.model, TrainConfig())
         self.scaler = torch.amp.GradScaler("cpu", enabled=False)
         self.batch = torch.randint(50257, (ROWS, TOKENS + 1))
-        self.folder = RunFolder(root, True, lambda _: None)
+        self.folder = RunFolder(TrainConfig(log_dir=root, keep_every=0), World(), lambda _: None)
         (root / "log.txt").touch()
 
     def step(self) -> None:
@@ -62,7 +62,7 @@ class Training:
         """Seconds for which training stands still."""
         run_folder.free_host_memory = free_host_memory if in_a_thread else lambda: 0
         start = time.perf_counter()
-        self.folder.save(step, self.model, self.optimizer, self.scaler, {"loss": 0.0})
+        self.folder.save(step, self.model, self.optimizer, self.scaler, loss=0.0)
         seconds = time.perf_counter() - start
         assert bool(self.folder.saving and not self.folder.saving.done()) == in_a_thread
         return seconds
@@ -73,7 +73,8 @@ class Training:
         self.folder.find_checkpoint()
         loaded = GPT.from_pretrained(self.folder.checkpoint).pad_vocabulary()
         optimizer = configure_optimizer(loaded, TrainConfig())
-        self.folder.restore(optimizer, self.scaler, step, World(0, 1, torch.device("cpu")))
+        self.folder.first_step = step
+        self.folder.restore(optimizer, self.scaler)
         return time.perf_counter() - start
 
 
@@ -120,7 +121,7 @@ def measure(training: Training, i: int) -> dict[str, float]:
 
 
 def main(config: Config) -> None:
-    set_up_for_training(torch.device("cpu"))
+    keep_freed_memory()
     root = Path(tempfile.mkdtemp(dir=config.folder))
     training = Training(root)
     seconds_of(training, 3)

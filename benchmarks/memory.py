@@ -20,7 +20,7 @@ from typing import Any
 from benchmarks.training import spread
 from support.machine.device import autocast_to, choose_device, choose_dtype, device_name, keep_freed_memory
 from support.machine.micro_batch import LOSS_CHUNKS, try_step
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
+from train_gpt2 import GPT, GPTConfig
 
 import torch
 import tyro
@@ -42,7 +42,7 @@ class Config:
 
 
 def measure(config: Config, rows: int, way: str, pipe: Any) -> None:
-    """Send (seconds of a warm-up: two micro-steps, the optimizer, a validation batch; peak bytes)."""
+    """Send the seconds of a trial (two micro-steps and a validation batch) and the peak bytes."""
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
@@ -52,8 +52,7 @@ def measure(config: Config, rows: int, way: str, pipe: Any) -> None:
     autocast = autocast_to(device, choose_dtype("auto", device, model.config.n_embd))
 
     def step() -> None:
-        optimizer = configure_optimizer(model, TrainConfig(max_lr=0.0))
-        try_step(run, optimizer, rows, config.sequence_length, autocast, device)
+        try_step(run, rows, config.sequence_length, autocast, device)
 
     if device.type == "cuda":
         step()

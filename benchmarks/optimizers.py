@@ -19,7 +19,7 @@ from benchmarks.recipes import ROOT, SIZES
 from benchmarks.training import spread
 from support.cli import PositiveFloat, PositiveInt, check_numbers
 from support.files import to_json, write_file
-from support.machine.device import autocast_to, fast_attention, set_up_for_training
+from support.machine.device import autocast_to, keep_freed_memory
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import torch
@@ -46,7 +46,7 @@ def make_step(size: str, name: Literal["adamw", "muon"]) -> Callable[[], float]:
     rows = torch.randint(256, (32, 129))
 
     def step() -> float:
-        with fast_attention(device), autocast_to(device, torch.bfloat16):
+        with autocast_to(device, torch.bfloat16):
             loss = model(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -68,7 +68,7 @@ def rate(step: Callable[[], float], seconds: float) -> float:
 
 def main(config: Config) -> None:
     check_numbers(config)
-    set_up_for_training(torch.device("cpu"))
+    keep_freed_memory()
     torch.set_num_threads(config.threads)
     results = {}
     print("| model | AdamW, bytes/s | Muon, bytes/s | Muon beside AdamW |\n| --- | --- | --- | --- |")

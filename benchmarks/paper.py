@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.training import spread
 from hellaswag import N_VALIDATION
 from support.machine.device import GB, HEAD_ROOM, peak_flops
-from support.machine.micro_batch import Plan
+from support.machine.micro_batch import least_bytes
 from support.run.curves import draw_runs
 from train_gpt2 import PRESETS, GPTConfig, TrainConfig
 
@@ -109,8 +109,7 @@ def table(drawing: float) -> str:
 def exchanges(card: float, recompute: bool, processes: int = 8) -> list[list[str]]:
     """gpt2-xl divided among cards of so many GB, in steps of the default recipe: for gradients divided in a
     step's last micro-step and in each, the rows that fit, and the GB that a process receives in a step."""
-    config, shape = TrainConfig(), GPTConfig(**PRESETS["gpt2-xl"])
-    plan = Plan([], 1024, None, "", shape, recompute, processes)
+    config, shape = TrainConfig(recompute=recompute), GPTConfig(**PRESETS["gpt2-xl"])
     limit = (1 - HEAD_ROOM) * (card - 0.5) * GB  # the driver takes 0.5 GB
     whole = 4 * shape.n_parameters  # bytes of gradients in float32
     rest = shape.vocab_size * shape.n_embd  # about all parameters outside the blocks
@@ -118,7 +117,8 @@ def exchanges(card: float, recompute: bool, processes: int = 8) -> list[list[str
     rows = []
     for always in (False, True):
         sizes = (2**i for i in range(6, -1, -1))
-        fits = [n for n in sizes if plan.gpu_bytes(n, 1) + (0 if always else whole) <= limit]
+        needed = {n: least_bytes(config, shape, n, 1, processes) for n in sizes}
+        fits = [n for n in needed if needed[n] + (0 if always else whole) <= limit]
         if not fits:
             rows.append(["none", "", ""])
             continue

@@ -20,8 +20,8 @@ from support.machine.device import (
     choose_device,
     choose_dtype,
     device_name,
-    fast_attention,
     keep_freed_memory,
+    prefer_fast_attention,
     to_device,
 )
 from train_gpt2 import GPT, GPTConfig, TokenLoader, TrainConfig, configure_optimizer
@@ -48,6 +48,7 @@ def main(config: Config) -> None:
     device, shape = choose_device(config.device), GPTConfig(n_layer=config.n_layer)
     dtype = choose_dtype(config.dtype, device, shape.n_embd)
     B, T, C = config.batch_size, config.sequence_length, shape.n_embd
+    prefer_fast_attention(device)
     if device.type == "cpu":
         keep_freed_memory()
     model = GPT(shape).pad_vocabulary().to(device)
@@ -56,16 +57,15 @@ def main(config: Config) -> None:
     tokens = np.random.default_rng(0).integers(0, shape.vocab_size, 10_000_000, dtype=np.uint16)
     for name in ("edufineweb_val_000000", "edufineweb_train_000001"):
         np.save(folder / f"{name}.npy", tokens)
-    loader = TokenLoader(load_shards(folder), "train", sequence_length=T, batch_size=B, rows_per_step=B)
-    x, y = to_device(device, *loader.batch(0, 0))
+    loader = TokenLoader(load_shards(folder), "train", TrainConfig(sequence_length=T, total_batch_size=B * T))
+    x, y = to_device(device, *loader.batch(0, 0, B))
     stream = torch.randn(B, T, C, device=device, requires_grad=True)
     block, steps = model.transformer.h[0], iter(range(10**9))
 
     def both_ways(part: Callable[[], torch.Tensor]) -> None:
-        with fast_attention(device):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                out = part()
-            out.backward(torch.ones_like(out))
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            out = part()
+        out.backward(torch.ones_like(out))
 
     def whole() -> None:
         both_ways(lambda: model(x, y))
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
         "head and loss": (1, lambda: both_ways(head_and_loss)),
         "clip": (1, clip),
         "optimizer": (1, optimizer.step),
-        "loader": (1, lambda: to_device(device, *loader.batch(next(steps), 0))),
+        "loader": (1, lambda: to_device(device, *loader.batch(next(steps), 0, B))),
     }
     print(
         f"{device_name(device)}, PyTorch {torch.__version__}, {dtype}; {L} layers, {B} x {T} tokens, "

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from support.cli import check_numbers
+from support.cli import PositiveFloat, PositiveInt, check_numbers
 from support.files import to_json, write_file
 from support.run.curves import read_run, save_picture
 
@@ -67,9 +67,9 @@ class Config:
     data_dir: Path = Path("text_bytes")  # token shards of bytes
     folder: Path = Path("log/recipes")  # where the runs live
     sizes: tuple[Literal["1M", "3M", "10M"], ...] = ("1M", "3M", "10M")
-    jobs: int = 2  # runs at once
-    hours: float | None = None  # begin no run after so many hours
-    steps: int = STEPS  # of a full run
+    jobs: PositiveInt = 2  # runs at once
+    hours: PositiveFloat | None = None  # begin no run after so many hours
+    steps: PositiveInt = STEPS  # of a full run
     variants: bool = False  # Muon with one idea more each, at the first size
     table: bool = False  # only print the table of what is measured, and draw the picture
     out: Path = ROOT / "benchmarks/results/recipes_cpu.json"
@@ -199,7 +199,7 @@ def carry_out(run: Run, config: Config) -> dict[str, Any]:
 
 
 def main(config: Config) -> None:
-    check_numbers(config, {"jobs", "hours", "steps"})
+    check_numbers(config)
     record = json.loads(config.out.read_text(encoding="utf-8")) if config.out.exists() else {"runs": {}}
     results: Results = record["runs"]
     if config.table:

@@ -4,11 +4,10 @@ same prompt, the most likely token each time, and the same text in the end.
 
     python -m benchmarks.sampling [--n 5] [--device cuda] [--out results.json]
 
-"generate" is GPT.generate as it stands: on a CPU it packs the weights each time. "packed" finds them packed,
-"plain" never packs. On a GPU, "compiled" replays CUDA graphs.
+"generate" is GPT.generate as it stands: on a CPU it packs the weights each time, if a trial of one layer says
+so. "packed" finds them packed, "plain" never packs. On a GPU, "compiled" replays CUDA graphs.
 """
 
-import contextlib
 import functools
 import json
 import os
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.training import default_attention
-from support.machine.device import choose_device, device_name, pack_for_cpu
+from support.machine.device import choose_device, device_name
+from support.model.packed import pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 import torch
@@ -81,10 +80,9 @@ def measure(config: Config) -> dict[str, Any]:
         for _ in range(config.n + 1):
             texts = {}
             for name, way in ways.items():
-                with default_attention() if name == "transformers" else contextlib.nullcontext():
-                    start = time.perf_counter()
-                    texts[name] = way().cpu()
-                    seconds = time.perf_counter() - start
+                start = time.perf_counter()
+                texts[name] = way().cpu()
+                seconds = time.perf_counter() - start
                 rates[name].append(batch_size * config.new_tokens / seconds)
         rates = {name: values[1:] for name, values in rates.items()}  # the first round warms up
         same = all(torch.equal(text, texts["transformers"]) for text in texts.values())

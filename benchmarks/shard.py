@@ -15,18 +15,18 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from benchmarks.training import spread
-from support.machine.device import choose_device, device_name, mixed_precision
-from support.machine.micro_batch import wrap_model
+from support.machine.device import choose_device, device_name
 from support.machine.processes import start_processes
-from support.machine.sharding import sync_gradients
-from train_gpt2 import GPTConfig, TrainConfig, configure_optimizer, make_model
+from support.machine.sharding import ShardedModel, divide
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import torch
 import tyro
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 MICRO_STEPS = 2  # in a step
 
@@ -55,11 +55,15 @@ def train(config: Config) -> None:
     """One of the processes; the main one prints the figures of all."""
     world = start_processes("cpu", 10.0)
     shape = GPTConfig(128, 8192, config.n_layer, 4, config.n_embd)
-    shares = world.size if config.way == "shard" else 1
-    train_config = TrainConfig(sequence_length=128)
-    raw_model = make_model(train_config, shape, None, world, shares, torch.float32)
-    autocast, _ = mixed_precision(world.device, torch.float32)
-    model = wrap_model(raw_model, False, world)
+    train_config = TrainConfig(sequence_length=128, shard=config.way == "shard")
+    torch.manual_seed(train_config.seed)
+    raw_model = GPT(shape).pad_vocabulary()
+    model: Any
+    if train_config.shard:
+        raw_model = divide(raw_model, train_config, world, torch.float32)
+        model = ShardedModel(raw_model, compiled=False)
+    else:
+        model = DistributedDataParallel(raw_model, gradient_as_bucket_view=True)
     optimizer = configure_optimizer(raw_model, train_config)
     x, y = torch.randint(shape.vocab_size, (2, config.rows, 128))
     seconds = []
@@ -67,10 +71,8 @@ def train(config: Config) -> None:
         world.from_all(None)  # all begin together
         start = time.perf_counter()
         for micro_step in range(MICRO_STEPS):
-            sync_gradients(model, micro_step == MICRO_STEPS - 1)
-            with autocast:
-                loss = model(x, y)
-            loss.backward()
+            model.require_backward_grad_sync = micro_step == MICRO_STEPS - 1
+            model(x, y).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
         optimizer.zero_grad(set_to_none=False)

@@ -10,7 +10,6 @@ all alike. "tutorial" is its eager loop written out: no compilation, AdamW witho
 defaults for everything else.
 """
 
-import contextlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -21,7 +20,7 @@ import shlex
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,9 @@ from support.machine.device import (
     choose_device,
     choose_dtype,
     device_name,
-    fast_attention,
+    keep_freed_memory,
     peak_flops,
-    set_up_for_training,
+    prefer_fast_attention,
     to_device,
 )
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
@@ -76,18 +75,6 @@ class Config:
         return self.micro_steps * self.batch_size * self.sequence_length
 
 
-@contextlib.contextmanager
-def default_attention() -> Iterator[None]:
-    """A context with PyTorch's own choice of attention, which `choose_device` changes for ours: peers get
-    it."""
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(True)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-
-
 class TutorialGPT(GPT):
     """The tutorial's forward pass: logits and loss come back, the loss from all columns."""
 
@@ -122,8 +109,12 @@ def make_step(way: str, config: Config) -> Callable[[], float]:
     uniform = torch.rand(2, config.batch_size, config.sequence_length)
     batch = [(config.shape.vocab_size**u).long() for u in uniform]
     model = make_model(way, config).to(device)
-    if device.type == "cuda" or ours:  # a peer on a CPU gets PyTorch's defaults
-        set_up_for_training(device)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if ours:  # a peer gets PyTorch's defaults
+        prefer_fast_attention(device)
+        if device.type == "cpu":
+            keep_freed_memory()
     optimizer = configure_optimizer(model, TrainConfig())
     if way.startswith("tutorial") and device.type == "cpu":
         optimizer = torch.optim.AdamW(optimizer.param_groups, lr=6e-4, betas=(0.9, 0.95), fused=False)
@@ -133,16 +124,15 @@ def make_step(way: str, config: Config) -> Callable[[], float]:
     def micro_step() -> torch.Tensor:
         """Forward and backward; returns this micro-step's share of the loss."""
         x, y = to_device(device, *batch) if ours else [t.to(device) for t in batch]
-        with fast_attention(device) if ours else default_attention():
-            with autocast:
-                if ours:
-                    loss = run(x, y)
-                elif way.startswith("tutorial"):
-                    _, loss = run(x, y)
-                else:
-                    loss = run(x, labels=x).loss
-            loss = loss / config.micro_steps
-            loss.backward()
+        with autocast:
+            if ours:
+                loss = run(x, y)
+            elif way.startswith("tutorial"):
+                _, loss = run(x, y)
+            else:
+                loss = run(x, labels=x).loss
+        loss = loss / config.micro_steps
+        loss.backward()
         return loss.detach()
 
     def step() -> float:

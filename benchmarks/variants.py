@@ -98,10 +98,10 @@ OPTIMIZERS: dict[str, type[Variant]] = {
 
 def main(name: str, config: train_gpt2.TrainConfig) -> None:
     Variant.steps = config.max_steps
-    train_gpt2.Muon = OPTIMIZERS[name]  # type: ignore[misc]
+    muon.Muon = OPTIMIZERS[name]  # type: ignore[misc]
     if name == "zero":
-        make_model = train_gpt2.make_model
-        train_gpt2.make_model = lambda *args: zero_projections(make_model(*args))
+        pad = train_gpt2.GPT.pad_vocabulary
+        train_gpt2.GPT.pad_vocabulary = lambda model: pad(zero_projections(model))  # type: ignore[method-assign]
     train_gpt2.main(config)
 
 

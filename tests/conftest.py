@@ -15,6 +15,9 @@ from pathlib import Path
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
 from support.data.shards import ShardWriter, new_record, write_shards
+from support.machine.processes import World
+from support.run.folder import RunFolder
+from train_gpt2 import GPTConfig, TrainConfig
 
 import numpy as np
 import pytest
@@ -136,6 +139,21 @@ def text_shards(tmp_path_factory) -> Path:
     texts = [f"{i} green bottles hanging on the wall. " * 20 for i in range(100)]
     write_texts(texts, folder, 20_000, source={"dataset": "a rhyme"})
     return folder
+
+
+CPU = World()  # one process on a CPU
+SMALL = GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=2, n_embd=48)
+
+
+def run_folder(path: Path, print=print, **config) -> RunFolder:
+    """The folder of a run with this configuration, in one process."""
+    return RunFolder(TrainConfig(log_dir=path, **config), CPU, print)
+
+
+def faulty(faults, *flags, launch=run, **options):
+    """`train_gpt2.py` with faults, see faults.py."""
+    env = {"FAULTS": faults, "PYTHONPATH": str(ROOT)}
+    return launch(ROOT / "tests/faults.py", *flags, env=env, **options)
 
 
 TINY = (

@@ -18,9 +18,8 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     bytes=FILE            write the bytes of weights, gradients and moments in this process to FILE + rank
     backend=NAME          torch.compile is used on a CPU too, with this backend; "fails" is one that fails
     backend_rank=RANK     it fails only there
-    trial_oom=N           memory runs out in the N-th forward pass of the process, which is one of a trial
     hosts=N               the processes of this machine take themselves for those of N hosts
-    whole_gradients=SHARE  see support/machine/sharding.py
+    unsharded_gradients=SHARE  see support/machine/sharding.py
     scale=SCALE           float16's first scale
 """
 
@@ -33,7 +32,7 @@ from pathlib import Path
 
 import train_gpt2
 from support.cli import run_command
-from support.machine import micro_batch, sharding
+from support.machine import device, sharding
 from support.run import folder as run_folder
 
 import torch
@@ -76,14 +75,14 @@ if "bytes" in faults:
 batch = train_gpt2.TokenLoader.batch
 
 
-def faulty_batch(self, step, micro_step):
-    x, y = batch(self, step, micro_step)
+def faulty_batch(self, step, micro_step, B):
+    x, y = batch(self, step, micro_step, B)
     fetched.append((step, x, y))  # ahead of use
     return x, y
 
 
 train_gpt2.TokenLoader.batch = faulty_batch
-fetched, passes = [], []
+fetched = []
 forward = train_gpt2.GPT.forward
 OOM = "CUDA out of memory. Tried to allocate 20.00 MiB"
 
@@ -109,9 +108,6 @@ def faulty_forward(self, idx, targets=None):
         poisoned = begin_micro_step(*fetched.pop(0))
     if not torch.is_grad_enabled() and fetched:
         time.sleep(float(faults.get("slow_evaluation", 0)))
-    passes.append(len(idx))
-    if len(passes) == int(faults.get("trial_oom", -1)):
-        raise torch.OutOfMemoryError(OOM)
     if "oom" in faults and faults.get("oom_rank", rank) == rank:
         plain, chunked = map(int, (faults["oom"] + ":0").split(":")[:2])
         if len(idx) > (chunked if self.loss_chunks > 1 else plain):
@@ -171,13 +167,13 @@ if "backend" in faults:
     if faults.get("backend_rank", rank) != rank:
         backend = "eager"
     torch.compile = lambda module, **options: compile_(module, **{**options, "backend": backend})
-    micro_batch.choose_compile = lambda wanted, device: (wanted, "on")
+    device.choose_compile = lambda wanted, _: (wanted, "on")
 
 if "hosts" in faults:
     os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(faults["hosts"]))
 
-if "whole_gradients" in faults:
-    sharding.WHOLE_GRADIENTS = float(faults["whole_gradients"])
+if "unsharded_gradients" in faults:
+    sharding.UNSHARDED_GRADIENTS = float(faults["unsharded_gradients"])
 
 if "scale" in faults:
     make_scaler = torch.amp.GradScaler

@@ -3,34 +3,30 @@
 from dataclasses import replace
 
 import train_gpt2
-from conftest import TINY, call
+from conftest import CPU, SMALL, TINY, call, faulty
 from support.cli import InputError
 from support.machine import device, micro_batch
 from support.machine.micro_batch import (
     check_memory,
-    find_micro_batch_size,
-    fit_to_device,
+    find_micro_batch,
+    least_bytes,
     micro_batch_sizes,
+    most_rows,
     try_step,
 )
 from support.machine.processes import World
 from support.run.curves import read_log, read_run
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
+from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 import pytest
 import torch
-from test_recovery import faulty
-from torch.nn.attention import SDPBackend
 
-CPU = World(0, 1, torch.device("cpu"))
-SMALL = GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=2, n_embd=48)
 RUN = (*TINY, "--max_steps=4", "--val_every=2", "--sample_every=4")
+FLOAT32 = device.autocast_to(CPU.device, torch.float32)
 
 
 def sizes_of(flags, world):
-    config = replace(TrainConfig(), **flags)
-    return micro_batch_sizes(config.total_batch_size, config.sequence_length, config.micro_batch_size,
-                             config.memory_limit_gb, GPTConfig(), world)  # fmt: skip
+    return micro_batch_sizes(TrainConfig(**flags), GPTConfig(), world)
 
 
 def test_the_batch_is_divided_or_refused_with_numbers_that_work():
@@ -71,7 +67,7 @@ def test_the_most_rows_that_fit_are_found_from_large_to_small(plain, chunked, fo
         tried.append((rows, chunks))
         return rows <= (plain if chunks == 1 else chunked)
 
-    assert find_micro_batch_size([64, 32, 16, 8, 4, 2, 1], fits, enough=8) == found
+    assert most_rows([64, 32, 16, 8, 4, 2, 1], fits, enough=8) == found
     assert len(tried) == tries
 
 
@@ -82,32 +78,30 @@ def test_what_fitted_before_is_tried_first():
         tried.append((rows, chunks))
         return rows <= 4
 
-    assert find_micro_batch_size([64, 32, 16, 8, 4, 2, 1], fits, 8, first=(4, 8)) == (4, 8)
+    assert most_rows([64, 32, 16, 8, 4, 2, 1], fits, 8, first=(4, 8)) == (4, 8)
     assert tried == [(4, 8)]
     tried.clear()  # memory became scarce: the search begins anew
-    assert find_micro_batch_size([64, 32, 16, 8, 4, 2, 1], fits, 2, first=(8, 1)) == (4, 1)
+    assert most_rows([64, 32, 16, 8, 4, 2, 1], fits, 2, first=(8, 1)) == (4, 1)
     assert tried[0] == (8, 1)
-    assert find_micro_batch_size([2, 1], fits, 1, first=(4, 1)) == (
-        2,
-        1,
-    )  # another batch: not among the sizes
+    assert most_rows([2, 1], fits, 1, first=(4, 1)) == (2, 1)  # another batch: not among the sizes
 
 
 def test_what_a_step_keeps_on_a_gpu():
     """Beside the peak of the backward pass in PyTorch's generated code for 12 layers, weights, gradients and
     moments left out: 6.98 GiB with 16 rows, 3.64 with 8."""
-    plan = micro_batch.Plan([16], 1024, None, "", GPTConfig())
-    fixed = 16 * GPTConfig().n_parameters
+    config, shape = TrainConfig(), GPTConfig()
+    fixed = 16 * shape.n_parameters
     for rows, peak in ((16, 6.98), (8, 3.64)):
-        computed = (plan.gpu_bytes(rows, 1) - fixed) / 2**30
+        computed = (least_bytes(config, shape, rows, 1) - fixed) / 2**30
         assert peak - 0.4 < computed < peak  # at the least: what surely can't fit is not compiled
-    assert plan.gpu_bytes(16, 8) < plan.gpu_bytes(16, 1) - 1.3 * 2**30  # the logits
-    assert plan._replace(recompute=True).gpu_bytes(16, 1) < 0.55 * plan.gpu_bytes(16, 1)
+    plain = least_bytes(config, shape, 16, 1)
+    assert least_bytes(config, shape, 16, 8) < plain - 1.3 * 2**30  # the logits
+    assert least_bytes(replace(config, recompute=True), shape, 16, 1) < 0.55 * plain
 
 
 def test_nothing_fits():
     with pytest.raises(InputError, match=r"out of memory with a micro-batch of 1 row; .*--recompute"):
-        find_micro_batch_size([2, 1], lambda *_: False, enough=8)
+        most_rows([2, 1], lambda *_: False, enough=8)
 
 
 @pytest.mark.parametrize(
@@ -194,36 +188,21 @@ def test_the_search_changes_nothing(tmp_path, text_shards):
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 
-def test_recomputed_blocks_attend_in_the_same_way(monkeypatch, text_shards, tmp_path):
-    """Another attention than PyTorch's first choice, in the forward pass, must be that of the backward pass
-    too."""
-    monkeypatch.setattr(device, "choose_attention", lambda _: [SDPBackend.MATH])
-    config = TrainConfig(
-        data_dir=text_shards, log_dir=tmp_path / "log", n_layer=2, n_head=2, n_embd=32, sequence_length=32,
-        total_batch_size=256, max_steps=2, warmup_steps=2, val_every=0, hellaswag_every=0, sample_every=0,
-        device="cpu", recompute=True, checkpoint_every=0,
-    )  # fmt: skip
-    train_gpt2.main(config)
-    assert len(read_log(tmp_path / "log/log.txt")["train"]) == 2
-
-
-def test_the_warm_up_needs_what_a_step_needs_and_leaves_nothing():
-    """The moments are there in its second pass, and not even an overflow reaches the weights."""
+def test_the_trial_needs_what_a_step_needs_and_leaves_nothing(monkeypatch):
+    """Memory for two moments of every parameter, gradients, the validation in its own mode; not even an
+    overflow reaches the weights."""
     torch.manual_seed(0)
     model = GPT(SMALL)
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = float("inf")  # the loss is NaN, and every gradient
     before = {name: p.clone() for name, p in model.named_parameters()}
-    states = []
-    optimizer = configure_optimizer(model, TrainConfig(max_lr=0.0))
-
-    def watched(idx, targets):
-        states.append(len(optimizer.state))
-        return model(idx, targets)
-
-    autocast = device.autocast_to(CPU.device, torch.float32)
-    assert 0 < try_step(watched, optimizer, 2, 16, autocast, CPU.device) < 60
-    assert states[1] == len(before)
+    made, modes, zeros_like = [], [], torch.zeros_like
+    monkeypatch.setattr(torch, "zeros_like", lambda t: made.append(t.numel()) or zeros_like(t))
+    model.register_forward_pre_hook(lambda m, _: modes.append((m.training, torch.is_grad_enabled())))
+    assert 0 < try_step(model, 2, 16, FLOAT32, CPU.device) < 60
+    assert sum(made) == 2 * sum(p.numel() for p in model.parameters())
+    assert modes == [(True, True), (True, True), (False, False)]
+    assert model.training
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]), name
 
@@ -239,44 +218,64 @@ def test_a_model_that_can_not_fit_is_refused_before_it_is_made(tmp_path, text_sh
     assert "has 8.00 GB for it" in done.stderr
     assert not (tmp_path / "log").exists()
     with pytest.raises(InputError, match=r"1,557,611,200 parameters needs 23.21 GB .* 5.80 GB each"):
-        check_memory(GPTConfig(**train_gpt2.PRESETS["gpt2-xl"]), 20, CPU)
+        check_memory(TrainConfig(memory_limit_gb=20), GPTConfig(**train_gpt2.PRESETS["gpt2-xl"]), CPU)
 
 
 # ------------------------------------------------------------------ compilation
 
 
-def compiled_run(monkeypatch, backend, text_shards, log_dir, *flags):
-    """A run with torch.compile, by this backend; returns what it said."""
+@pytest.fixture
+def compiler(monkeypatch):
+    """A function that makes torch.compile work on a CPU, by this backend. A stance is undone in the end."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     compile_ = torch.compile
-    monkeypatch.setattr(micro_batch, "choose_compile", lambda *_: (True, "on"))
-    monkeypatch.setattr(torch, "compile", lambda model, **k: compile_(model, backend=backend, **k))
+
+    def use(backend):
+        monkeypatch.setattr(device, "choose_compile", lambda *_: (True, "on"))
+        monkeypatch.setattr(torch, "compile", lambda model, **k: compile_(model, backend=backend, **k))
+
+    yield use
+    torch.compiler.set_stance("default")
+
+
+def compiled_run(monkeypatch, text_shards, log_dir, **changes):
+    """A run; returns what it said."""
     said = []
     for name in ("print", "show"):  # events, and the tables
-        monkeypatch.setattr(train_gpt2.Progress, name, lambda _, text: said.append(text))
+        monkeypatch.setattr(train_gpt2.Report, name, lambda _, text: said.append(text))
     config = TrainConfig(
-        data_dir=text_shards, log_dir=log_dir, n_layer=2, n_head=2, n_embd=32, sequence_length=32,
-        total_batch_size=256, max_steps=5, warmup_steps=2, val_every=2, val_tokens=1056, sample_every=2,
-        hellaswag_every=0, device="cpu",
-    )  # fmt: skip
-    train_gpt2.main(replace(config, **dict(flags)))
+        data_dir=text_shards,
+        log_dir=log_dir,
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        sequence_length=32,
+        total_batch_size=256,
+        max_steps=5,
+        warmup_steps=2,
+        val_every=2,
+        val_tokens=1056,
+        sample_every=2,
+        hellaswag_every=0,
+        device="cpu",
+    )
+    train_gpt2.main(replace(config, **changes))
     return "\n".join(said)
 
 
-def test_nothing_is_compiled_again_after_the_warm_up(monkeypatch, text_shards, tmp_path):
-    prepare = fit_to_device
+def test_nothing_is_compiled_again_after_the_warm_up(compiler, monkeypatch, text_shards, tmp_path):
+    """Neither by changes between training and evaluation."""
+    find = micro_batch.find_micro_batch
 
-    def then_no_more(*arguments):
-        prepared = prepare(*arguments)
+    def then_no_more(*arguments, **options):
+        found = find(*arguments, **options)
         torch.compiler.set_stance("fail_on_recompile")
-        return prepared
+        return found
 
-    monkeypatch.setattr(train_gpt2, "fit_to_device", then_no_more)
-    try:
-        said = compiled_run(monkeypatch, "eager", text_shards, tmp_path / "log", ("micro_batch_size", 2))
-    finally:
-        torch.compiler.set_stance("default")
+    monkeypatch.setattr(micro_batch, "find_micro_batch", then_no_more)
+    compiler("eager")
+    said = compiled_run(monkeypatch, text_shards, tmp_path / "log", micro_batch_size=2)
     assert "torch.compile on" in said
     assert "done: 5 steps" in said
     counted = torch._dynamo.utils.counters
@@ -285,11 +284,9 @@ def test_nothing_is_compiled_again_after_the_warm_up(monkeypatch, text_shards, t
 
 
 @pytest.mark.slow
-def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypatch):
+def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(compiler, monkeypatch):
     """PyTorch compiles a function for 8 shapes, then silently no more: a size that fails must not count."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(micro_batch, "choose_compile", lambda *_: (True, "on"))
-    compile_, warm, ran = torch.compile, try_step, []
+    warm, ran = try_step, []
 
     def backend(graph, _):
         def run_graph(*inputs):
@@ -298,22 +295,18 @@ def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypat
 
         return run_graph
 
-    def small_memory(model, optimizer, rows, *others):
-        seconds = warm(model, optimizer, rows, *others)
+    def small_memory(model, rows, *others):
+        seconds = warm(model, rows, *others)
         if rows > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return seconds
 
     monkeypatch.setattr(micro_batch, "try_step", small_memory)
     monkeypatch.setattr(micro_batch, "ENOUGH_TOKENS", 1)  # no need for chunks
-    monkeypatch.setattr(torch, "compile", lambda model, **k: compile_(model, backend=backend, **k))
-    raw_model = GPT(replace(SMALL, n_layer=1))
-    plan = micro_batch.Plan([12, 6, 4, 3, 2, 1], 16, None, "", raw_model.config)
-    model, rows, *_ = fit_to_device(
-        plan, raw_model, True, device.autocast_to(CPU.device, torch.float32), CPU,
-        lambda _: None, lambda: configure_optimizer(raw_model, TrainConfig(max_lr=0.0)),
-    )  # fmt: skip
-    assert rows == 1
+    compiler(backend)
+    model = torch.compile(GPT(replace(SMALL, n_layer=1)), dynamic=False)
+    config = TrainConfig(sequence_length=16, total_batch_size=12 * 16)
+    assert find_micro_batch(model, config, CPU, FLOAT32, lambda _: None).rows == 1
     ran.clear()
     idx = torch.zeros(1, 16, dtype=torch.long)
     model(idx, idx.clone())
@@ -322,21 +315,29 @@ def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(monkeypat
 
 def test_of_unlike_devices_the_smallest_decides(monkeypatch):
     """What the other process found: fewer rows, the loss in chunks, a slower step."""
-    monkeypatch.setattr(World, "from_all", lambda _, own: [own, (2, 8, 9.0)] if own else [own, None])
-    raw_model = GPT(replace(SMALL, n_layer=1))
-    fit = fit_to_device(
-        micro_batch.Plan([4, 2, 1], 16, None, "", raw_model.config), raw_model, False,
-        device.autocast_to(CPU.device, torch.float32), CPU, lambda _: None,
-        lambda: configure_optimizer(raw_model, TrainConfig(max_lr=0.0)),
-    )  # fmt: skip
-    assert (fit.rows, fit.loss_chunks, raw_model.loss_chunks, fit.seconds) == (2, 8, 8, 9.0)
+
+    def from_all(_, own):
+        return [own, (2, 8, 9.0)] if isinstance(own, tuple) else [own, own]
+
+    monkeypatch.setattr(World, "from_all", from_all)
+    model, config = GPT(replace(SMALL, n_layer=1)), TrainConfig(sequence_length=16, total_batch_size=64)
+    fit = find_micro_batch(model, config, CPU, FLOAT32, lambda _: None)
+    assert (fit.rows, fit.loss_chunks, fit.seconds) == (2, 8, 9.0)
 
 
-def test_training_goes_on_where_compilation_fails(monkeypatch, text_shards, tmp_path):
+def test_training_goes_on_where_compilation_fails(compiler, monkeypatch, text_shards, tmp_path):
+    """With the model that main made: nothing is built anew."""
+
     def broken(*_):
         raise OSError("no space for the compiler")
 
-    said = compiled_run(monkeypatch, broken, text_shards, tmp_path / "log")
+    compiler(broken)
+    said = compiled_run(monkeypatch, text_shards, tmp_path / "log")
     assert said.count("torch.compile failed, training continues without it (BackendCompilerFailed") == 1
     assert "torch.compile off: it failed" in said
     assert "done: 5 steps" in said
+    torch.compiler.set_stance("default")
+    monkeypatch.undo()
+    call("train_gpt2.py", *TINY, "--max_steps=5", "--val_every=2", "--val_tokens=1056", "--sample_every=0",
+         f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'plain'}", "--max_lr=6e-4")  # fmt: skip
+    assert read_log(tmp_path / "log/log.txt") == read_log(tmp_path / "plain/log.txt")

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from support.cli import InputError, duration, plural, printable
-from support.machine.device import attention_name, choose_compile, choose_dtype, device_name, peak_flops
+from support.machine import device as devices
 from support.machine.micro_batch import Fit
 from support.machine.processes import World
 from support.run.curves import (
@@ -66,9 +66,9 @@ def facts_of(
 ) -> Facts:
     """What run.json records before the first step."""
     config, world, shards, shape = run.config, run.world, val_loader.shards, raw_model.config
-    dtype = choose_dtype(config.dtype, world.device, shape.n_embd)
+    dtype = devices.choose_dtype(config.dtype, world.device, shape.n_embd)
     compiler_fault = f"off: it failed ({fit.compiler_fault})" if fit.compiler_fault else None
-    compile_note = compiler_fault or choose_compile(config.compile, world.device)[1]
+    compile_note = compiler_fault or devices.choose_compile(config.compile, world.device)[1]
     grad_accum_steps = config.total_batch_size // (config.sequence_length * fit.rows * world.size)
     return {
         "train_config": asdict(config),
@@ -87,11 +87,11 @@ def facts_of(
             "train_tokens": shards.count("train"),
             "train_shards": len(shards.files["train"]),
         },
-        "device": device_name(world.device),
+        "device": devices.device_name(world.device),
         "world_size": world.size,
         "optimizer": type(optimizer).__name__,
         "precision": f"{str(dtype).removeprefix('torch.')}, torch.compile {compile_note}",
-        "attention": attention_name(world.device, dtype, shape.n_embd // shape.n_head),
+        "attention": devices.attention_name(world.device, dtype, shape.n_embd // shape.n_head),
         "memory": fit.memory + (", the blocks recomputed" if config.recompute else ""),
         "micro_batch_size": fit.rows,
         "loss_chunks": fit.loss_chunks,
@@ -203,7 +203,9 @@ class Report:
     def __init__(self, config: "TrainConfig", world: World):
         self.config, self.is_main, self.world_size = config, world.is_main, world.size
         self.on_terminal = sys.stderr.isatty()
-        self.peak = peak_flops(device_name(world.device))  # FLOP/s of each device; None if unknown
+        self.peak = devices.peak_flops(
+            devices.device_name(world.device)
+        )  # FLOP/s of each device; None if unknown
         self.last_line = -math.inf
         self.step_seconds: deque[float] = deque(maxlen=20)  # of the last steps
         self.n_steps = 0  # trained by this process
