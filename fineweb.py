@@ -19,22 +19,24 @@ shards (shards.py). This file connects these steps. Shards that others have made
 (ready_shards.py).
 """
 
+import itertools
 import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from support.cli import InputError, file_size, plural, run_command
+from support.cli import InputError, duration, file_size, plural, run_command
 from support.data.documents import File, Piece, local_files, read_documents, text_bytes
 from support.data.encodings import get_encoding
 from support.data.hub import Downloads, dataset_files
 from support.data.ready_shards import fetch_shards
 from support.data.shards import (
+    JobProgress,
     Place,
     Record,
     ShardWriter,
@@ -46,9 +48,7 @@ from support.data.shards import (
     write_shards,
 )
 from support.data.tokens import REMARKS
-from support.files import lock_folder
-
-from tqdm import tqdm
+from support.files import check_disk, lock_folder
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # for English text
@@ -61,41 +61,34 @@ class ShardConfig:
 
     # -- what is read
     input: tuple[str, ...] = ()
-    """Local files, folders or globs of .parquet, .jsonl, .jsonl.gz and .txt, each file read once; a .txt
-    file is one document. Without: --dataset."""
-    dataset: str = FINEWEB_EDU
-    """A dataset on the Hugging Face Hub."""
-    config: str | None = None
-    """Its configuration; default: for FineWeb-Edu sample-10BT (there are sample-100BT and sample-350BT), for
-    another dataset its own default."""
-    revision: str = "main"
-    """Its branch, tag or commit; resolved to a commit at the start, and recorded."""
-    text_column: str = "text"
-    """The column of a parquet file, or the key of a JSON line, that holds the text."""
+    """local files, folders or globs of .parquet, .jsonl, .jsonl.gz and .txt (one document each)"""
+    dataset: str = FINEWEB_EDU  # without --input: a dataset on the Hugging Face Hub
+    config: str | None = None  # the dataset's configuration; default for FineWeb-Edu: sample-10BT
+    revision: str = "main"  # the dataset's branch, tag or commit; the commit is recorded
+    text_column: str = "text"  # the parquet column, or the key of a JSON line, that holds the text
+
     # -- instead: shards that others have made
     shards: str | None = None
-    """OWNER/NAME of a dataset on the Hub that holds token shards in the gpt2 encoding, .npy or llm.c's .bin,
-    with 'train' or 'val' in their names; goes with --revision, --output_dir and --max_tokens only."""
+    """OWNER/NAME of a dataset on the Hub: fetch its token shards (GPT-2's tokens, .npy or llm.c's .bin)"""
+
     # -- what is written
-    output_dir: Path = Path("edu_fineweb10B")
-    """Folder for the shards; made if missing."""
-    shard_size: int = 100_000_000
-    """Tokens per shard (2 bytes each)."""
+    output_dir: Path = Path("edu_fineweb10B")  # folder for the shards; made if missing
+    shard_size: int = 100_000_000  # tokens per shard (2 bytes each)
     max_tokens: int | None = None
-    """Stop after this many tokens, with --shards after the shard that holds the last of them; default: the
-    whole input."""
-    encoding: Literal["gpt2", "bytes"] = "gpt2"
-    """gpt2: the 50,257 tokens of GPT-2; bytes: one token per byte."""
+    """stop after this many tokens; with --shards, after the shard that holds the last of them"""
+    encoding: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: GPT-2's 50,257 tokens; bytes: one token per byte
+
     # -- how
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
-    """Threads that tokenize; their number never changes the result."""
+    """threads that tokenize; their number never changes the result"""
     keep_downloads: bool = False
-    """Keep the Hub's files, in OUTPUT_DIR/downloads; default: each is deleted when its shards are safe."""
+    """keep the Hub's files in OUTPUT_DIR/downloads; otherwise each is deleted when its shards are safe"""
+
     # -- instead: look at shards that are there
     check: Path | None = None
-    """Only verify the shards in this folder: headers, sizes, ids, and sums where shards.json has them."""
+    """only verify the shards in this folder: headers, sizes, ids, and sums where shards.json has them"""
     write_shards_json: bool = False
-    """With --check: write the shards.json that is missing, saying that the shards are in --encoding."""
+    """with --check: write a missing shards.json, which says that the shards are in --encoding"""
 
 
 def check_flags(config: ShardConfig) -> None:
@@ -123,79 +116,52 @@ def check_flags(config: ShardConfig) -> None:
         raise InputError("--write_shards_json goes with --check FOLDER")
 
 
-def check_disk(config: ShardConfig, files: list[File], n_tokens: int) -> str:
-    """Describe the job's disk use; `n_tokens` are already written. Raises InputError if the rest does not fit
-    on the disk."""
+def size_of_job(config: ShardConfig, files: list[File], n_tokens: int) -> str:
+    """State in words how much will be written; `n_tokens` are there already. Raises InputError if the rest
+    does not fit on the disk."""
     text = sum(text_bytes(file, config.text_column) for file in files)
     estimate = text / BYTES_PER_TOKEN[config.encoding]
     estimate = max(min(estimate, config.max_tokens or estimate), n_tokens)
-    sizes = sorted(file.size for file in files if file.path is None)
-    downloads = sum(sizes if config.keep_downloads else sizes[-2:])
-    needed, free = 2 * (estimate - n_tokens) + downloads, shutil.disk_usage(config.output_dir).free
-    at_once = ("all downloads" if config.keep_downloads else "two downloads") + " and " if sizes else ""
-    summary = (
-        f"about {estimate:,.0f} tokens in {plural(math.ceil(estimate / config.shard_size), 'shard')}; needs "
-        f"up to {file_size(needed)} of disk space ({at_once}the shards); {file_size(free)} is free"
-    )
-    if needed > free:
-        raise InputError(
-            f"--output_dir {config.output_dir}: {summary}; choose another disk, or set --max_tokens"
-        )
-    return summary
+    n_shards = plural(math.ceil(estimate / config.shard_size), "shard")
+    downloads = sorted(file.size for file in files if file.path is None)
+    purpose = "the shards"
+    if downloads:
+        purpose = f"{'all' if config.keep_downloads else 'two'} downloads and the shards"
+    if not config.keep_downloads:
+        downloads = downloads[-2:]
+    need = check_disk(config.output_dir, sum(downloads) + 2 * (estimate - n_tokens), purpose)
+    return f"about {estimate:,.0f} tokens in {n_shards}; {need}"
 
 
 def read_files(
     files: list[File], column: str, ends_at: Place | None, downloads: Downloads | None = None
 ) -> Iterator[Piece]:
     """The documents of all files, from the one that `ends_at` (of the last finished shard) names."""
-    names = [file.name for file in files]
-    start = names.index(ends_at["file"]) if ends_at else 0
-    for i in range(start, len(files)):
-        path = files[i].path
-        if path is None:
-            assert downloads is not None, "a file on the Hub is downloaded"
-            path = downloads.path(i)
-        first = ends_at["document"] if ends_at and i == start else 0
-        for piece in read_documents(files[i], path, column, first):
-            if downloads:
-                downloads.look_ahead(i)
-            yield piece
+    start, first = 0, 0
+    if ends_at:
+        start, first = [file.name for file in files].index(ends_at["file"]), ends_at["document"]
+    for i, file in enumerate(files[start:], start):
+        path = downloads.path(i) if downloads else file.path
+        assert path is not None, "a file on the Hub is downloaded"
+        yield from read_documents(file, path, column, first)
+        first = 0
 
 
-class Progress:
-    """Progress in tokens: a bar on a terminal, elsewhere a line every 30 seconds. The input's total is
-    estimated from the share of its bytes read so far."""
+class TokenProgress(JobProgress):
+    """Progress in tokens. Estimates the total from the share of the input's bytes read so far."""
 
-    def __init__(self, files: list[File], n_tokens: int, limit: int | None, record: Record):
-        self.limit, self.n_tokens, self.record = limit, n_tokens, record
-        self.before: dict[str, tuple[int, int]] = {}  # file name: (bytes before the file, its own)
-        self.input_size = 0  # bytes
-        for file in files:
-            self.before[file.name] = self.input_size, file.size
-            self.input_size += file.size
-        self.started = self.said = time.monotonic()
-        self.at_start = n_tokens
-        self.bar = tqdm(initial=n_tokens, total=limit, unit=" tokens", unit_scale=True, dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())  # fmt: skip
+    def __init__(self, files: list[File], limit: int | None, record: Record):
+        super().__init__(" tokens", limit, interval=30, done=record["tokens"])
+        self.limit, self.record = limit or sys.maxsize, record
+        sizes = list(itertools.accumulate((file.size for file in files), initial=0))
+        self.before = dict(zip((file.name for file in files), sizes, strict=False))  # bytes before each file
+        self.input_size = sizes[-1]
 
-    def update(self, n: int, piece: Piece) -> None:
-        self.n_tokens += n
-        shard = len(self.record["shards"])
-        before, size = self.before[piece.file]
-        read = (before + piece.share * size) / max(1, self.input_size)
-        total = min(self.limit or sys.maxsize, int(self.n_tokens / read) if read else sys.maxsize)
-        self.bar.total = max(total, self.n_tokens)
-        self.bar.set_postfix_str(f"shard {shard}, {piece.file}", refresh=False)
-        self.bar.update(n)
-        now = time.monotonic()
-        if self.bar.disable and now - self.said >= 30:
-            self.said = now
-            rate = (self.n_tokens - self.at_start) / (now - self.started)
-            left = tqdm.format_interval((self.bar.total - self.n_tokens) / rate) if rate else "?"
-            done = (
-                f"{self.n_tokens:,} of about {self.bar.total:,} tokens | {rate:,.0f} tokens/s | {left} left"
-            )
-            print(f"{done} | shard {shard} | {piece.file}", flush=True)
+    def on_piece(self, n_tokens: int, piece: Piece) -> None:
+        position = self.before[piece.file] + piece.position
+        if position:
+            self.bar.total = min(self.limit, (self.bar.n + n_tokens) * self.input_size // position)
+        self.update(n_tokens, f"shard {len(self.record['shards'])}, {piece.file}")
 
 
 def closing_line(folder: Path, record: Record, n_new: int, seconds: float) -> str:
@@ -206,9 +172,65 @@ def closing_line(folder: Path, record: Record, n_new: int, seconds: float) -> st
         f"{plural(record['documents'], 'document')}, {record['tokens']:,} tokens in "
         f"{plural(len(record['shards']), 'shard')} in {folder} (the first is the validation split, "
         f"{held_out:,} tokens or {held_out / record['tokens']:.1%} of all; the last holds what was left, "
-        f"{last:,}: that is normal){remarks}; "
-        f"{tqdm.format_interval(seconds)}, {n_new / seconds:,.0f} tokens/s"
+        f"{last:,}: that is normal){remarks}; {duration(seconds)}, {n_new / seconds:,.0f} tokens/s"
     )
+
+
+def make_shards(config: ShardConfig, files: list[File]) -> None:
+    """Make shards of the local `files`; without, of --dataset."""
+    folder, from_hub = config.output_dir, not files
+    settings: dict[str, Any] = {
+        "shard_size": config.shard_size,
+        "max_tokens": config.max_tokens,
+        "text_column": config.text_column,
+    }
+    source: dict[str, Any] = {"files": [[file.name, file.size] for file in files]}
+    subset = "sample-10BT" if config.config is None and config.dataset == FINEWEB_EDU else config.config
+    if from_hub:
+        settings |= {"dataset": config.dataset, "config": subset, "revision": config.revision}
+
+    record = find_record(folder)
+    if record:
+        compare_records(folder, record, {"shards": None, "encoding": config.encoding, **source, **settings})
+        if not drop_damaged(folder, record) and (folder / "shards.json").exists():
+            n_shards = plural(len(record["shards"]), "shard")
+            print(f"{folder} is finished: {record['tokens']:,} tokens in {n_shards}")
+            if not config.keep_downloads:
+                shutil.rmtree(folder / "downloads", ignore_errors=True)
+            return
+    name = "the input"
+    if from_hub:
+        commit = record["source"]["revision"] if record else config.revision
+        commit, files = dataset_files(config.dataset, subset, commit)
+        source = {"dataset": config.dataset, "config": subset, "revision": commit}
+        name = f"{config.dataset} {subset or ''} at {commit[:8]}"
+    record = record or new_record(get_encoding(config.encoding), source, settings)
+    n_tokens = sum(shard["tokens"] for shard in record["shards"])
+    ends_at = record["shards"][-1]["ends_at"] if record["shards"] else None
+
+    size = file_size(sum(file.size for file in files))
+    how = f"{config.encoding} encoding, {plural(config.workers, 'thread')}"
+    print(f"{name}: {plural(len(files), 'file')}, {size}; {how}")
+    print(f"to {folder}: {size_of_job(config, files, n_tokens)}")
+    if n_tokens:
+        print(f"resuming after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
+
+    downloads = None
+    if from_hub:
+        keep, ahead = config.keep_downloads, config.max_tokens is None  # otherwise the next may not be needed
+        downloads = Downloads(config.dataset, commit, files, folder / "downloads", keep=keep, ahead=ahead)
+        downloads.drop_before(ends_at["file"] if ends_at else files[0].name)
+    writer = ShardWriter(folder, record, downloads.drop_before if downloads else lambda file: None)
+    progress = TokenProgress(files, config.max_tokens, record)
+    started = time.monotonic()
+    documents = read_files(files, config.text_column, ends_at, downloads)
+    write_shards(documents, writer, config.workers, progress.on_piece)
+    progress.bar.close()
+    if downloads and not config.keep_downloads:
+        shutil.rmtree(folder / "downloads", ignore_errors=True)
+    print(closing_line(folder, record, record["tokens"] - n_tokens, time.monotonic() - started))
+    if record["tokens"] * BYTES_PER_TOKEN[config.encoding] < LITTLE:
+        print("note: less than a million characters of text; a model will memorize it")
 
 
 def main(config: ShardConfig) -> None:
@@ -216,73 +238,12 @@ def main(config: ShardConfig) -> None:
     if config.check:
         check_folder(config.check, config.encoding, config.write_shards_json)
         return
-    if config.shards is not None:
-        with lock_folder(config.output_dir, "--output_dir"):
+    files = local_files(config.input, config.output_dir)
+    with lock_folder(config.output_dir, "--output_dir"):
+        if config.shards is not None:
             fetch_shards(config.shards, config.revision, config.output_dir, config.max_tokens)
-        return
-    folder = config.output_dir
-    files = local_files(config.input, folder)
-    from_hub = not config.input
-    if config.config is None and config.dataset == FINEWEB_EDU:
-        config = replace(config, config="sample-10BT")
-    names = [
-        "shard_size",
-        "max_tokens",
-        "text_column",
-        *(("dataset", "config", "revision") if from_hub else ()),
-    ]
-    settings = {name: getattr(config, name) for name in names}
-    source: dict[str, Any] = {"files": [[file.name, file.size] for file in files]}
-
-    held = lock_folder(folder, "--output_dir")
-    record = find_record(folder)
-    if record:
-        then = {
-            "encoding": record["encoding"],
-            "files": record["source"].get("files", []),
-            **record["settings"],
-        }
-        compare_records(folder, then, {"shards": None, "encoding": config.encoding, **source, **settings})
-        if not drop_damaged(folder, record) and (folder / "shards.json").exists():
-            shards = plural(len(record["shards"]), "shard")
-            print(f"{folder} is finished: {record['tokens']:,} tokens in {shards}")
-            if not config.keep_downloads:
-                shutil.rmtree(folder / "downloads", ignore_errors=True)
-            return
-    commit = ""
-    if from_hub:
-        commit = record["source"]["revision"] if record else config.revision
-        commit, files = dataset_files(config.dataset, config.config, commit)
-        source = {"dataset": config.dataset, "config": config.config, "revision": commit}
-    record = record or new_record(get_encoding(config.encoding), source, settings)
-    n_tokens = sum(shard["tokens"] for shard in record["shards"])
-    ends_at = record["shards"][-1]["ends_at"] if record["shards"] else None
-
-    name = f"{config.dataset} {config.config or ''} at {commit[:8]}" if from_hub else "the input"
-    size = file_size(sum(file.size for file in files))
-    how = f"{config.encoding} encoding, {plural(config.workers, 'thread')}"
-    print(f"{name}: {plural(len(files), 'file')}, {size}; {how}")
-    print(f"to {folder}: {check_disk(config, files, n_tokens)}")
-    if n_tokens:
-        print(f"resuming after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
-
-    hub = None
-    if from_hub:  # with --max_tokens, the next file may not be needed
-        ahead = config.max_tokens is None
-        hub = Downloads(config.dataset, commit, files, folder / "downloads", config.keep_downloads, ahead)
-        hub.drop_before(ends_at["file"] if ends_at else files[0].name)
-    writer = ShardWriter(folder, record, hub.drop_before if hub else lambda file: None)
-    progress = Progress(files, n_tokens, config.max_tokens, record)
-    started = time.monotonic()
-    documents = read_files(files, config.text_column, ends_at, hub)
-    write_shards(documents, writer, config.workers, progress.update)
-    progress.bar.close()
-    if hub and not config.keep_downloads:
-        shutil.rmtree(folder / "downloads", ignore_errors=True)
-    held.close()
-    print(closing_line(folder, record, record["tokens"] - n_tokens, time.monotonic() - started))
-    if record["tokens"] * BYTES_PER_TOKEN[config.encoding] < LITTLE:
-        print("note: less than a million characters of text; a model will memorize it")
+        else:
+            make_shards(config, files)
 
 
 if __name__ == "__main__":

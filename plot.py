@@ -7,6 +7,7 @@ Plot the curves of runs, or the position embeddings of a model; watch a run in a
     python plot.py watch log                              # a run's page, at http://127.0.0.1:8124
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Run:
-    """Draw training loss, validation loss and HellaSwag of one or several runs over tokens."""
+    """Draw what one or several runs have logged over tokens: losses, HellaSwag and all that you add."""
 
     folders: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run folders, as train_gpt2.py leaves them
     out: Path | None = None  # the picture; default: loss.png in the run's folder, runs.png here for several
@@ -68,7 +69,8 @@ def main(config: Run | Positions | Watch) -> None:
         if not config.folders:
             raise InputError("name at least one run folder")
         out = config.out or (config.folders[0] / "loss.png" if len(config.folders) == 1 else Path("runs.png"))
-        draw_runs(list(config.folders), out)
+        for note in draw_runs(list(config.folders), out, refuse_empty=True):
+            print(f"note: {note}", file=sys.stderr)
     else:
         from train_gpt2 import GPT
 

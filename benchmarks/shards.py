@@ -5,12 +5,13 @@ How fast text becomes shards, beside what tiktoken alone reaches and beside the 
 
 In each of n rounds, in turn, on the same documents and with start-up excluded:
 
-    shards          fineweb.py: files read, tokenized in threads, cut, hashed and flushed to disk
-    tiktoken        encode_ordinary_batch of the texts, already in memory, on as many threads; nothing written
-    pool, half      the straightforward way: a pool of half as many processes as cores, one document at a
-    time, pool, all       the tokens copied to a shard and saved; and the same with as many processes as cores
+    shards       fineweb.py: files read, tokenized in threads, cut, hashed and flushed to disk
+    tiktoken     encode_ordinary_batch of the texts, already in memory, on as many threads; nothing written
+    pool, half   the straightforward way: a pool of half as many processes as cores, one document at a time,
+                 the tokens copied to a shard and saved
+    pool, all    the same with as many processes as cores
 
-and what the parts of the first cost when they run alone, on one thread. --memory: the peak of the whole
+Then each part of the first way runs alone, on one thread. --memory measures the peak memory of the whole
 process with 8 threads and a document of 200 MB.
 """
 

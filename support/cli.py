@@ -169,6 +169,7 @@ def help_of(config: Any, options: dict[str, Any]) -> str:
     source = "" if isinstance(config, types.UnionType) else inspect.getsource(config)
     headings = {name: heading for heading, name in re.findall(r"# -- (.+)\n +(\w+):", source)}
     help = re.sub(r"\{None\}\|(\w+)(?=  )", r"\1       ", text.getvalue()).replace("{None}|", "")
+    help = re.sub(r"\{None,([^}]*)\}(?=  )", r"{\1}     ", help).replace("{None,", "{")
     help = re.sub(r"\s+\(default:(\s+None)?\s*\)", "", help)
     help = re.sub(r"  -h, --help( .* )show.*exit", r"\g<0>\n  --version \1show the version and exit", help)
     help = help.replace("""'"'"'""", "'")  # an apostrophe quoted for the shell

@@ -1,14 +1,15 @@
-"""Reliable files: checksums, atomic writes, locks."""
+"""Reliable files: checksums, atomic writes, locks, free space."""
 
 import hashlib
 import json
 import os
 import platform
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from support.cli import InputError
+from support.cli import InputError, file_size
 
 
 def sha256(path: Path) -> str:
@@ -54,11 +55,21 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def check_disk(folder: Path, needed: float, purpose: str) -> str:
+    """State in words how many bytes are `needed` in --output_dir, and how many are free. Raises InputError if
+    those are fewer."""
+    free = shutil.disk_usage(folder).free
+    need = f"needs up to {file_size(needed)} of disk space ({purpose}); {file_size(free)} is free"
+    if needed > free:
+        raise InputError(f"--output_dir {folder}: {need}; choose another disk, or set --max_tokens")
+    return need
+
+
 def lock_folder(folder: Path, flag: str) -> IO[str]:
-    """Lock `folder`, which the flag called `flag` names, and create it if needed.
+    """Lock `folder`, the value of `flag`, and create it if needed.
 
     The lock is released when the returned file is closed or the process ends, however it ends. Raises
-    InputError if another process holds it.
+    InputError if another process holds it. Where the file system has no locks, print a note and do without.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +87,11 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         raise InputError(f"{folder} is in use by {file.read() or 'another process'}") from error
+    except OSError as error:
+        print(f"note: {folder} can't be locked ({error.strerror or error}); use it for one job at a time")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")
     file.flush()

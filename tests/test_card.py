@@ -11,6 +11,7 @@ from dataclasses import asdict, replace
 
 from conftest import TINY, call
 from support.files import sha256
+from support.machine.processes import World
 from support.model.huggingface import list_checkpoints
 from support.run.card import run_card
 from support.run.curves import read_log
@@ -24,17 +25,24 @@ from huggingface_hub import ModelCard
 EDU = "HuggingFaceFW/fineweb-edu"
 
 
-def facts_of(dataset=EDU, encoding="gpt2", **changes):
+def facts_of(dataset=EDU, encoding="gpt2", optimizer="AdamW", changed=None, **changes):
     """A run's facts, as run.json has them."""
-    config = replace(TrainConfig(), **changes)
-    shape = GPTConfig(encoding=encoding)
     return {
-        "train_config": asdict(config), "model_config": asdict(shape), "parameters": shape.n_parameters,
-        "encoding": encoding, "val_tokens": 10_485_760, "hellaswag_items": 10_042, "world_size": 8,
+        "train_config": asdict(replace(TrainConfig(), **changes)),
+        "model_config": asdict(GPTConfig(encoding=encoding)),
+        "parameters": 124_439_808,
+        "changed": changed,
+        "encoding": encoding,
+        "val_tokens": 10_485_760,
+        "hellaswag_items": 10_042,
+        "world_size": 8,
         "data": {"dataset": dataset, "fingerprint": "5eed" * 16, "train_tokens": 9_853_989_344},
-        "device": "NVIDIA A100-SXM4-80GB", "precision": "bfloat16, torch.compile on", "interruptions": 2,
+        "device": "NVIDIA A100-SXM4-80GB",
+        "optimizer": optimizer,
+        "precision": "bfloat16, torch.compile on",
+        "interruptions": 2,
         "versions": {"python": "3.11.7", "torch": "2.13.0", "commit": None},
-    }  # fmt: skip
+    }
 
 
 EVENTS = {
@@ -46,7 +54,7 @@ SPENT = {"training": 7200.0, "other": 600.0, "tokens": 1}
 
 
 def card_of(step=19073, samples=None, picture=True, **facts):
-    text = run_card(facts_of(**facts), step, SPENT, EVENTS, samples, picture)
+    text = run_card(facts_of(**facts), step, SPENT, EVENTS, samples=samples, picture=picture)
     return text, ModelCard(text).data
 
 
@@ -58,9 +66,9 @@ def finished(text_shards, tmp_path_factory):
     lines = [json.dumps({"ind": i, **item}) for i in range(6)]
     (folder / "items.jsonl").write_text("\n".join(lines))
     flags = [flag for flag in TINY if "hellaswag" not in flag]
-    call("train_gpt2.py", *flags, f"--data_dir={text_shards}", f"--log_dir={folder}/log", "--max_steps=12",
-         "--val_every=12", "--sample_every=12", "--hellaswag_every=12", "--checkpoint_every=6",
-         f"--hellaswag_data={folder}/items.jsonl")  # fmt: skip
+    flags += ["--max_steps=12", "--val_every=12", "--sample_every=12", "--hellaswag_every=12"]
+    flags += ["--checkpoint_every=6", f"--hellaswag_data={folder}/items.jsonl"]
+    call("train_gpt2.py", *flags, f"--data_dir={text_shards}", f"--log_dir={folder}/log")
     return list_checkpoints(folder / "log")
 
 
@@ -75,9 +83,16 @@ def test_a_checkpoints_card_says_what_was_measured_of_it(finished):
     assert score.metric_name.endswith("6 items")
     assert card.data.pipeline_tag == "text-generation"
     assert {"license", "language", "datasets", "base_model"}.isdisjoint(card.data.to_dict())
-    for fact in ("from scratch on a rhyme: 3,072 tokens in 12 steps.", "| 12 | 3,072 |",
-                 "| recipe | `--recipe tutorial`", "| hardware | cpu", "](loss.png)", " of training, ",
-                 "Written at step 12, not selected:\n\n    Hello"):  # fmt: skip
+    for fact in (
+        "from scratch on a rhyme: 3,072 tokens in 12 steps.",
+        "| 12 | 3,072 |",
+        "| recipe | `--recipe tutorial`",
+        "| optimizer | AdamW; weight decay 0.1,",
+        "| hardware | cpu",
+        "](loss.png)",
+        " of training, ",
+        "Written at step 12, not selected:\n\n    Hello",
+    ):
         assert fact in card.text
     # Nobody has measured the weights of step 6: their card has the run's earlier values, not as theirs.
     card = ModelCard.load(between / "README.md")
@@ -124,40 +139,48 @@ def test_the_cards_code_runs(finished, tmp_path, monkeypatch):
 
 
 def test_a_full_run_on_fineweb_edu():
-    text, data = card_of(samples=(19073, ["Hello\nworld", "```"]))
+    text, data = card_of(samples=(19073, ["Hello\nworld", "```\n\n{name}"]))
     assert data.to_dict() | {"model-index": 0} == {
-        "datasets": [EDU], "language": "en", "library_name": "transformers",
-        "pipeline_tag": "text-generation", "model-index": 0,
-    }  # fmt: skip
-    assert [(r.dataset_type, r.metric_value) for r in data.eval_results] == [
-        (EDU, 3.0581), ("Rowan/hellaswag", 0.3052)]  # fmt: skip
+        "datasets": [EDU],
+        "language": "en",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "model-index": 0,
+    }
+    results = [(result.dataset_type, result.metric_value) for result in data.eval_results]
+    assert results == [(EDU, 3.0581), ("Rowan/hellaswag", 0.3052)]
     assert data.model_name == "GPT-2, 124M parameters"
+    assert "A GPT-2 of 124,439,808 parameters, trained from scratch on [HuggingFaceFW/fineweb-edu](" in text
     assert "9,999,745,024 tokens in 19,073 steps.\n" in text
     assert "| OpenAI's GPT-2 (124M) |  | 3.2924 | 0.2955 |" in text
     assert "is under ODC-By 1.0" in text
     assert "NVIDIA A100-SXM4-80GB; 8 processes (of the part after the last interruption)" in text
+    assert (
+        "| learning rate | cosine, at most 0.0006, warm-up until step 715, planned for 19,073 steps |" in text
+    )
     assert "2 h 00 min of training, 10 min of evaluation" in text
-    assert "    Hello\n    world\n    --------------------\n    ```\n" in text
+    assert "    Hello\n    world\n    --------------------\n    ```\n    \n    {name}\n" in text
     table = re.findall(r"^\| ([\d,]+) \| ", text, re.MULTILINE)
     assert len(table) == 10
     assert table[-1] == "19,073"
+    headings = ["Results", "Training", "Samples", "How to use it", "Limits", "License"]
+    assert re.findall(r"(?<=\n\n)## (.*)\n\n(?=\S|    Hello)", text) == headings
 
 
-@pytest.mark.parametrize(
-    ("facts", "missing", "present"),
-    [
-        ({"dataset": None}, ["language:", "datasets:", "3.2924", "ODC-By"], ["its shards do not record"]),
-        ({"dataset": "someone/other"}, ["language:", "3.2924"], ["- someone/other"]),
-        ({"init_from": "gpt2"}, ["from scratch"], ["base_model: openai-community/gpt2"]),
-        ({"init_from": "log/checkpoint_00001"}, ["base_model", "checkpoint_00001"], ["of an earlier run"]),
-        ({"optimizer": "muon"}, ["word for word"], ["Muon for the blocks' matrices"]),
-        (
-            {"step": 19_073 * 3, "max_steps": 19_073 * 4},
-            [],
-            ["read its training text 3.0 times", "until step"],
-        ),
-    ],
-)
+ONLY_WHAT_IS_KNOWN = [  # facts, what the card must not say, what it must
+    ({"dataset": None}, ["language:", "datasets:", "3.2924", "ODC-By"], ["its shards do not record"]),
+    ({"dataset": "someone/other"}, ["language:", "3.2924"], ["- someone/other"]),
+    ({"init_from": "gpt2"}, ["from scratch"], ["base_model: openai-community/gpt2"]),
+    ({"init_from": "log/checkpoint_00001"}, ["base_model", "checkpoint_00001"], ["of an earlier run"]),
+    ({"step": 19_073 * 3, "max_steps": 19_073 * 4}, [], ["read its training text 3.0 times", "until step"]),
+    ({"grad_clip": 0.0}, ["clipped"], ["no clipping"]),
+    ({"optimizer": "AdamW"}, ["Muon", "word for word"], ["| AdamW; "]),
+    ({"optimizer": "Muon"}, [], ["| Muon for the blocks' matrices, AdamW for the rest; "]),
+    ({"optimizer": "SGD"}, ["AdamW", "Muon"], ["| SGD; "]),
+]
+
+
+@pytest.mark.parametrize(("facts", "missing", "present"), ONLY_WHAT_IS_KNOWN)
 def test_only_what_is_known(facts, missing, present, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("log/checkpoint_00001")
@@ -165,6 +188,38 @@ def test_only_what_is_known(facts, missing, present, tmp_path, monkeypatch):
     assert "license" not in data.to_dict()
     assert not [words for words in missing if words in text]
     assert all(words in text for words in present)
+
+
+@pytest.mark.parametrize(("flag", "name"), [("adamw", "AdamW"), ("muon", "Muon for the blocks' matrices")])
+def test_the_optimizer_of_an_older_run(flag, name):
+    """Its run.json has the flag, not the optimizer's name."""
+    facts = facts_of()
+    del facts["optimizer"], facts["changed"]
+    facts["train_config"]["optimizer"] = flag
+    text = run_card(facts, 19073, SPENT, EVENTS, samples=None, picture=False)
+    assert f"| optimizer | {name}" in text
+    assert "A GPT-2 of" in text
+
+
+def test_a_model_that_is_no_gpt2_says_so():
+    text, data = card_of(changed="its ln_1 has no bias", max_steps=20_000)
+    first = next(line for line in text.splitlines() if line.startswith("A "))
+    assert first.startswith("A model of 124,439,808 parameters, trained from scratch")
+    assert "19,073 steps. It is not a GPT-2: its ln_1 has no bias. Training was to go on" in first
+    usage = re.search(r"## How to use it\n\n(.*?)\n\n## Limits", text, re.DOTALL)[1]
+    assert "transformers can't load it" in usage
+    assert "`sample.py`" in usage
+    assert "library_name" not in data.to_dict()
+    assert "```python" not in text
+    assert data.model_name == "Changed GPT-2, 124M parameters"
+
+
+def test_a_run_without_evaluations_has_no_table():
+    events = {"train": [(0, 11.0)], "val": [], "hella": []}
+    text = run_card(facts_of(), 5, SPENT, events, samples=None, picture=True)
+    assert "## Results" not in text
+    assert "## Samples" not in text
+    assert not ModelCard(text).data.eval_results
 
 
 def test_no_path_of_the_trainers_gets_into_a_card(tmp_path):
@@ -186,31 +241,31 @@ def test_a_model_saved_outside_a_run_has_a_short_card(tmp_path):
 
 def test_the_card_is_of_the_moment_of_the_save(tmp_path, monkeypatch):
     """What happens before the thread has written it does not enter. And a card that fails costs nothing."""
-    gate, said = threading.Event(), []
-    folder = RunFolder(tmp_path, True, said.append)
+    gate, said, config = threading.Event(), [], TrainConfig(log_dir=tmp_path)
+    folder = RunFolder(config, World(), said.append)
     model = GPT(GPTConfig(16, 257, 1, 1, 8, encoding="bytes"))
-    optimizer, scaler = configure_optimizer(model, TrainConfig()), torch.amp.GradScaler("cpu")
+    optimizer, scaler = configure_optimizer(model, config), torch.amp.GradScaler("cpu")
     original = GPT.save_pretrained
     monkeypatch.setattr(GPT, "save_pretrained", lambda *arguments: (gate.wait(30), original(*arguments)))
-    folder.describe(facts_of(encoding="bytes"))
-    folder.event(5, "val", "3.2500")
+    folder.write_facts(facts_of(encoding="bytes"))
+    folder.append(5, "val", "3.2500")
+    folder.append(5, "ema", "1.5")  # no obstacle
     (tmp_path / "loss.png").write_bytes(b"then")
     folder.samples = 5, ["as it was"]
-    folder.save(5, model, optimizer, scaler, {"loss": 0.5, "spent": SPENT})
-    folder.event(6, "val", "2.7500")
+    folder.save(5, model, optimizer, scaler, loss=0.5, spent=SPENT)
+    folder.append(6, "val", "2.7500")
     folder.samples = 6, ["as it is"]
     folder.facts["device"] = "another"
     (tmp_path / "loss.png").write_bytes(b"now")
     gate.set()
-    folder.require(5)
+    folder.wait_for_save(5)
     card = ModelCard.load(tmp_path / "checkpoint_00005/README.md")
     assert [result.metric_value for result in card.data.eval_results] == [3.25]
     assert "as it was" in card.text
     assert not {"2.7500", "as it is", "another"} & set(card.text.split(" "))
     assert (tmp_path / "checkpoint_00005/loss.png").read_bytes() == b"then"
     del folder.facts["data"]
-    folder.save(6, model, optimizer, scaler, {"loss": 0.5, "spent": SPENT})
-    folder.require(6)
+    folder.save(6, model, optimizer, scaler, loss=0.5, spent=SPENT)
+    folder.wait_for_save(6)
     assert any("step 6: the model card could not be written" in text for text in said)
     assert "not recorded" in (tmp_path / "checkpoint_00006/README.md").read_text()
-    folder.writer.shutdown()

@@ -57,7 +57,13 @@ def test_help_quotes_as_people_do():
 
 
 def test_a_number_that_can_not_be_meant():
-    for changes in ({"max_lr": float("nan")}, {"max_steps": -1}, {"total_batch_size": 0}, {"cooldown": 1.1}, {"n_layer": 0}):
+    for changes in (
+        {"max_lr": float("nan")},
+        {"max_steps": -1},
+        {"total_batch_size": 0},
+        {"cooldown": 1.1},
+        {"n_layer": 0},
+    ):
         ((name, value),) = changes.items()
         with pytest.raises(InputError, match=f"--{name} {value}: must be"):
             check_numbers(TrainConfig(**changes))

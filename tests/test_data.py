@@ -5,8 +5,9 @@ import shutil
 
 from conftest import make_shards
 from support.cli import InputError
-from support.data.shards import load_shards, open_shard
-from train_gpt2 import TokenLoader
+from support.data.shards import load_shards
+from support.machine.processes import World
+from train_gpt2 import TokenLoader, TrainConfig
 
 import numpy as np
 import pytest
@@ -20,22 +21,18 @@ def shards(tmp_path):
     return load_shards(make_shards(tmp_path, [50, 100, 8 * 9 + 1, 75, 5]))
 
 
-def train_loader(shards, **options):
-    return TokenLoader(shards, "train", sequence_length=T, **options)
+def train_loader(shards, rows=1, world=None, **flags):
+    config = TrainConfig(sequence_length=T, total_batch_size=rows * T, **{"seed": 0, **flags})
+    return TokenLoader(shards, "train", config, world)
 
 
 def step_windows(shards, step, world_size, batch_size, rows=12, **options):
     """The inputs of all ranks and micro-steps of one step, in the order of the contract."""
     rows_seen = []
-    loaders = [
-        train_loader(
-            shards, batch_size=batch_size, rows_per_step=rows, rank=rank, world_size=world_size, **options
-        )
-        for rank in range(world_size)
-    ]
+    loaders = [train_loader(shards, rows, World(rank, world_size), **options) for rank in range(world_size)]
     for micro_step in range(rows // (batch_size * world_size)):
         for loader in loaders:
-            x, y = loader.batch(step, micro_step)
+            x, y = loader.batch(step, micro_step, batch_size)
             assert x.shape == y.shape == (batch_size, T)
             assert torch.equal(x[:, 1:], y[:, :-1])
             rows_seen += [tuple(row) for row in torch.cat((x, y[:, -1:]), dim=1).tolist()]
@@ -76,9 +73,10 @@ def test_a_window_never_straddles_shards(shards):
 def test_unshuffled_on_one_process_is_the_tutorials_sequence(shards):
     """The tutorial's loader: B * T + 1 tokens at the position, which moves on by B * T."""
     tokens, B = shards.tokens["train"][0].astype(np.int64), 3
-    loader = train_loader(shards, batch_size=B, rows_per_step=2 * B, shuffle=False)
+    loader = train_loader(shards, 2 * B, shuffle=False)
+    batches = loader.batches(0, B)
     for batch in range(4):
-        x, y = loader.batch(*divmod(batch, 2))
+        x, y = next(batches)
         buffer = tokens[batch * B * T : (batch + 1) * B * T + 1]
         assert np.array_equal(x.numpy(), buffer[:-1].reshape(B, T))
         assert np.array_equal(y.numpy(), buffer[1:].reshape(B, T))
@@ -93,11 +91,14 @@ def test_the_last_window_of_a_shard_has_a_token_after_it(tmp_path):
 
 
 def test_the_loader_has_no_state(shards):
-    loader = train_loader(shards, batch_size=4, rows_per_step=8, seed=1)
-    later = loader.batch(9, 1)[0]
+    loader = train_loader(shards, 8, seed=1)
+    later = loader.batch(9, 1, 4)[0]
     for step in range(9):
-        loader.batch(step, 0)
-    assert torch.equal(loader.batch(9, 1)[0], later)
+        loader.batch(step, 0, 4)
+    assert torch.equal(loader.batch(9, 1, 4)[0], later)
+    begun_there = loader.batches(9, 4)
+    next(begun_there)
+    assert torch.equal(next(begun_there)[0], later)
 
 
 def test_the_order_is_the_one_of_published_runs(shards):
@@ -194,12 +195,18 @@ def test_the_fingerprint_changes_with_the_data(tmp_path):
     assert a != load_shards(make_shards(tmp_path / "c", [50, 101])).fingerprint
 
 
-def test_a_token_outside_the_vocabulary_is_named(tmp_path):
+@pytest.mark.parametrize("token", [50_257, 65_535])
+def test_a_token_outside_the_vocabulary_is_named(token, tmp_path):
+    """Also the first one outside."""
     folder = make_shards(tmp_path, [50, 100])
-    tokens = np.load(folder / "edufineweb_train_000001.npy")
-    tokens[37] = 65_535
-    np.save(folder / "edufineweb_train_000001.npy", tokens)
-    loader = train_loader(load_shards(folder), vocab_size=257)
-    with pytest.raises(InputError, match=r"edufineweb_train_000001\.npy: token id 65535 at offset 37"):
+    file = folder / "edufineweb_train_000001.npy"
+    tokens = np.load(file)
+    tokens[35] = 50_256  # the last one inside
+    np.save(file, tokens)
+    loader = train_loader(load_shards(folder))
+    assert (loader.windows(0, loader.n_windows)[0] == 50_256).sum() == 1
+    tokens[37] = token
+    np.save(file, tokens)
+    loader = train_loader(load_shards(folder))
+    with pytest.raises(InputError, match=rf"edufineweb_train_000001\.npy: token id {token} at offset 37"):
         loader.windows(0, loader.n_windows)
-    assert open_shard(folder / "edufineweb_train_000001.npy")[37] == 65_535

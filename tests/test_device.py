@@ -3,32 +3,31 @@
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
 import train_gpt2
-from conftest import make_shards, run
+from conftest import CPU, TINY, make_shards, run
+from support.cli import parse
 from support.machine import device
 from support.machine.device import (
-    choose_attention,
     choose_dtype,
-    fast_attention,
     free_host_memory,
     is_out_of_memory,
     keep_freed_memory,
     memory_limit,
     peak_flops,
+    prefer_fast_attention,
+    varying_shapes,
 )
 from support.machine.micro_batch import check_memory
-from support.machine.processes import World
-from train_gpt2 import GPT, GPTConfig
+from support.run.curves import read_run
+from train_gpt2 import GPT, GPTConfig, TrainConfig
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-CPU = World(0, 1, torch.device("cpu"))
-SMALL = GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=2, n_embd=48)
 
 
 def test_a_full_memory_is_recognised():
@@ -81,7 +80,7 @@ def test_systems_that_lack_what_linux_has(monkeypatch):
     """Windows has no sysconf, macOS no glibc."""
     monkeypatch.delattr(device.os, "sysconf")
     assert memory_limit(torch.device("cpu"), None) is None
-    assert check_memory(GPTConfig(), None, CPU).startswith("1.85 GB for weights")
+    assert check_memory(TrainConfig(), GPTConfig(), CPU).startswith("1.85 GB for weights")
     monkeypatch.setattr(device.sys, "platform", "darwin")
     monkeypatch.setattr(device.ctypes, "CDLL", None)  # not to be called
     keep_freed_memory()
@@ -93,16 +92,17 @@ def gpu(monkeypatch, capability):
 
 
 def test_precision_and_attention_by_device(monkeypatch):
-    for capability, dtype, first in (
-        ((9, 0), torch.bfloat16, "CUDNN_ATTENTION"),
-        ((8, 9), torch.bfloat16, "FLASH_ATTENTION"),
-        ((8, 0), torch.bfloat16, "FLASH_ATTENTION"),
-        ((7, 5), torch.float16, "FLASH_ATTENTION"),
+    for capability, dtype, cudnn in (
+        ((10, 0), torch.bfloat16, True),
+        ((9, 0), torch.bfloat16, True),
+        ((8, 9), torch.bfloat16, False),
+        ((8, 0), torch.bfloat16, False),
+        ((7, 5), torch.float16, False),
     ):
         device = gpu(monkeypatch, capability)
         assert choose_dtype("auto", device, 768) == dtype
-        assert choose_attention(device)[0].name == first
-        assert choose_attention(device)[-1].name == "MATH"
+        prefer_fast_attention(device)
+        assert torch.backends.cuda.cudnn_sdp_enabled() == cudnn
     cpu = torch.device("cpu")
     for able, width, dtype in (
         ({"avx512_bf16": True}, 768, torch.bfloat16),
@@ -139,12 +139,31 @@ def test_work_per_token():
             assert sum(p.numel() for p in GPT(config).parameters()) == config.n_parameters
 
 
-def test_losses_do_not_depend_on_the_attention():
-    torch.manual_seed(0)
-    model, idx = GPT(SMALL), torch.randint(0, 300, (2, 65))
-    with fast_attention(torch.device("cpu")):
-        fast = model(idx[:, :-1], idx[:, 1:])
-    assert fast.item() == pytest.approx(model(idx[:, :-1], idx[:, 1:]).item(), abs=1e-6)
+def test_the_table_says_which_attention_is_taken():
+    assert device.attention_name(CPU.device, torch.float32, 32) == "flash_attention"
+
+
+def test_another_kind_of_device_is_a_row(monkeypatch, text_shards, tmp_path):
+    """A toy that is a CPU with another name: the flag, the search and the processes take it from DEVICES."""
+    toy = device.DeviceType("cpu", lambda: True, most_tokens=64, backend="gloo", fused=True)
+    monkeypatch.setattr(device, "DEVICES", {"toy": toy, **device.DEVICES})
+    assert device.choose_device("auto").type == "cpu"
+    config = TrainConfig(
+        data_dir=text_shards,
+        log_dir=tmp_path / "log",
+        device="toy",
+        n_layer=1,
+        n_head=1,
+        n_embd=16,
+        sequence_length=32,
+        total_batch_size=256,
+        max_steps=1,
+        hellaswag_every=0,
+        sample_every=0,
+    )
+    train_gpt2.main(config)
+    assert read_run(tmp_path / "log")["micro_batch_size"] == 2  # rows of 32 tokens: 64 at most
+    assert device.DeviceName == Literal["auto", "cuda", "mps", "cpu"]  # the flag is made of the table
 
 
 def test_where_compilation_is_not_tried(monkeypatch):
@@ -168,7 +187,7 @@ from support.machine.device import autocast_to, keep_freed_memory
 from support.data.encodings import get_encoding
 from support.machine.processes import World
 from support.data.shards import load_shards
-from train_gpt2 import GPT, GPTConfig, TokenLoader, estimate_val_loss
+from train_gpt2 import GPT, GPTConfig, TokenLoader, TrainConfig, estimate_val_loss
 import torch
 
 used = []
@@ -176,17 +195,17 @@ def look(done, total):
     used.append(int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**30)
 
 keep_freed_memory()
-world = World(0, 1, torch.device("cpu"))
+world = World()
 model = GPT(GPTConfig(block_size=64, n_layer=2, n_head=2, n_embd=64)).pad_vocabulary()
-loader = TokenLoader(load_shards(Path(sys.argv[1])), "val", 64, batch_size=16, shuffle=False)
+loader = TokenLoader(load_shards(Path(sys.argv[1])), "val", TrainConfig(sequence_length=64))
 x, y = loader.windows(0, 16)
 for _ in range(2):
     model(x, y).backward()
-estimate_val_loss(model, loader, world, autocast_to(world.device, torch.float32), look)
+estimate_val_loss(model, loader, 16, autocast_to(world.device, torch.float32), look)
 print(*(used[i] for i in (10, len(used) // 2, -1)))
 used.clear()
 hellaswag.LIMITS["cpu"] = hellaswag.Limits(1000, 8, 2, 500)
-items = [Item(i, "x " * (i % 37), ("a b c d e f g " * 3,) * 4, 0) for i in range(200)]
+items = [Item(i, "x " * (i % 37), ("a b c d e f g " * 3,) * 4, 0) for i in range(120)]
 evaluate(model, items, get_encoding("gpt2"), on_part=look)
 print(*(used[i] for i in (10, len(used) // 2, -1)))
 """
@@ -196,30 +215,46 @@ print(*(used[i] for i in (10, len(used) // 2, -1)))
 def test_an_evaluation_takes_no_more_memory_at_its_end_than_at_its_beginning(tmp_path):
     """What is freed is kept for the next batch. A small tensor kept from each batch used to split it up: a
     validation grew by 5 GB in 200 batches."""
-    make_shards(tmp_path, [16 * 64 * 60 + 1, 1000], vocab_size=50_257)
+    make_shards(tmp_path, [16 * 64 * 36 + 1, 1000], vocab_size=50_257)
     for line in run("-c", MEMORY_OF_EVALUATION, tmp_path).stdout.splitlines():
         early, middle, late = map(float, line.split())
         assert late < early + 0.3
         assert middle < early + 0.3
 
 
-def test_cudnns_attention_is_off_but_where_shapes_stay_the_same(tmp_path):
-    """Read in a process that samples and in one that scores; `fast_attention` turns it on inside."""
-    GPT(GPTConfig(64, 257, 1, 1, 8, encoding="bytes")).save_pretrained(tmp_path / "model")
+def test_cudnns_attention_is_off_where_shapes_vary(tmp_path, monkeypatch, text_shards):
+    """Seen from every attention of a run: on in training and validation, off in sampling and scoring."""
     item = {"ind": 1, "ctx": "c", "endings": ["a", "b", "c", "d"], "label": 1}
     (tmp_path / "items.jsonl").write_text(json.dumps(item))
-    flags = f"model='{tmp_path / 'model'}', device='cpu'"
-    scored = f"model=('{tmp_path / 'model'}',), device='cpu', data=Path('{tmp_path / 'items.jsonl'}')"
-    for script, config in (
-        ("sample", f"SampleConfig({flags}, max_new_tokens=2)"),
-        ("hellaswag", f"ScoreConfig({scored})"),
-    ):
-        code = (
-            f"from pathlib import Path; import torch, {script}; {script}.main({script}.{config})\n"
-            "print('cudnn', torch.backends.cuda.cudnn_sdp_enabled())"
-        )
-        assert run("-c", code).stdout.splitlines()[-1] == "cudnn False"
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.MATH], set_priority=True):
-        assert torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(train_gpt2.devices, "prefer_fast_attention", lambda _: set_cudnn(True))
+    set_cudnn, seen, where = torch.backends.cuda.enable_cudnn_sdp, {}, ["training"]
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def look(*arguments, **options):
+        seen.setdefault(where[-1], set()).add(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*arguments, **options)
+
+    def within(name, function):
+        def wrapped(*arguments, **options):
+            where.append(name)
+            try:
+                return function(*arguments, **options)
+            finally:
+                where.pop()
+
+        return wrapped
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", look)
+    sampling = train_gpt2.sampling
+    monkeypatch.setattr(sampling, "write_samples", within("sampling", sampling.write_samples))
+    for name in ("evaluate", "estimate_val_loss"):
+        monkeypatch.setattr(train_gpt2, name, within(name, getattr(train_gpt2, name)))
+    flags = (f"--data_dir={text_shards}", f"--hellaswag_data={tmp_path / 'items.jsonl'}")
+    flags = (*TINY, *flags, f"--log_dir={tmp_path / 'log'}", "--max_steps=1")
+    config = parse(TrainConfig, {}, list(flags))
+    train_gpt2.main(replace(config, hellaswag_every=1))
+    assert seen == {"training": {True}, "estimate_val_loss": {True}, "evaluate": {False}, "sampling": {False}}
+    set_cudnn(False)
+    with varying_shapes():
+        pass
     assert not torch.backends.cuda.cudnn_sdp_enabled()

@@ -2,21 +2,19 @@
 
 import math
 
+from conftest import CPU
 from support.cli import RunFault
 from support.machine.divergence import check_finite
-from support.machine.processes import World
 
 import pytest
 import torch
-
-CPU = World(0, 1, torch.device("cpu"))
 
 
 def check(loss, norm, scale=None):
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
     if scale is not None:
         scaler.scale(torch.ones(()))  # the scale exists once it has been used
-    check_finite(7, loss, norm, torch.tensor(loss), scaler, CPU)
+    check_finite(7, loss, norm, scaler, CPU, own_loss=torch.tensor(loss))
 
 
 def test_a_finite_step_passes():

@@ -17,14 +17,14 @@ import threading
 import time
 from pathlib import Path
 
-from conftest import ROOT, STOP_SIGNALS, TINY, call, make_shards, run, torchrun
-from support.cli import InputError
+from conftest import ROOT, STOP_SIGNALS, TINY, call, faulty, make_shards, run, run_folder, torchrun
+from support.cli import InputError, RunFault
+from support.data.shards import Shards
 from support.files import sha256
-from support.machine.processes import StopSignals, World
+from support.machine.processes import StopSignals
 from support.model.huggingface import list_checkpoints
-from support.run import folder as run_folder
+from support.run import folder as folder_module
 from support.run.curves import read_log
-from support.run.folder import RunFolder
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import numpy as np
@@ -33,6 +33,7 @@ import safetensors
 import torch
 from filelock import FileLock
 
+NO_SHARDS = Shards(Path(), {}, {}, "gpt2", {}, "")
 FLAGS = (
     *TINY,
     "--max_steps=20",
@@ -41,11 +42,6 @@ FLAGS = (
     "--checkpoint_every=4",
     "--keep_every=8",
 )
-
-
-def faulty(faults, *flags, launch=run, **options):
-    env = {"FAULTS": faults, "PYTHONPATH": str(ROOT)}
-    return launch(ROOT / "tests/faults.py", *flags, env=env, **options)
 
 
 def hear_hangups():
@@ -373,32 +369,31 @@ def test_a_folder_is_taken_only_where_nothing_is_lost(holds, tmp_path):
     text = {"train": "0 val 10.9\n0 train 10.9\n", "notes": "0 val 10.9\nbuy milk\n", "half a line": "0 va"}
     (tmp_path / "log.txt").write_text(text.get(holds, "0 val 10.9\n0 hella 0.25\n"))
     (tmp_path / "run.json").write_text(json.dumps({"result": {}} if holds == "result" else {"run_id": "1"}))
-    folder = RunFolder(tmp_path, True, print)
+    folder = run_folder(tmp_path)
     if holds == "evaluations":
-        assert folder.open(False, {}) == folder.interruptions == 0
+        assert folder.open(GPTConfig(), NO_SHARDS) == folder.interruptions == 0
     else:
         with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
-            folder.open(False, {})
+            folder.open(GPTConfig(), NO_SHARDS)
 
 
 def test_a_damaged_record_does_not_stand_in_the_way(tmp_path):
     """run.json only describes a run; with a checkpoint there is something to go on with."""
     (tmp_path / "run.json").write_text("{")
     (tmp_path / "checkpoint_00004").mkdir()
-    folder = RunFolder(tmp_path, True, print)
+    folder = run_folder(tmp_path, resume=True)
     assert folder.holds_a_run()
     with pytest.raises(InputError, match="has no sound checkpoint, only damaged ones"):
-        folder.open(True, {})
+        folder.open(GPTConfig(), NO_SHARDS)
 
 
 @pytest.mark.parametrize("record", ["[]", "{}", '{"run_id": "1", "interruptions": 0, "train_config": 7}'])
 def test_a_strange_record_names_no_micro_batch(record, tmp_path):
     (tmp_path / "run.json").write_text(record)
     (tmp_path / "log.txt").write_text("0 train 5.0\n")
-    folder = RunFolder(tmp_path, True, print)
-    assert folder.open(True, {}) == 0
-    flags = dict.fromkeys(("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size"))
-    assert folder.fitted_before(flags, World(0, 1, torch.device("cpu"))) is None
+    folder = run_folder(tmp_path, resume=True)
+    assert folder.open(GPTConfig(), NO_SHARDS) == 0
+    assert folder.fitted_before() is None
 
 
 @pytest.mark.slow
@@ -442,7 +437,7 @@ class Run:
 
     def __init__(self, folder, monkeypatch):
         self.said, self.events, self.gate = [], [], threading.Event()
-        self.folder = RunFolder(folder, True, self.said.append)
+        self.folder = run_folder(folder, self.said.append)
         self.model = GPT(GPTConfig(16, 257, 2, 2, 16, encoding="bytes")).pad_vocabulary()
         self.optimizer = configure_optimizer(self.model, TrainConfig())
         self.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
@@ -455,7 +450,7 @@ class Run:
             save_pretrained(*arguments)
 
         monkeypatch.setattr(GPT, "save_pretrained", held_back)
-        monkeypatch.setattr(run_folder, "free_host_memory", lambda: 2**40)
+        monkeypatch.setattr(folder_module, "free_host_memory", lambda: 2**40)
 
     def train(self):
         tokens = torch.randint(257, (2, 17))
@@ -467,7 +462,7 @@ class Run:
         self.optimizer.zero_grad()
 
     def save(self, step):
-        self.folder.save(step, self.model, self.optimizer, self.scaler, {"loss": 0.5})
+        self.folder.save(step, self.model, self.optimizer, self.scaler, loss=0.5)
         self.events.append(f"save {step} called")
 
     def state(self):
@@ -496,7 +491,7 @@ def test_a_checkpoint_holds_the_moment_of_the_call(small_run, tmp_path):
     with pytest.raises(AssertionError):
         torch.testing.assert_close(small_run.state(), oracle, rtol=0, atol=0)
     small_run.gate.set()
-    small_run.folder.require(7)
+    small_run.folder.wait_for_save(7)
     assert small_run.folder.find_checkpoint() == []
     stored = small_run.folder.trainer
     weights = GPT.from_pretrained(tmp_path / "checkpoint_00007").pad_vocabulary().state_dict()
@@ -508,7 +503,7 @@ def test_a_second_save_and_the_end_wait_for_the_first(small_run):
     small_run.save(1)
     small_run.open_gate_in(0.2)
     small_run.save(2)
-    small_run.folder.require(2)
+    small_run.folder.wait_for_save(2)
     small_run.events.append("end")
     assert small_run.events[:3] == ["save 1 called", "gate opened", "written"]
     assert sorted(small_run.events[3:5]) == ["save 2 called", "written"]
@@ -519,7 +514,7 @@ def test_a_second_save_and_the_end_wait_for_the_first(small_run):
 def test_the_end_waits_for_the_save_in_flight(small_run):
     small_run.save(1)
     small_run.open_gate_in(0.2)
-    small_run.folder.require(1)
+    small_run.folder.wait_for_save(1)
     assert small_run.events == ["save 1 called", "gate opened", "written"]
 
 
@@ -533,12 +528,12 @@ def test_without_memory_for_a_copy_training_waits(small_run, tmp_path, monkeypat
 
     small_run.gate.set()
     small_run.save(1)
-    small_run.folder.require(1)
+    small_run.folder.wait_for_save(1)
     with_copy = contents()
     shutil.rmtree(tmp_path / "checkpoint_00001")
     size = sum(t.numel() * 4 for t in small_run.model.parameters()) * 3  # and the optimizer's moments
-    monkeypatch.setattr(run_folder, "free_host_memory", lambda: 2 * size)  # the moments' step counts too
-    monkeypatch.setattr(run_folder, "to_host", None)  # not to be called
+    monkeypatch.setattr(folder_module, "free_host_memory", lambda: 2 * size)  # the moments' step counts too
+    monkeypatch.setattr(folder_module, "to_host", None)  # not to be called
     small_run.save(1)
     assert small_run.events[-2:] == ["written", "save 1 called"]
     assert len(with_copy[1]) == 3
@@ -566,25 +561,25 @@ def test_a_save_that_fails_is_said_and_leaves_nothing(failure, place, small_run,
         def fail(_):
             raise FAILURES[failure]
 
-        patch.setattr(run_folder, place, fail)
+        patch.setattr(folder_module, place, fail)
         small_run.save(2)
         small_run.train()
         small_run.folder.finish_save()
     text = f"step 2: NOT SAVED: {reason or FAILURES[failure]}; the checkpoints before it are intact"
     assert small_run.said[1:] == [text]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00001", "log.txt"]
-    with pytest.raises(run_folder.RunFault, match="step 2, could not be saved"):
-        small_run.folder.require(2)
+    with pytest.raises(RunFault, match="step 2, could not be saved"):
+        small_run.folder.wait_for_save(2)
     small_run.save(3)
-    small_run.folder.require(3)
+    small_run.folder.wait_for_save(3)
 
 
 def test_what_nobody_expects_in_the_thread_is_not_lost(small_run, monkeypatch):
-    monkeypatch.setattr(run_folder, "sha256", lambda _: 1 / 0)
+    monkeypatch.setattr(folder_module, "sha256", lambda _: 1 / 0)
     small_run.gate.set()
     small_run.save(1)
     with pytest.raises(ZeroDivisionError):
-        small_run.folder.require(1)
+        small_run.folder.wait_for_save(1)
 
 
 def in_flight(flags, tmp_path, faults=""):
@@ -652,7 +647,7 @@ def test_two_processes_save_while_training_goes_on(flags, tmp_path, undisturbed)
     assert done.stdout.count(": saved") == 5
     assert done.stdout.index("step 20: saved") < done.stdout.index("done: 20 steps")
     compare_losses(tmp_path / "log", undisturbed)
-    folder = RunFolder(tmp_path / "log", True, print)
+    folder = run_folder(tmp_path / "log")
     assert (folder.find_checkpoint(), folder.trainer["step"]) == ([], 20)
 
 
@@ -686,18 +681,18 @@ def test_free_space_is_checked_before_a_save(flags, tmp_path, monkeypatch):
 
 
 def test_a_log_line_that_did_not_fit_is_written_later(tmp_path, monkeypatch):
-    folder = RunFolder(tmp_path, True, print)
-    folder.event(0, "train", "1.0")
+    folder = run_folder(tmp_path)
+    folder.append(0, "train", "1.0")
     script = (
-        "import resource, sys; from pathlib import Path; from support.run.folder import RunFolder\n"
-        "folder = RunFolder(Path(sys.argv[1]), True, print)\n"
+        "import resource, sys; from pathlib import Path; from conftest import run_folder\n"
+        "folder = run_folder(Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))\n"
-        "folder.event(1, 'train', '2.0'); folder.event(2, 'train', '3.0')\n"
+        "folder.append(1, 'train', '2.0'); folder.append(2, 'train', '3.0')\n"
         "assert Path(sys.argv[1], 'log.txt').read_text() == '0 train 1.0\\n'\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "folder.event(3, 'train', '4.0')\n"
+        "folder.append(3, 'train', '4.0')\n"
     )
-    run("-c", script, tmp_path)
+    run("-c", script, tmp_path, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert (tmp_path / "log.txt").read_text() == "0 train 1.0\n1 train 2.0\n2 train 3.0\n3 train 4.0\n"
 
 
@@ -754,19 +749,30 @@ def test_what_a_power_cut_leaves_in_the_log_is_cut_out(flags, tmp_path, undistur
     with open(tmp_path / "log/log.txt", "ab") as file:
         file.write(b"\n20 tr\xff" + b"\0" * 100 + b"\n21 val")
     call("train_gpt2.py", *flags, "--resume")
-    assert read_log(tmp_path / "log/log.txt") == read_log(undisturbed / "log.txt")
+    assert (tmp_path / "log/log.txt").read_bytes() == (undisturbed / "log.txt").read_bytes()
+
+
+def test_other_lines_of_the_log_survive(tmp_path):
+    """Values of any name for the steps that are done; and what is no value at all, whoever wrote it."""
+    kept = [b"0 train 9.1\n", b"a note\n", b"0 my/value -1e-05\n", b"caf\xe9 99\n", b"1 ema nan\n"]
+    cut = [b"2 ema 0.5\n", b"2 train 8.0\n", b"\0\0\0\n", b"3 tra"]
+    lines = [*kept[:3], *cut[:1], *kept[3:], *cut[1:]]
+    (tmp_path / "log.txt").write_bytes(b"".join(lines))
+    run_folder(tmp_path).cut_log(2)
+    assert (tmp_path / "log.txt").read_bytes() == b"".join(kept)
 
 
 def test_a_run_without_a_scaler_resumes_with_one(tmp_path):
     """Begun in float32, resumed on a card that needs float16: there is no scaler state to load."""
     parameter = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([parameter])
-    folder = RunFolder(tmp_path, True, print)
+    folder = run_folder(tmp_path)
     before = torch.get_rng_state()
+    folder.first_step = 3
     folder.trainer = {"optimizer": optimizer.state_dict(), "scaler": {}, "rng": before}
     scaler = torch.amp.GradScaler("cpu", enabled=True)
     torch.rand(3)
-    folder.restore(optimizer, scaler, 3, World(0, 1, torch.device("cpu")))
+    folder.restore(optimizer, scaler)
     assert torch.equal(torch.get_rng_state(), before)
     assert scaler.get_scale() == 65536.0
 
@@ -788,7 +794,7 @@ def test_checkpoints_are_ordered_by_number_not_by_name(tmp_path):
 
 def test_slow_machines_save_by_the_clock(flags, tmp_path, undisturbed, monkeypatch):
     """15 minutes between checkpoints at most; here no time at all, at every step."""
-    monkeypatch.setattr(run_folder, "SAVE_AT_LEAST_EVERY", 0.0)
+    monkeypatch.setattr(folder_module, "SAVE_AT_LEAST_EVERY", 0.0)
     call("train_gpt2.py", *flags, "--checkpoint_every=1000", "--keep_every=0")
     names = [path.name for path in list_checkpoints(tmp_path / "log")]
     assert names == ["checkpoint_00019", "checkpoint_00020"]

@@ -8,21 +8,18 @@ import threading
 import time
 import types
 from dataclasses import asdict, replace
-from pathlib import Path
+from types import SimpleNamespace
 
-from conftest import TINY, call, run
+from conftest import CPU, TINY, call, run, run_folder
 from hellaswag import Score
-from support import cli as words
-from support.machine.processes import World
+from support import cli
+from support.data.encodings import get_encoding
 from support.run import report
 from support.run.curves import read_log
-from support.run.folder import RunFolder
-from train_gpt2 import TrainConfig
+from train_gpt2 import TrainConfig, choose_model_config
 
 import pytest
-import torch
 
-CPU = World(0, 1, torch.device("cpu"))
 RUN = (*TINY, "--max_steps=6", "--val_every=3", "--sample_every=0")
 FAIR = {
     "precision": "bfloat16, torch.compile on",
@@ -31,34 +28,40 @@ FAIR = {
     "encoding": "gpt2",
     "data": {"dataset": "HuggingFaceFW/fineweb-edu"},
     "hellaswag_items": 10_042,
+    "default_recipe": True,
+    "optimizer": "AdamW",
+    "changed": None,
+    "flops_per_token": 500_000,
+    "val_tokens": 1024,
 }
 
 
 def facts_of(**changes):
     """Facts of a run of the default configuration with these changes."""
-    config = asdict(replace(TrainConfig(), **changes))
-    defaults = {"default_recipe": report.is_default_recipe(config, asdict(TrainConfig()))}
-    return {**FAIR, "train_config": config, "flops_per_token": 500_000, "val_tokens": 1024, **defaults}
+    return {**FAIR, "train_config": asdict(replace(TrainConfig(), **changes))}
 
 
 @pytest.fixture
-def progress(monkeypatch, tmp_path):
-    """A function that makes a Progress which has been started; `said` is what it printed."""
-    monkeypatch.setattr(report, "describe", lambda *_: "the table")
-    monkeypatch.setattr(report, "peak_flops", lambda _: 1e9)
+def begin(monkeypatch, tmp_path):
+    """A function that makes a Report which has begun; `said` is what it printed."""
+    monkeypatch.setattr(report, "opening_table", lambda *_: "the table")
+    monkeypatch.setattr(report.devices, "peak_flops", lambda _: 1e9)
 
-    def make(facts=None, on_terminal=False, first_step=0, **changes):
-        made = report.Progress(CPU, None)
+    def make(facts=None, on_terminal=False, trainer=None, **changes):
+        config = replace(TrainConfig(), log_dir=tmp_path, **changes)
+        made = report.Report(config, CPU)
         made.on_terminal, made.said = on_terminal, []
         monkeypatch.setattr(made, "show", made.said.append)
-        made.start(first_step, facts_of(**changes) | (facts or {}), RunFolder(tmp_path, True, print))
+        run = run_folder(tmp_path)
+        run.trainer = trainer or {}
+        made.begin(run, facts_of(**changes) | (facts or {}))
         return made
 
     return make
 
 
-def test_lines_have_the_tutorials_format_and_mfu(progress):
-    lines = progress(total_batch_size=1000)
+def test_lines_have_the_tutorials_format_and_mfu(begin):
+    lines = begin(total_batch_size=1000)
     lines.step(0, 4.0, 1e-3, 1.0, seconds=2.0)
     assert lines.said[-1] == (
         "step     0 | loss: 4.000000 | lr 1.0000e-03 | norm: 1.0000 | dt: 2000.00ms | tok/sec: 500.00 "
@@ -70,17 +73,18 @@ def test_lines_have_the_tutorials_format_and_mfu(progress):
     lines.close("")
 
 
-def test_time_and_tokens_of_all_parts_of_a_run_add_up(progress, tmp_path, monkeypatch):
-    before = {"training": 100.0, "other": 10.0, "tokens": 5000}
-    monkeypatch.setattr(RunFolder, "trainer", {"spent": before}, raising=False)
-    monkeypatch.setattr(RunFolder, "__init__", lambda self, path, *_: setattr(self, "path", path))
-    monkeypatch.setattr(RunFolder, "run_id", "1", raising=False)
-    monkeypatch.setattr(RunFolder, "interruptions", 1, raising=False)
-    monkeypatch.setattr(RunFolder, "describe", lambda *_: None)
-    monkeypatch.setattr(RunFolder, "event", lambda *_: None)
+def test_mfu_is_of_all_devices(begin):
+    lines = begin(total_batch_size=1000)
+    lines.world_size = 2
+    lines.step(0, 4.0, 1e-3, 1.0, seconds=2.0)
+    assert lines.said[-1].endswith("| tok/sec: 500.00 | mfu: 12.5%")
+
+
+def test_time_and_tokens_of_all_parts_of_a_run_add_up(begin, monkeypatch):
     now = 1000.0
     monkeypatch.setattr(report.time, "perf_counter", lambda: now)
-    resumed = progress(total_batch_size=1000)
+    before = {"training": 100.0, "other": 10.0, "tokens": 5000}
+    resumed = begin(trainer={"spent": before}, total_batch_size=1000)
     now += 30  # of which two steps take 16
     for step in (5, 6):
         resumed.step(step, 4.0, 1e-3, 1.0, seconds=8.0)
@@ -88,34 +92,36 @@ def test_time_and_tokens_of_all_parts_of_a_run_add_up(progress, tmp_path, monkey
     resumed.close("")
 
 
-def test_the_bar_shows_what_one_waits_for(progress, monkeypatch):
+def test_the_bar_shows_what_one_waits_for(begin, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    bar = progress(
+    bar = begin(
         on_terminal=True, max_steps=1000, val_every=250, total_batch_size=524_288, dollars_per_hour=0.5
     )
     for step in range(5):
         bar.step(step, 3.21, 6e-4, 0.312, seconds=7.2)
     shown = bar.bar.postfix
-    assert shown.startswith("loss 3.210 lr 6.0e-04 norm 0.31 72,818 tok/s MFU")
-    assert shown.endswith("| evaluation in 29 min | left 1 h 59 min")
+    for part in ("loss 3.210", "lr 6.0e-04", "72,818 tok/s", "evaluation in 29 min", "left 1 h 59 min"):
+        assert part in shown
     assert "training will take about 1 h 59 min, $0.99 (7.20 s a step)" in bar.said
     bar.close("")
 
 
-def test_on_a_narrow_terminal_the_bar_keeps_loss_speed_and_time(progress, monkeypatch):
+def test_on_a_narrow_terminal_the_bar_keeps_loss_speed_and_time(begin, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    bar = progress(on_terminal=True, max_steps=19_073, total_batch_size=524_288)
+    bar = begin(on_terminal=True, max_steps=19_073, total_batch_size=524_288)
     bar.step(14_700, 3.21, 6e-4, 0.312, seconds=7.2)
-    line = bar.bar.postfix
-    assert line == "loss 3.210 72,818 tok/s MFU 3641% | left 8 h 45 min"
+    shown = bar.bar.postfix
+    assert all(part in shown for part in ("loss 3.210", "72,818 tok/s", "left 8 h 45 min"))
+    assert not any(part in shown for part in ("lr", "evaluation"))
+    assert len(shown) < 60
     bar.close("")
 
 
-def test_what_takes_long_gives_signs_of_life(progress, monkeypatch):
+def test_what_takes_long_gives_signs_of_life(begin, monkeypatch):
     """An evaluation of two minutes in a file has a line a minute; a long step says what the run will take."""
     now = 1000.0
     monkeypatch.setattr(report.time, "monotonic", lambda: now)
-    lines = progress(max_steps=19_073)
+    lines = begin(max_steps=19_073)
     for done in range(4):
         lines.sign_of_life("validation", done, 4)
         now += 40
@@ -138,7 +144,7 @@ def table_of(max_steps, train_tokens, first_step=0, schedule="cosine", **facts):
             "grad_accum_steps": 512, "model_config": {**model, "encoding": "gpt2"},
             "data": {"train_tokens": train_tokens, "train_shards": 1},
             "warm_up_step_seconds": None}  # fmt: skip
-    return report.describe(made | facts, 0.0, first_step)
+    return report.opening_table(made | facts, 0.0, first_step)
 
 
 def test_what_may_surprise_is_noted():
@@ -160,7 +166,7 @@ def test_a_run_that_a_cpu_can_not_finish_says_so_at_once():
 
 def test_a_models_text_is_readable():
     text = "One\r\ntwo\t\u00a0\x1b[0m, ¿tres?"
-    assert words.printable(text) == "One\n    two  \ufffd[0m, ¿tres?"
+    assert cli.printable(text) == "One\n    two  \ufffd[0m, ¿tres?"
 
 
 @pytest.mark.parametrize(
@@ -169,13 +175,13 @@ def test_a_models_text_is_readable():
      (62 * 86400, "62 days")],
 )  # fmt: skip
 def test_durations(seconds, text):
-    assert words.duration(seconds) == text
+    assert cli.duration(seconds) == text
 
 
 def test_one_is_not_many():
-    counted = [words.plural(n, noun) for n, noun in ((1, "row"), (2, "row"), (0, "step"), (1, "process"))]
+    counted = [cli.plural(n, noun) for n, noun in ((1, "row"), (2, "row"), (0, "step"), (1, "process"))]
     assert counted == ["1 row", "2 rows", "0 steps", "1 process"]
-    assert words.plural(1000, "process") == "1,000 processes"
+    assert cli.plural(1000, "process") == "1,000 processes"
 
 
 @pytest.mark.parametrize(
@@ -185,17 +191,15 @@ def test_one_is_not_many():
         ({}, {}, 250, 6.4, True),
         ({}, {}, 1000, 4.17, False),
         ({}, {}, 500, 9.0, False),  # no mark is known there
-        ({"max_lr": 1e-3}, {}, 1000, 4.88, False),  # another recipe
-        ({"n_layer": 6}, {}, 1000, 4.88, False),
-        ({"log_dir": Path("elsewhere"), "seed": 1}, {}, 1000, 4.88, True),
+        ({}, {"default_recipe": False}, 1000, 4.88, False),
         ({}, {"data": {"dataset": None}}, 1000, 4.88, False),  # other data
         ({}, {"data": {**FAIR["data"], "config": "sample-10BT"}}, 1000, 4.88, True),
         ({}, {"data": {**FAIR["data"], "config": "sample-100BT"}}, 1000, 4.88, False),
         ({}, {"encoding": "bytes"}, 1000, 4.88, False),
     ],
 )
-def test_an_unhealthy_loss_is_said_once(progress, changes, facts, step, loss, warns):
-    lines = progress(facts, **changes)
+def test_an_unhealthy_loss_is_said_once(begin, changes, facts, step, loss, warns):
+    lines = begin(facts, **changes)
     for _ in range(2):
         lines.validation(step, loss)
     assert sum("WARNING: healthy runs" in text for text in lines.said) == warns
@@ -215,7 +219,7 @@ def test_the_closing_table_compares_where_it_is_fair():
     assert "308,634 tokens/s" in table
     assert "$20.00" in table
     assert "interruptions:   2" in table
-    other_recipe = facts_of(dollars_per_hour=2.0, max_steps=200) | {"result": result}
+    other_recipe = facts | {"default_recipe": False}
     assert "3.0512 (OpenAI's GPT-2 3.2924)" in report.closing_table(other_recipe)
     assert "OpenAI" not in report.closing_table(facts | {"encoding": "bytes"})
     assert json.loads(json.dumps(result)) == result
@@ -225,7 +229,7 @@ def test_the_closing_table_compares_where_it_is_fair():
 
 def test_a_thread_may_print_too(capsys, monkeypatch):
     """Whole lines, though the stream is slow."""
-    lines = report.Progress(CPU, None)
+    lines = report.Report(TrainConfig(), CPU)
     write = sys.stdout.write
     monkeypatch.setattr(sys.stdout, "write", lambda text: (time.sleep(0.0005), write(text)))
 
@@ -239,6 +243,23 @@ def test_a_thread_may_print_too(capsys, monkeypatch):
     for thread in threads:
         thread.join()
     assert sorted(capsys.readouterr().out.splitlines()) == 20 * ["a"] + 20 * ["b"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "default"),
+    [
+        ({}, True),
+        ({"seed": 7, "shuffle": False, "val_tokens": 1000, "device": "cpu", "model": "gpt2"}, True),
+        ({"max_lr": 1e-3}, False),
+        ({"optimizer": "muon"}, False),
+        ({"model": "gpt2-medium"}, False),
+        ({"n_layer": 6}, False),
+    ],
+)
+def test_which_runs_compare_with_published_ones(changes, default, tmp_path):
+    run = run_folder(tmp_path, **changes)
+    shape = choose_model_config(run.config, get_encoding("gpt2"))
+    assert report.is_default_recipe(run, SimpleNamespace(config=shape)) == default
 
 
 # ------------------------------------------------------------------ trackers

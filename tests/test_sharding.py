@@ -6,8 +6,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
-from conftest import ROOT, TINY, call, run, torchrun
+from conftest import CPU, ROOT, TINY, call, run, torchrun
 from support.cli import InputError
 from support.files import sha256
 from support.machine import micro_batch, sharding
@@ -15,7 +16,7 @@ from support.machine.micro_batch import check_memory
 from support.machine.processes import World
 from support.model.huggingface import list_checkpoints
 from support.run.curves import read_log
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, make_model
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import pytest
 import torch
@@ -59,16 +60,23 @@ def train_here(model, optimizer, rows):
     return found
 
 
+def whole_model():
+    torch.manual_seed(CONFIG.seed)
+    return GPT(SMALL).pad_vocabulary()
+
+
 def divided_work(rank, world_size, folder):
     """One of the processes: its part of the rows, its share of the model."""
     store = f"file://{folder / 'store'}"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     world = World(rank, world_size, torch.device("cpu"))
-    model = make_model(CONFIG, SMALL, None, world, world_size, torch.float32)
+    with sharding.weights_on_main_only(True, world):
+        model = whole_model()
+    model = sharding.divide(model, CONFIG, world, torch.float32)
     optimizer = configure_optimizer(model, CONFIG)
     found = train_here(model, optimizer, ROWS.chunk(world_size, dim=1)[rank])
-    weights = {name: sharding.whole(p.detach()) for name, p in model.named_parameters()}
-    states = [t for state in optimizer.state.values() for t in state.values() if sharding.is_divided(t)]
+    weights = {name: sharding.full_tensor(p.detach()) for name, p in model.named_parameters()}
+    states = [t for state in optimizer.state.values() for t in state.values() if sharding.is_sharded(t)]
     own = sum(t.to_local().nbytes for t in (*model.parameters(), *states))
     torch.save((found, weights, own), folder / f"rank{rank}")
     dist.destroy_process_group()
@@ -78,7 +86,7 @@ def divided_work(rank, world_size, folder):
 def test_a_few_steps_are_those_of_one_process(processes, tmp_path):
     """Losses and weights of four steps beside one process with the whole model and all rows."""
     mp.start_processes(divided_work, (processes, tmp_path), nprocs=processes, start_method="fork")
-    model = make_model(CONFIG, SMALL, None, World(0, 1, torch.device("cpu")), 1, torch.float32)
+    model = whole_model()
     expected = train_here(model, configure_optimizer(model, CONFIG), ROWS)
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(processes)]
     means = [sum(found) / processes for found in zip(*(found for found, _, _ in ranks), strict=True)]
@@ -147,24 +155,31 @@ def short(flags):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("processes", "faults"),
-    [
-        (2, "oom=2:2 oom_rank=1"),  # one fits 4 rows, the other only 2
-        (2, "oom=2:2 backend=aot_eager"),
-        (2, "oom=2:2 trial_oom=4"),  # two rows fit only with chunks: else not beside whole gradients
-        (4, "oom=1:1 hosts=2"),
-        (4, "oom=1:1 hosts=2 whole_gradients=0"),
-    ],
-)
-def test_the_search_leaves_no_trace(processes, faults, short, tmp_path):
-    """Each process tries for itself: the losses are those of the rows that fit."""
-    rows = 4 // processes
-    given = train(processes, short, tmp_path / "given", "--shard", f"--micro_batch_size={rows}")
-    found = train(processes, short, tmp_path / "found", "--shard", faults=faults)
+def test_hosts_divide_the_gradients_always_or_at_the_end(short, tmp_path):
+    """Two processes on each of two hosts, with a copy for each host: the losses of rows that are given."""
+    given = train(4, short, tmp_path / "given", "--shard", "--micro_batch_size=1")
     assert "micro-batches of" not in given.stdout
-    assert f"micro-batches of {rows} row" in found.stdout
-    assert losses(tmp_path / "found") == pytest.approx(losses(tmp_path / "given"), abs=LAST_DIGIT)
+    for way, faults in (("end", "hosts=2"), ("always", "hosts=2 unsharded_gradients=0")):
+        train(4, short, tmp_path / way, "--shard", "--micro_batch_size=1", faults=faults)
+        assert losses(tmp_path / way) == pytest.approx(losses(tmp_path / "given"), abs=LAST_DIGIT)
+
+
+def test_the_micro_batch_is_computed(monkeypatch):
+    """gpt2-xl in bfloat16 on 8 cards: the most rows whose sum, with some caution, fits into a card; with the
+    loss in chunks where few fit."""
+    config, xl = TrainConfig(shard=True), GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+    world = Hosts(0, 8, torch.device("cuda"))
+    object.__setattr__(world, "local", [8] * 8)
+    for gigabytes, fit in ((80, (16, 1)), (24, (4, 1)), (16, (2, 1))):
+        monkeypatch.setattr(micro_batch, "smallest_limit", lambda *_, size=gigabytes: size * 2**30)
+        found = micro_batch.computed_fit([16, 8, 4, 2, 1], xl, config, world)
+        assert (found.rows, found.loss_chunks) == fit
+        rows, chunks = fit
+        needed = micro_batch.least_bytes(config, xl, rows, chunks, 8) / 2**30
+        assert needed < 0.93 * gigabytes
+    monkeypatch.setattr(micro_batch, "smallest_limit", lambda *_: 6 * 2**30)
+    with pytest.raises(InputError, match="out of memory with a micro-batch of 1 row"):
+        micro_batch.computed_fit([2, 1], xl, config, world)
 
 
 @pytest.mark.slow
@@ -172,12 +187,12 @@ def test_gradients_exchanged_always_or_at_the_end(short, tmp_path):
     """Where memory is short, gradients are divided in every micro-step: the same losses."""
     flags = (*short, "--micro_batch_size=1", "--shard")
     train(2, flags, tmp_path / "end")
-    train(2, flags, tmp_path / "always", faults="whole_gradients=0")
+    train(2, flags, tmp_path / "always", faults="unsharded_gradients=0")
     assert losses(tmp_path / "always") == pytest.approx(losses(tmp_path / "end"), abs=LAST_DIGIT)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faults", ["hosts=2", "hosts=2 whole_gradients=0"])
+@pytest.mark.parametrize("faults", ["hosts=2", "hosts=2 unsharded_gradients=0"])
 def test_a_copy_on_each_host(faults, flags, tmp_path):
     """Four processes as if on two hosts: each host has a copy of the model, divided among its two."""
     flags = (*flags, "--micro_batch_size=1")
@@ -301,11 +316,11 @@ def test_what_is_refused():
     one, two = (Hosts(0, n, torch.device("cpu")) for n in (1, 2))
     object.__setattr__(two, "local", [2, 2])
     with pytest.raises(InputError, match="start them with torchrun"):
-        sharding.count_shares(True, "adamw", one)
+        sharding.count_shards(CONFIG, one)
     with pytest.raises(InputError, match="Muon needs whole matrices"):
-        sharding.count_shares(True, "muon", two)
-    assert sharding.count_shares(False, "muon", two) == 1
-    assert sharding.count_shares(True, "adamw", two) == 2
+        sharding.count_shards(replace(CONFIG, optimizer="muon"), two)
+    assert sharding.count_shards(TrainConfig(optimizer="muon"), two) == 1
+    assert sharding.count_shards(CONFIG, two) == 2
 
 
 @pytest.mark.parametrize(("local", "shares"), [([4] * 4, 4), ([2] * 4, 2), ([1] * 4, 4), ([3, 3, 3, 1], 4)])
@@ -313,52 +328,7 @@ def test_a_model_is_divided_within_hosts(local, shares):
     """Hosts with one process each share one copy; so do hosts that differ."""
     world = Hosts(0, 4, torch.device("cpu"))
     object.__setattr__(world, "local", local)
-    assert sharding.count_shares(True, "adamw", world) == shares
-
-
-@pytest.fixture
-def divided():
-    """A tiny model divided among one process."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    world = World(0, 1, torch.device("cpu"))
-    with torch.device("meta"):
-        model = GPT(GPTConfig(8, 257, 1, 1, 8, encoding="bytes"))
-    weights = GPT(model.config).state_dict()
-    sharding.divide(model, weights, world, 1, torch.float32, None)
-    yield model
-    dist.destroy_process_group()
-
-
-def fail_alone(model):
-    hook = model.transformer.h[0].register_forward_pre_hook(lambda *_: 1 / 0)
-    try:
-        with sharding.alone(model):
-            model(torch.zeros((1, 8), dtype=torch.int64))
-    finally:
-        hook.remove()
-
-
-def test_after_a_failed_trial_the_model_is_whole(divided):
-    idx = torch.zeros((1, 8), dtype=torch.int64)
-    before = divided(idx, idx)
-    before.backward()
-    gradient = divided.transformer.wte.weight.grad.full_tensor().clone()
-    with pytest.raises(ZeroDivisionError):
-        fail_alone(divided)
-    divided.zero_grad()
-    again = divided(idx, idx)
-    again.backward()
-    assert torch.equal(again, before)
-    assert torch.equal(divided.transformer.wte.weight.grad.full_tensor(), gradient)
-
-
-def test_an_old_pytorch_says_what_helps(divided, monkeypatch):
-    """It has no reset_iter_state."""
-    monkeypatch.delattr(torch.distributed.fsdp.FSDPModule, "reset_iter_state")
-    with pytest.raises(
-        InputError, match=r"can't go on after that with --shard: a smaller --micro_batch_size"
-    ):
-        fail_alone(divided)
+    assert sharding.count_shards(CONFIG, world) == shares
 
 
 def test_what_cannot_fit_says_what_would(monkeypatch):
@@ -366,12 +336,15 @@ def test_what_cannot_fit_says_what_would(monkeypatch):
     not help: the processes share its memory."""
     xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
     with pytest.raises(InputError, match=r"GB for it: choose a smaller --model$"):
-        check_memory(xl, 22.0, World(0, 1, torch.device("cpu")))
+        check_memory(TrainConfig(memory_limit_gb=22.0), xl, CPU)
     monkeypatch.setattr(micro_batch, "memory_limit", lambda *_: 22.0 * 2**30)
     monkeypatch.setattr(micro_batch, "device_name", lambda _: "a card")
     with pytest.raises(InputError, match=r"divide it among 3 such devices: torchrun --nproc_per_node=3"):
-        check_memory(xl, 22.0, World(0, 1, torch.device("cuda")))
-    assert "2.90 GB for weights" in check_memory(xl, 22.0, World(0, 1, torch.device("cpu")), shares=8)
+        check_memory(TrainConfig(memory_limit_gb=22.0), xl, World(0, 1, torch.device("cuda")))
+    eight = Hosts(0, 8, torch.device("cpu"))
+    object.__setattr__(eight, "local", [8] * 8)
+    monkeypatch.setattr(micro_batch, "smallest_limit", lambda *_: 22.0 * 2**30)
+    assert "2.90 GB for weights" in check_memory(CONFIG, xl, eight)
 
 
 def test_alone_it_needs_torchrun(flags, tmp_path):

@@ -16,13 +16,14 @@ import time
 
 from conftest import ROOT, TINY, call
 from support.cli import InputError
+from support.machine.processes import World
 from support.run import report, watch
 from support.run.curves import read_log, smooth
 from support.run.folder import RunFolder
+from train_gpt2 import TrainConfig
 
 import pytest
 from test_curves import make_run
-from test_report import CPU, facts_of
 
 
 def write_status(folder, **values):
@@ -56,35 +57,53 @@ def test_a_long_curve_keeps_its_peaks():
     assert rows[0] == (4, pytest.approx(sum(v for _, v in points[:8]) / 8), points[0][1], points[7][1])
     assert rows[4321 // 8][3] == max(most for _, _, _, most in rows) == 9.0
     assert min(least for _, _, least, _ in rows) == min(value for _, value in points)
-    smoothed = watch.thin_and_smooth(points)
+    smoothed = watch.thin(points, smoothed=True)
     assert [row[1] for row in smoothed] == smooth([row[1] for row in rows], len(rows) // 80)
-    assert [row[2:] for row in smoothed] == [row[2:] for row in rows]
-    assert watch.thin([]) == watch.thin_and_smooth([]) == []
+    assert [(row[0], *row[2:]) for row in smoothed] == [(row[0], *row[2:]) for row in rows]
+    assert watch.thin([]) == watch.thin([], smoothed=True) == []
+
+
+def test_any_other_value_has_a_curve_and_a_number(tmp_path):
+    noise = [(step, math.sin(step)) for step in range(400)]
+    more = [f"{step} {kind} {value}" for step, value in noise for kind in ("ema", "val")]
+    folder = make_run(tmp_path / "a_run", more=[*more, "25 b/acc 1e-9", "9 hella nan", "hello"])
+    data = watch.Watcher(folder).data()
+    curves = data["curves"]
+    assert list(curves) == ["train", "val", "hella", "ema", "b/acc"]
+    assert [(step, least) for step, _, least, _ in curves["ema"]] == noise
+    assert [mean for _, mean, _, _ in curves["ema"]] == smooth([value for _, value in noise], 5)
+    assert [(step, value) for step, value, _, _ in curves["val"]] == noise  # each was an evaluation
+    assert curves["b/acc"] == [(25, 1e-9, 1e-9, 1e-9)]
+    assert data["steps"] == 399
+    assert data["notes"] == ["the curves leave out 1 unreadable line and 1 non-finite value of log.txt"]
+    numbers = dict(data["numbers"])
+    assert (numbers["ema (step 399)"], numbers["b/acc (step 25)"]) == (f"{math.sin(399):.4g}", "1e-09")
+    json.dumps(data, allow_nan=False)
 
 
 def test_a_log_is_followed(tmp_path):
     """Half a line waits for its end; what --resume cuts, and what it then writes anew, is seen."""
-    log = watch.LogReader(tmp_path / "log.txt")
-    log.read()
-    assert log.events["train"] == []
-    log.file.write_text("0 val 5.0\n0 train 4.5\n1 tra")
-    log.read()
-    assert (log.events["val"], log.events["train"]) == ([(0, 5.0)], [(0, 4.5)])
-    with open(log.file, "a") as file:
+    reader = watch.LogReader(tmp_path / "log.txt")
+
+    def events(**expected):
+        reader.read()
+        return reader.log.events == {"train": [], "val": [], "hella": [], **expected}
+
+    assert events()
+    reader.file.write_text("0 val 5.0\n0 train 4.5\n1 tra")
+    assert events(val=[(0, 5.0)], train=[(0, 4.5)])
+    with open(reader.file, "a") as file:
         file.write("in 4.25\n2 train nan\nhello\n3 other 1\n\0\0\n")
     for _ in range(2):
-        log.read()
-        assert log.events["train"] == [(0, 4.5), (1, 4.25)]
-        assert log.unreadable == 4
-    log.file.write_text("0 val 5.0\n0 train 4.5\n")
-    log.read()
-    assert log.events["train"] == [(0, 4.5)]
-    log.file.write_text("0 val 5.0\n0 train 4.4\n1 train 4.3\n2 train 4.2\n")  # longer, and not the same run
-    log.read()
-    assert log.events["train"] == [(0, 4.4), (1, 4.3), (2, 4.2)]
-    log.file.unlink()
-    log.read()
-    assert log.events["val"] == []
+        assert events(val=[(0, 5.0)], train=[(0, 4.5), (1, 4.25)], other=[(3, 1.0)])
+        assert reader.log.unreadable == 2
+    reader.file.write_text("0 val 5.0\n0 train 4.5\n")
+    assert events(val=[(0, 5.0)], train=[(0, 4.5)])
+    assert reader.log.unreadable == 0
+    reader.file.write_text("0 val 5.0\n0 train 4.4\n1 train 4.3\n2 ema 4.2\n")  # longer, and not the same run
+    assert events(val=[(0, 5.0)], train=[(0, 4.4), (1, 4.3)], ema=[(2, 4.2)])
+    reader.file.unlink()
+    assert events()
 
 
 def test_published_lines_only_where_they_compare(tmp_path):
@@ -119,9 +138,10 @@ def test_a_damaged_status_is_no_status(tmp_path, content):
     assert len(data["curves"]["val"]) == 3
 
 
-def test_a_damaged_run_json_is_named(tmp_path):
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_run_json_is_named(tmp_path, content):
     folder = make_run(tmp_path / "a_run")
-    (folder / "run.json").write_text("{")
+    (folder / "run.json").write_text(content)
     (note,) = watch.Watcher(folder).data()["notes"]
     assert "run.json: damaged" in note
 
@@ -170,26 +190,34 @@ def test_what_can_not_be_watched_is_named(tmp_path):
 
 
 @pytest.fixture
-def progress(tmp_path, monkeypatch):
-    """A function that makes a started Progress, which has its own clock and price."""
-    monkeypatch.setattr(report, "describe", lambda *_: "the table")
+def begin(tmp_path, monkeypatch):
+    """A function that begins a report in tmp_path, with a clock of its own: the run costs a cent a second."""
+    monkeypatch.setattr(report, "opening_table", lambda *_: "the table")
     clock = [1000.0]
     for name in ("monotonic", "perf_counter"):
         monkeypatch.setattr(report.time, name, lambda: clock[0])
+    config = TrainConfig(log_dir=tmp_path, total_batch_size=1000, max_steps=101, dollars_per_hour=36.0)
+    facts = {
+        "train_config": {"max_steps": 101, "total_batch_size": 1000},
+        "precision": "bfloat16",
+        "flops_per_token": 1,
+        "val_tokens": 1024,
+        "default_recipe": False,
+    }
 
-    def make(interruptions=0):
-        run = RunFolder(tmp_path, True, print)
+    def begin(interruptions=0):
+        run = RunFolder(config, World(), print)
         run.interruptions = interruptions
-        made = report.Progress(CPU, None)
-        made.start(0, facts_of(total_batch_size=1000, max_steps=101, dollars_per_hour=36.0), run)
+        made = report.Report(config, World())
+        made.begin(run, dict(facts))
         made.clock = clock
         return made
 
-    return make
+    return begin
 
 
-def test_time_and_money_left(progress, tmp_path):
-    running = progress()
+def test_time_and_money_left(begin, tmp_path):
+    running = begin()
     for step in range(20):
         running.clock[0] += 10
         running.step(step, 4.0, 1e-3, 1.0, seconds=8.0)
@@ -202,13 +230,13 @@ def test_time_and_money_left(progress, tmp_path):
     assert rows["cost of the training left"] == "$6.48"
 
 
-def test_events_and_samples_outlive_an_interruption(progress, tmp_path):
-    first = progress()
+def test_events_and_samples_outlive_an_interruption(begin, tmp_path):
+    first = begin()
     first.clock[0] += 2
     first.print("step 3: saved")
     first.clock[0] += 2
     first.samples(4, ["Hello,\n\x1b[0m\u202e"])
-    again = progress(interruptions=1)
+    again = begin(interruptions=1)
     again.clock[0] += 2
     again.print("resuming at step 3")
     data = watch.Watcher(tmp_path).data()
@@ -217,14 +245,14 @@ def test_events_and_samples_outlive_an_interruption(progress, tmp_path):
     assert (data["samples"], data["samples_step"]) == (["Hello,\n    \ufffd[0m\ufffd"], 4)
     again.close("stopped")  # in the same second as nothing else
     assert watch.Watcher(tmp_path).data()["state"][0] == "stopped"
-    another = progress()
+    another = begin()
     another.clock[0] += 2
     another.print("a new run")
     assert [text for _, text in watch.Watcher(tmp_path).data()["events"]] == ["a new run"]
 
 
-def test_the_status_is_written_once_a_second_and_stays_small(progress, tmp_path, monkeypatch):
-    running, written = progress(), []
+def test_the_status_is_written_once_a_second_and_stays_small(begin, tmp_path, monkeypatch):
+    running, written = begin(), []
     monkeypatch.setattr(running.run, "write_status", written.append)
     for step in range(50):
         running.clock[0] += 0.1
@@ -238,8 +266,8 @@ def test_the_status_is_written_once_a_second_and_stays_small(progress, tmp_path,
     assert written[-1]["events"][-1][1] == "the end"
 
 
-def test_other_processes_write_no_status(progress, tmp_path):
-    running = progress()
+def test_other_processes_write_no_status(begin, tmp_path):
+    running = begin()
     (tmp_path / "status.json").unlink()
     running.is_main = False
     running.clock[0] += 2
@@ -248,8 +276,8 @@ def test_other_processes_write_no_status(progress, tmp_path):
     assert not (tmp_path / "status.json").exists()
 
 
-def test_a_full_disk_leaves_the_status_and_the_run(progress, tmp_path, monkeypatch):
-    running = progress()
+def test_a_full_disk_leaves_the_status_and_the_run(begin, tmp_path, monkeypatch):
+    running = begin()
     before = (tmp_path / "status.json").read_bytes()
 
     def full(*_):
@@ -262,8 +290,8 @@ def test_a_full_disk_leaves_the_status_and_the_run(progress, tmp_path, monkeypat
     assert not (tmp_path / "status.json.tmp").exists()
 
 
-def test_the_page_shows_how_far_an_evaluation_is(progress, tmp_path):
-    running = progress()
+def test_the_page_shows_how_far_an_evaluation_is(begin, tmp_path):
+    running = begin()
     for done in range(3):
         running.clock[0] += 20
         running.sign_of_life("validation", done, 4)
@@ -316,12 +344,11 @@ def test_the_server_gives_its_page_and_its_data_and_nothing_else(tmp_path):
             "//etc/passwd",
             "/%2e%2e/run.json",
             "/?",
-            "",
         ):
-            assert get(path)[0] == (200 if path == "" else 404), path  # http.client asks for / then
+            assert get(path)[0] == 404, path
         assert get("/data.json", host="evil.example")[0] == 403
         assert get("/data.json", method="POST")[0] == 501
-        (folder / "run.json").write_text("[]")
+        (folder / "run.json").write_text('{"train_config": 3}')
         status, _, text = get("/data.json")
         assert status == 500
         assert text.startswith("run.json or status.json is damaged")
@@ -329,9 +356,8 @@ def test_the_server_gives_its_page_and_its_data_and_nothing_else(tmp_path):
 
 def test_nothing_is_loaded_from_elsewhere():
     page = (ROOT / "support/run/watch.html").read_text(encoding="utf-8")
-    assert set(re.findall(r"https?://[^\s\"']+", page)) == {
-        "http://www.w3.org/2000/svg"
-    }  # a name, not a place
+    addresses = set(re.findall(r"https?://[^\s\"']+", page))
+    assert addresses == {"http://www.w3.org/2000/svg"}  # a name, not a place
     assert "innerHTML" not in page
     for needed in ('<html lang="en">', "<title>", 'name="viewport"', "prefers-color-scheme", '"aria-label"'):
         assert needed in page
@@ -380,13 +406,19 @@ def test_a_taken_port_is_one_line(tmp_path):
     assert done.stderr.count("\n") == 1
 
 
+def hear_interrupts():
+    """Even if the tests run in the background of a script: its shell lets them ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_ends_it_quietly_and_it_needs_no_torch_and_no_matplotlib(tmp_path):
     for module in ("torch", "matplotlib"):
         (tmp_path / f"{module}.py").write_text("raise ImportError")
     (tmp_path / "log").mkdir()
     env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     command = [sys.executable, ROOT / "plot.py", "watch", tmp_path / "log", "--port", "0"]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=env, preexec_fn=hear_interrupts, **pipes)
     assert re.search(r"watching .*log at http://127\.0\.0\.1:\d+; Ctrl-C ends it", process.stdout.readline())
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
@@ -405,20 +437,34 @@ def browser():
 @pytest.mark.slow
 @pytest.mark.skipif(not browser(), reason="no Chromium; $CHROMIUM may name one")
 def test_a_browser_draws_a_run_and_tells_it_to_a_screen_reader(tmp_path, text_shards):
+    folder = tmp_path / "a_run"
     flags = (*TINY, "--max_steps=40", "--val_every=10", "--sample_every=20", "--dollars_per_hour=1")
-    call("train_gpt2.py", *flags, f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'a_run'}")
-    with served(tmp_path / "a_run") as get:
+    call("train_gpt2.py", *flags, f"--data_dir={text_shards}", f"--log_dir={folder}")
+    with open(folder / "log.txt", "a") as file:  # as a line in the training loop would log them
+        file.write("3 ema -2.5\n9 ema 0.25\n7 <b>\n2 __proto__ 7\n")
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'b'}",
+        "--virtual-time-budget=2000",
+        "--window-size=390,844",
+    )
+    with served(folder) as get:
         url = "http://{}:{}/".format(*get.address)
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'b'}",
-                 "--virtual-time-budget=2000", "--window-size=390,844"]  # fmt: skip
         command = [browser(), *flags, "--dump-dom", url]
         page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    losses = read_log(tmp_path / "a_run/log.txt")["val"]
+    losses = read_log(folder / "log.txt")["val"]
     assert "<title>finished: 40, a_run</title>" in page
-    assert f"validation {losses[-1][1]:.3f}" in re.search(r'<svg role="img" aria-label="(.*?)"', page)[1]
-    assert page.count("<circle") == len(losses) == 5
+    labels = re.findall(r'<svg role="img" aria-label="(.*?)"', page)
+    assert f"validation {losses[-1][1]:.3f}" in labels[0]
+    assert labels[1:] == ["Curve of ema: 0.25", "Curve of __proto__: 7"]
+    assert "<h2>ema</h2>" in page
+    dots = [float(y) for y in re.findall(r'<circle [^>]*cy="(.*?)"', page)]
+    assert len(dots) == len(losses) + 3 == 8
+    assert all(10 <= y <= 200 - 44 for y in dots[-3:])  # within the axes, also what is below 0
     assert not re.search("NaN|undefined|Infinity", page.split("<script>")[0])
     assert f"validation loss (step 40)</dt><dd>{losses[-1][1]:.4f}</dd>" in page
     assert "Samples at step" in page
     assert "done: 40 steps" in page
-    assert re.search(r'id="trouble"[^>]*></p>', page)
+    assert re.search(r'id="trouble"[^>]*>the curves leave out 1 unreadable line of log.txt</p>', page)

@@ -10,25 +10,25 @@ import contextlib
 import glob
 import gzip
 import io
-import itertools
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, AnyStr
+from typing import TYPE_CHECKING, Any, AnyStr, BinaryIO
 
 from support.cli import InputError
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
-LINES = (".jsonl", ".json", ".jsonl.gz", ".json.gz")  # one JSON object per line
-KINDS = (".parquet", *LINES, ".txt")
+KINDS = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz", ".txt")  # .json: one object per line
 RECORDS = ("shards.json", "shards.partial.json")  # fineweb.py's own, in its --output_dir
 PIECE = 250_000  # characters: the approximate size of a piece
 LONGEST_WORD = 4_000_000  # characters; tiktoken needs about 50 bytes of memory per character of a word
+BOUNDARY = re.compile(r"(?<=\S)(?=[ \n])|(?<=[ \t\r\n])(?=[ \t\r\n]\S)")  # see cut_document
+ERRORS = "surrogateescape"  # a byte that is not UTF-8 becomes a lone surrogate, which tokens.py replaces
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ class Piece:
     text: str | None  # None: a null row
     begins: bool = True
     ends: bool = True
-    cut: bool = False  # ends within a word
-    share: float = 1.0  # share of the file read so far
+    cuts_word: bool = False  # ends within a word
+    position: int = 0  # bytes of the file read so far
 
 
 # -----------------------------------------------------------------------------
@@ -65,37 +65,35 @@ def local_files(patterns: Sequence[str], output_dir: Path | None = None) -> list
     Raises InputError for a pattern that matches nothing, for a file of another type, and if none is left.
     """
     paths: dict[Path, Path] = {}  # keyed by resolved path
+    kinds = ", ".join(KINDS)
     for pattern in patterns:
         found = [Path(pattern)]
-        is_named = found[0].is_file()
         if not found[0].exists():
             found = sorted(map(Path, glob.glob(pattern, recursive=True)))
-        if not found:
-            raise InputError(f"--input {pattern}: no such file")
-        for path in found:
-            inside = [path]
-            if path.is_dir():
-                inside = sorted(p for p in path.rglob("*") if p.name.endswith(KINDS) and p.is_file())
-            if not inside and len(found) == 1:
-                raise InputError(f"--input {path}: the folder holds no {', '.join(KINDS)} files")
-            for file in inside:
-                inside_output = output_dir and output_dir.resolve() in file.resolve().parents
-                if not inside_output or (is_named and file.name not in RECORDS):
-                    paths.setdefault(file.resolve(), file)
-    for path in paths.values():
-        if not path.name.endswith(KINDS):
-            raise InputError(
-                f"--input {path}: ends in {path.suffix or 'nothing'}; supported are {', '.join(KINDS)}"
-            )
+        files = [file for path in found for file in files_in(path)]
+        if not files:
+            there = f"no {kinds} files there" if found else "no such file"
+            raise InputError(f"--input {pattern}: {there}")
+        for file in files:
+            is_output = output_dir and output_dir.resolve() in file.resolve().parents
+            if is_output and (file.name in RECORDS or file != Path(pattern)):
+                continue
+            if not file.name.endswith(KINDS):
+                raise InputError(f"--input {file}: ends in {file.suffix or 'nothing'}; supported are {kinds}")
+            paths.setdefault(file.resolve(), file)
     if patterns and not paths:
-        raise InputError(
-            f"--input {' '.join(patterns)}: no {', '.join(KINDS)} files there, or all in --output_dir, which "
-            "is left out"
-        )
+        raise InputError(f"--input {' '.join(patterns)}: all in --output_dir, which is left out")
     names = [path.name for path in paths.values()]
     if len(set(names)) < len(names):
         names = [path.as_posix() for path in paths.values()]
     return [File(name, path.stat().st_size, path) for name, path in zip(names, paths.values(), strict=True)]
+
+
+def files_in(path: Path) -> list[Path]:
+    """The file at `path`, or all files of KINDS in the folder and its subfolders."""
+    if not path.is_dir():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.name.endswith(KINDS) and file.is_file())
 
 
 def text_bytes(file: File, column: str) -> float:
@@ -113,53 +111,54 @@ def text_bytes(file: File, column: str) -> float:
 
 
 def read_documents(file: File, path: Path, column: str, first: int = 0) -> Iterator[Piece]:
-    """The documents of the file at `path` in order, starting with number `first`.
-
-    Bytes that are not UTF-8 become lone surrogates, which the tokenizer counts and replaces. Raises
-    InputError, naming file and line, for anything that is not a document.
-    """
+    """The documents of the file at `path` in order, starting with number `first`. Raises InputError, naming
+    file and line, for anything that is not a document."""
     if file.name.endswith(".parquet"):
         yield from read_parquet(file, path, column, first)
         return
-    with open(path, "rb") as raw:
-        stream = gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
-
-        def share() -> float:
-            return raw.tell() / max(1, file.size)
-
-        try:
-            if file.name.endswith(".txt"):
-                if first == 0:
-                    yield from cut_document(file.name, 0, iter(lambda: text.read(PIECE), ""), share)
-                return
-            for number, line in enumerate(text):
-                if number >= first and not line.isspace():
-                    document = text_of_line(path, number + 1, line, column)
-                    if document is None:
-                        yield Piece(file.name, number, None)
-                    else:
-                        yield from cut_document(file.name, number, chunks_of(document), share)
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise InputError(f"{path}: not a sound gzip file ({error})") from error
+    with open(path, "rb") as opened:
+        if not file.name.endswith(".txt"):
+            for number, row in json_lines(opened, first):
+                text = text_of(row, column, f"{path}, line {number + 1}")
+                chunks = None if text is None else chunks_of(text)
+                yield from cut_document(file.name, number, chunks, opened.tell)
+        elif first == 0:
+            text_file = io.TextIOWrapper(opened, "utf-8-sig", ERRORS)
+            yield from cut_document(file.name, 0, iter(lambda: text_file.read(PIECE), ""), opened.tell)
 
 
-def text_of_line(path: Path, number: int, line: str, column: str) -> str | None:
-    """The text in a line of JSON; None for a null. Raises InputError, naming the line."""
+def json_lines(file: BinaryIO, first: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects in an open .jsonl or .jsonl.gz file, each with the number of its line, from 0. Begins
+    with line `first`; blank lines are skipped.
+
+    Raises InputError, naming file and line, for a line that is not a JSON object, and for damaged gzip data.
+    """
+    stream = gzip.GzipFile(fileobj=file) if file.name.endswith(".gz") else file
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}, line {number}: not JSON") from error
-    if not isinstance(row, dict):
-        raise InputError(f"{path}, line {number}: not a JSON object")
+        for number, line in enumerate(io.TextIOWrapper(stream, "utf-8-sig", ERRORS)):
+            if number < first or line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{file.name}, line {number + 1}: not JSON") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{file.name}, line {number + 1}: not a JSON object")
+            yield number, row
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{file.name}: not a sound gzip file ({error})") from error
+
+
+def text_of(row: dict[str, Any], column: str, place: str) -> str | None:
+    """The text in a JSON object; None for a null. Raises InputError, naming the `place`."""
     if column not in row:
         raise InputError(
-            f"{path}, line {number}: no key {column!r} but {list(row)}; name the one that holds the text "
-            "with --text_column"
+            f"{place}: no key {column!r} but {list(row)}; name the one that holds the text with --text_column"
         )
-    if not isinstance(row[column], str | None):
-        raise InputError(f"{path}, line {number}: {column!r} is {type(row[column]).__name__}, not a string")
-    return row[column]
+    text = row[column]
+    if not isinstance(text, str | None):
+        raise InputError(f"{place}: {column!r} is {type(text).__name__}, not a string")
+    return text
 
 
 def read_parquet(file: File, path: Path, column: str, first: int) -> Iterator[Piece]:
@@ -169,14 +168,15 @@ def read_parquet(file: File, path: Path, column: str, first: int) -> Iterator[Pi
         groups, row = list(range(parquet.num_row_groups)), 0
         while groups and row + parquet.metadata.row_group(groups[0]).num_rows <= first:
             row += parquet.metadata.row_group(groups.pop(0)).num_rows
+
+        def position() -> int:
+            return file.size * (row + 1) // parquet.metadata.num_rows
+
         for batch in parquet.iter_batches(64, groups, [column]):
             for raw in batch.column(0).cast(pyarrow.large_binary()).to_pylist():
-                if row >= first and raw is None:
-                    yield Piece(file.name, row, None)
-                elif row >= first:
-                    chunks = codecs.iterdecode(chunks_of(raw), "utf-8", "surrogateescape")
-                    share = (row + 1) / parquet.metadata.num_rows
-                    yield from cut_document(file.name, row, chunks, itertools.repeat(share).__next__)
+                if row >= first:
+                    chunks = None if raw is None else codecs.iterdecode(chunks_of(raw), "utf-8", ERRORS)
+                    yield from cut_document(file.name, row, chunks, position)
                 row += 1
 
 
@@ -208,28 +208,33 @@ def open_parquet(path: Path, column: str) -> Iterator["ParquetFile"]:
 
 
 def cut_document(
-    file: str, document: int, chunks: Iterable[str], share: Callable[[], float] = lambda: 1.0
+    file: str, document: int, chunks: Iterable[str] | None, position: Callable[[], int] = lambda: 0
 ) -> Iterator[Piece]:
     """Split a document, given in chunks of any size, into pieces that can be tokenized separately.
+    `position()` tells how many bytes of the file have been read so far.
 
-    Cuts fall before a space or newline that follows a non-white-space character. No GPT-2 token crosses such
-    a cut: in GPT-2's pattern, white space begins a token or stands alone, and never affects what precedes it.
-    Long white space (a million spaces are too much for tiktoken) is cut before its last character, which
-    belongs to the next word.
+    Cuts fall where BOUNDARY matches. The first alternative is before a space or newline that follows a
+    non-white-space character. No GPT-2 token crosses such a cut: in GPT-2's pattern, white space begins a
+    token or stands alone, and never affects what precedes it. The second cuts long white space (a million
+    spaces are too much for tiktoken) before its last character, which belongs to the next word.
     """
-    boundary = re.compile(r"(?<=\S)(?=[ \n])|(?<=[ \t\r\n])(?=[ \t\r\n]\S)")
+    if chunks is None:
+        yield Piece(file, document, None, position=position())
+        return
     rest, begins = "", True
     for chunk in chunks:
         rest += chunk
         if len(rest) >= PIECE:
             # near the end; anywhere if the text is long without a boundary
             near_end = len(rest) - 1000 if len(rest) < 2 * PIECE else 1
-            found = boundary.search(rest, near_end) or boundary.search(rest, 1)
+            found = BOUNDARY.search(rest, near_end) or BOUNDARY.search(rest, 1)
             if found or len(rest) > LONGEST_WORD:
                 end = found.start() if found else len(rest)
-                yield Piece(file, document, rest[:end], begins, False, not found, share())
+                yield Piece(
+                    file, document, rest[:end], begins, ends=False, cuts_word=not found, position=position()
+                )
                 rest, begins = rest[end:], False
-    yield Piece(file, document, rest, begins, True, False, share())
+    yield Piece(file, document, rest, begins, position=position())
 
 
 def chunks_of(text: AnyStr) -> Iterator[AnyStr]:

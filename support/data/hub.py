@@ -11,15 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from support.cli import CommandError, InputError, RunFault, in_words
+from support.cli import CommandError, InputError, RunFault, file_size, in_words
 from support.data.documents import KINDS, File
 from support.files import sha256
 
 from tqdm import tqdm
 
 RETRY_AFTER = (1, 5, 30, 120)  # seconds to wait before each new attempt to reach the Hub
+ADVICE = {  # for errors of huggingface_hub whose own message names a status only
+    "GatedRepoError": "it is gated; accept its conditions on its page, then log in with `hf auth login`",
+    "RepositoryNotFoundError": "it does not exist, or it is private and needs `hf auth login`",
+    "RevisionNotFoundError": "it has no such branch, tag or commit",
+}
 T = TypeVar("T")
 
 # -----------------------------------------------------------------------------
@@ -30,33 +35,21 @@ T = TypeVar("T")
 def hub_errors(wanted: str) -> Iterator[None]:
     """Turn any failed download into a one-line error that names what was wanted: InputError if the failure is
     permanent, RunFault if it may be temporary."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import logging
 
     logging.set_verbosity_error()  # it logs several lines for every attempt
     try:
         yield
     except Exception as error:
-        network = (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError)
-        from_client = type(error).__module__.startswith(("http", "requests"))
+        from_client = type(error).__module__.startswith(("http", "requests"))  # not all are OSErrors
         full = getattr(error, "errno", None) == errno.ENOSPC
-        if isinstance(error, CommandError) or full or not (from_client or isinstance(error, network)):
+        if full or not (from_client or isinstance(error, OSError | HFValidationError)):
             raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = ADVICE.get(type(error).__name__, lines[0])
         kind = RunFault if may_pass(error) else InputError
-        raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {reason(error)}") from error
-
-
-def reason(error: Exception) -> str:
-    """The first line of the library's message, or what to do where it names a status only."""
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    if isinstance(error, GatedRepoError):
-        return "it is gated; accept its conditions on its page, then log in with `hf auth login`"
-    if isinstance(error, RepositoryNotFoundError):
-        return "it does not exist, or it is private; for a private one, log in with `hf auth login`"
-    if isinstance(error, RevisionNotFoundError):
-        return "it has no such branch, tag or commit"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {reason}") from error
 
 
 def may_pass(error: BaseException | None) -> bool:
@@ -77,18 +70,16 @@ def may_pass(error: BaseException | None) -> bool:
 
 def retried(wanted: str, fetch: Callable[[], T]) -> T:
     """Call `fetch()`; retry temporary failures after RETRY_AFTER seconds."""
-    for n, wait in enumerate(RETRY_AFTER):
+    for wait in (*RETRY_AFTER, None):
         try:
             with hub_errors(wanted):
                 return fetch()
         except RunFault as fault:
-            tqdm.write(f"{fault if n == 0 else 'still failing'}; trying again in {wait} s", file=sys.stderr)
+            if wait is None:
+                raise RunFault(f"{fault}; nothing is lost; run the same command again to continue") from fault
+            tqdm.write(f"{fault}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
-    try:
-        with hub_errors(wanted):
-            return fetch()
-    except RunFault as fault:
-        raise RunFault(f"{fault}; nothing is lost; run the same command again to continue") from fault
+    raise AssertionError("the last attempt returns or raises")
 
 
 @functools.cache
@@ -108,29 +99,25 @@ def hub_or_disk(wanted: str) -> Iterator[None]:
     """`hub_errors`, for what may lie on this disk from an earlier download.
 
     If the Hub can't be reached, its libraries look at the disk alone. By themselves they would try to reach
-    the Hub for half a minute first, and then not say so.
+    the Hub for half a minute first, and `datasets.load_dataset` has no argument against that. So this sets
+    what the environment variable HF_HUB_OFFLINE sets.
     """
     from huggingface_hub import constants
 
-    if hub_answers():
-        with hub_errors(wanted):
-            yield
-        return
-    modules: list[Any] = [constants, *filter(None, [sys.modules.get("datasets.config")])]
-    before = [module.HF_HUB_OFFLINE for module in modules]
+    answers, before = hub_answers(), constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not answers
     try:
-        for module in modules:
-            module.HF_HUB_OFFLINE = True
         with hub_errors(wanted):
             yield
     except CommandError as error:
+        if answers:
+            raise
         raise RunFault(
             f"could not fetch {wanted}: {constants.ENDPOINT} can't be reached, and no earlier download is "
             "on this disk"
         ) from error
     finally:
-        for module, value in zip(modules, before, strict=True):
-            module.HF_HUB_OFFLINE = value
+        constants.HF_HUB_OFFLINE = before
 
 
 # -----------------------------------------------------------------------------
@@ -146,10 +133,9 @@ def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
     from huggingface_hub import hf_hub_download
 
     with hub_or_disk(wanted):
-        config_file, weights_file = (
-            Path(hf_hub_download(repository, file)) for file in ("config.json", "model.safetensors")
-        )
-    return config_file, weights_file
+        config_file = hf_hub_download(repository, "config.json")
+        weights_file = hf_hub_download(repository, "model.safetensors")
+    return Path(config_file), Path(weights_file)
 
 
 # -----------------------------------------------------------------------------
@@ -168,55 +154,53 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
     wanted = f"the file list of {dataset}, configuration {config}, at {revision}"
     try:
         builder = retried(wanted, lambda: load_dataset_builder(dataset, name=config, revision=revision))
+    except CommandError:
+        raise
     except (ValueError, RuntimeError) as error:  # an unknown configuration, or a dataset that is a script
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"{dataset}: {str(error).splitlines()[0]}") from error
     splits = builder.config.data_files or {}
     if "train" not in splits:
         raise InputError(f"{dataset}: no train split, only {', '.join(map(str, splits)) or 'nothing'}")
     commit, names = "", []
     for url in splits["train"]:
-        found = re.fullmatch(r"hf://datasets/(.+?)@([^/]+)/(.+)", url)
+        found = re.fullmatch(r"hf://datasets/.+?@([^/]+)/(.+)", url)
         if not found:
             raise InputError(
                 f"{dataset}: its files are not on the Hub; download them and name them with --input"
             )
-        commit = found[2]
-        names.append(found[3])
-    if unreadable := [name for name in names if not name.endswith(KINDS)]:
-        raise InputError(f"{dataset}: {unreadable[0]} can't be read here; supported are {', '.join(KINDS)}")
+        commit, name = found.groups()
+        if not name.endswith(KINDS):
+            raise InputError(f"{dataset}: {name} can't be read here; supported are {', '.join(KINDS)}")
+        names.append(name)
     folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
-    files = retried(wanted, lambda: list_files(dataset, commit, folder))
+    _, listed = repository_files(dataset, commit, folder)
+    files = {file.name: file for file in listed}
     return commit, [files[name] for name in names]
 
 
-def repository_files(dataset: str, revision: str) -> tuple[str, list[File]]:
-    """The commit that `revision` stands for, and all files of the dataset's repository.
+def repository_files(dataset: str, revision: str, folder: str = "") -> tuple[str, list[File]]:
+    """The commit that `revision` stands for, and the files in a folder of the dataset's repository and in the
+    folders below it.
 
     Raises InputError if the dataset or revision does not exist; RunFault if the Hub can't be reached.
     """
     from huggingface_hub import HfApi
-
-    wanted = f"the file list of {dataset} at {revision}"
-    commit = retried(wanted, lambda: HfApi().dataset_info(dataset, revision=revision).sha) or revision
-    return commit, list(retried(wanted, lambda: list_files(dataset, commit)).values())
-
-
-def list_files(dataset: str, commit: str, folder: str = "") -> dict[str, File]:
-    """The files in a folder of a dataset's repository, and in the folders below it, by name."""
-    from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    tree = HfApi().list_repo_tree(
-        dataset, folder or None, recursive=True, revision=commit, repo_type="dataset"
-    )
-    files = {}
-    for entry in tree:
-        if isinstance(entry, RepoFile):
-            digest = entry.lfs.sha256 if entry.lfs else None  # git itself stores small files, without
-            files[entry.path] = File(entry.path, entry.size, None, digest)
-    return files
+    def listing() -> tuple[str, list[File]]:
+        api = HfApi()
+        commit = api.dataset_info(dataset, revision=revision).sha or revision
+        tree = api.list_repo_tree(
+            dataset, folder or None, recursive=True, revision=commit, repo_type="dataset"
+        )
+        files = []
+        for entry in tree:
+            if isinstance(entry, RepoFile):
+                digest = entry.lfs.sha256 if entry.lfs else None  # Git itself stores small files, without one
+                files.append(File(entry.path, entry.size, None, digest))
+        return commit, files
+
+    return retried(f"the file list of {dataset} at {revision}", listing)
 
 
 def is_copy(path: Path, file: File) -> bool:
@@ -225,46 +209,53 @@ def is_copy(path: Path, file: File) -> bool:
 
 
 class Downloads:
-    """Downloads a dataset's files: the one being read and, in the background, the next."""
+    """A dataset's files, downloaded in order: the one being read and, with `ahead`, the next in the
+    background. Without `keep`, files are deleted when they are dropped, so that two at most are on disk."""
 
     def __init__(self, dataset: str, commit: str, files: list[File], folder: Path, keep: bool, ahead: bool):
         self.dataset, self.commit, self.files, self.folder = dataset, commit, files, folder
         self.keep, self.ahead = keep, ahead
-        self.downloads: dict[int, Future[Path]] = {}  # by index into `files`
+        self.futures: dict[int, Future[Path]] = {}  # by index into `files`
+        self.current = -1  # index of the file being read
         for leftover in folder.rglob("*.incomplete"):  # of a killed job; the library would begin another
             leftover.unlink()
 
     def path(self, i: int) -> Path:
-        """Wait for file `i` and return its path. Raises what `fetch` raises."""
+        """Wait for file `i`, which will be read next, and return its path. Raises what `fetch` raises."""
+        self.current = i
         self.start(i)
-        return self.downloads[i].result()
-
-    def start(self, i: int) -> None:
-        if i in self.downloads:
-            return
-        download = self.downloads[i] = Future()
-
-        def work() -> None:
-            try:
-                download.set_result(self.fetch(self.files[i]))
-            except BaseException as error:
-                download.set_exception(error)
-
-        threading.Thread(target=work, daemon=True).start()  # daemon: it must not outlive an interrupted job
-
-    def look_ahead(self, i: int) -> None:
-        """While file `i` is read, download the next, as soon as the files before `i` are dropped."""
-        if self.ahead and i + 1 < len(self.files) and not any(j < i for j in self.downloads):
-            self.start(i + 1)
+        path = self.futures[i].result()
+        self.look_ahead()
+        return path
 
     def drop_before(self, name: str) -> None:
         """Drop all files before the one called `name`: their shards are safely on disk."""
         for i, file in enumerate(self.files):
             if file.name == name:
                 break
-            self.downloads.pop(i, None)
+            self.futures.pop(i, None)
             if not self.keep:
                 (self.folder / file.name).unlink(missing_ok=True)
+        self.look_ahead()
+
+    def look_ahead(self) -> None:
+        """Start the next download, as soon as the files before the current one are dropped."""
+        is_next = 0 <= self.current < len(self.files) - 1
+        if self.ahead and is_next and all(i >= self.current for i in self.futures):
+            self.start(self.current + 1)
+
+    def start(self, i: int) -> None:
+        if i in self.futures:
+            return
+        future = self.futures[i] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(self.fetch(self.files[i]))
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, daemon=True).start()  # daemon: it must not outlive an interrupted job
 
     def fetch(self, file: File) -> Path:
         """Download a file and compare its size and SHA-256 with the Hub's. huggingface_hub resumes after a
@@ -274,14 +265,11 @@ class Downloads:
 
         if not sys.stderr.isatty():
             disable_progress_bars()
-            print(f"downloading {file.name} ({file.size / 1e9:.2f} GB)", flush=True)
+            print(f"downloading {file.name} ({file_size(file.size)})", flush=True)
+        download = functools.partial(hf_hub_download, repo_type="dataset", revision=self.commit)
 
         def attempt() -> Path:
-            path = Path(
-                hf_hub_download(
-                    self.dataset, file.name, repo_type="dataset", revision=self.commit, local_dir=self.folder
-                )
-            )
+            path = Path(download(self.dataset, file.name, local_dir=self.folder))
             if is_copy(path, file):
                 return path
             path.unlink()
@@ -289,7 +277,7 @@ class Downloads:
 
         try:
             return retried(file.name, attempt)
-        except OSError as error:  # only a full disk is not a CommandError by now
+        except OSError as error:  # by now a CommandError, unless the disk is full
             raise RunFault(
                 f"{file.name} could not be written ({in_words(error)}); free some disk space, then run the "
                 "same command again"

@@ -7,9 +7,11 @@ records what its shards were made from, and their checksums; shards without it l
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -24,8 +26,10 @@ from support.files import sha256, to_json, write_file
 
 import numpy as np
 import tiktoken
+from tqdm import tqdm
 
 PARTIAL = "shards.partial.json"  # the record of an unfinished job of fineweb.py
+LINE = "{n_fmt} of about {total_fmt}{unit} | {rate_fmt} | {remaining} left{postfix}"  # fields are tqdm's
 
 # -----------------------------------------------------------------------------
 # the record
@@ -65,29 +69,48 @@ class Record(TypedDict):
 
 def new_record(encoding: tiktoken.Encoding, source: dict[str, Any], settings: dict[str, Any]) -> Record:
     """A record without shards yet."""
-    return {"encoding": encoding.name, "vocab_size": encoding.n_vocab, "source": source, "settings": settings,
-            "documents": 0, "tokens": 0, "remarks": {}, "shards": []}  # fmt: skip
+    return {
+        "encoding": encoding.name,
+        "vocab_size": encoding.n_vocab,
+        "source": source,
+        "settings": settings,
+        "documents": 0,
+        "tokens": 0,
+        "remarks": {},
+        "shards": [],
+    }
+
+
+def write_record(file: Path, record: Record) -> None:
+    """Update the record's totals, then write it to `file`."""
+    shards = record["shards"]
+    record["documents"] = sum(shard.get("documents", 0) for shard in shards)
+    record["tokens"] = sum(shard["tokens"] for shard in shards)
+    record["remarks"] = dict(sum((Counter(shard.get("remarks", {})) for shard in shards), Counter()))
+    write_file(file, lambda opened: opened.write(to_json(record).encode()))
 
 
 def read_record(file: Path) -> Record:
     """Read fineweb.py's record from shards.json or PARTIAL. Raises InputError if it is damaged."""
     try:
-        record: Record = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(record["tokens"], int) or not isinstance(record["encoding"], str):
-            raise TypeError
-        if not isinstance(record["source"], dict) or not isinstance(record["settings"], dict):
-            raise TypeError
+        record = json.loads(file.read_text(encoding="utf-8"))
+        kinds = {"encoding": str, "source": dict, "settings": dict, "tokens": int, "shards": list}
+        sound = all(isinstance(record[name], kind) for name, kind in kinds.items())
         for entry in record["shards"]:
-            if not isinstance(entry["tokens"], int) or not isinstance(entry["file"] + entry["sha256"], str):
-                raise TypeError
-            resumable = file.name == PARTIAL and "shards" not in record["settings"]
-            if resumable and not {"file", "document", "token"} <= entry["ends_at"].keys():
-                raise TypeError
+            sound &= isinstance(entry["tokens"], int) and isinstance(entry["file"] + entry["sha256"], str)
+            if file.name == PARTIAL and "shards" not in record["settings"]:  # needed to resume
+                sound &= {"file", "document", "token"} <= entry["ends_at"].keys()
+        if not sound:
+            raise TypeError
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{file}: damaged; remove it and the shards beside it, and write them again with fineweb.py"
         ) from error
     return record
+
+
+# -----------------------------------------------------------------------------
+# the job: making shards, or fetching them
 
 
 def find_record(folder: Path) -> Record | None:
@@ -105,25 +128,68 @@ def find_record(folder: Path) -> Record | None:
     return None
 
 
-def compare_records(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raises InputError, naming the differences, unless the shards in `folder` have the same input and
-    settings."""
+def compare_records(folder: Path, record: Record, now: dict[str, Any]) -> None:
+    """Raises InputError, naming the differences, unless the shards in `folder` were made from the input and
+    with the settings of `now`."""
+    then = {"encoding": record["encoding"], **record["source"], **record["settings"]}
     differences = []
-    for name in now:
-        if isinstance(now[name], list):
-            changed = [item for item in then.get(name) or [] if item not in now[name]]
-            changed += [item for item in now[name] if item not in (then.get(name) or [])]
-            if changed:
-                more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
-                differences.append(f"{name} differ in {changed[0]}{more}")
-                continue
-        if then.get(name) != now[name]:
-            differences.append(f"{name} was {then.get(name)}, is {now[name]}")
+    for name, value in now.items():
+        if not isinstance(value, list):
+            if then.get(name) != value:
+                differences.append(f"{name} was {then.get(name)}, is {value}")
+        elif (was := then.get(name, [])) != value:
+            changed = [item for item in (*was, *value) if item not in was or item not in value]
+            more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+            differences.append(f"{name} differ in {(changed or value)[0]}{more}")
     if differences:
         raise InputError(
             f"{folder} was made with other settings: {'; '.join(differences)}; choose another "
             "--output_dir, or remove that one"
         )
+
+
+def drop_damaged(folder: Path, record: Record) -> bool:
+    """Remove the first missing or damaged shard, and all that follow it, from the record; returns whether
+    there was one."""
+    for i, shard in enumerate(record["shards"]):
+        if not is_sound(folder, shard):
+            print(f"{folder / shard['file']} is missing or damaged: continuing from there")
+            del record["shards"][i:]
+            return True
+    return False
+
+
+def is_sound(folder: Path, shard: ShardEntry) -> bool:
+    """Whether a recorded shard is in `folder`, with as many tokens as the record says."""
+    try:
+        return len(open_shard(folder / shard["file"])) == shard["tokens"]
+    except (InputError, FileNotFoundError):
+        return False
+
+
+class JobProgress:
+    """Progress of a job: a bar on a terminal; elsewhere lines, at least `interval` seconds apart."""
+
+    def __init__(self, unit: str, total: int | None, interval: float, done: int = 0):
+        on_terminal = sys.stderr.isatty()
+        self.interval = math.inf if on_terminal else interval
+        self.last_print = time.monotonic()
+        self.bar = tqdm(
+            initial=done,
+            total=total,
+            unit=unit,
+            unit_scale=True,
+            dynamic_ncols=True,
+            delay=0 if on_terminal else math.inf,  # a bar that is never shown counts all the same
+            bar_format=None if on_terminal else LINE,
+        )
+
+    def update(self, n: int, note: str) -> None:
+        self.bar.set_postfix_str(note, refresh=False)
+        self.bar.update(n)
+        if time.monotonic() - self.last_print >= self.interval:
+            self.last_print = time.monotonic()
+            print(self.bar, flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -152,10 +218,10 @@ class ShardWriter:
             ) from error
         self.filled, self.skip = 0, shards[-1]["ends_at"]["token"] if shards else 0
         self.ends_at: Place = {"file": "", "document": 0, "token": 0}  # where the next token comes from
-        self.documents = 0
+        self.documents = 0  # that end in the shard in progress
         self.remarks: Counter[str] = Counter()
-        self.of_document: set[str] = set()
-        self.write_record()  # before the first shard, so that none lacks a record
+        self.document_remarks: set[str] = set()  # of the document in progress
+        write_record(folder / PARTIAL, record)  # before the first shard, so that none lacks a record
         (folder / "shards.json").unlink(missing_ok=True)  # left by a finished job that lost a shard
 
     def add(self, piece: Piece, tokens: np.ndarray, remarks: set[str]) -> int:
@@ -163,8 +229,8 @@ class ShardWriter:
         before = self.left
         if piece.begins:
             self.ends_at = {"file": piece.file, "document": piece.document, "token": 0}
-            self.of_document = set()
-        self.of_document |= remarks
+            self.document_remarks = set()
+        self.document_remarks |= remarks
         done = min(self.skip, len(tokens))  # already in a finished shard
         self.skip -= done
         self.ends_at["token"] += done
@@ -178,7 +244,7 @@ class ShardWriter:
         if piece.ends and done == len(tokens):
             self.ends_at = {"file": piece.file, "document": piece.document + 1, "token": 0}
             self.documents += piece.text is not None
-            self.remarks.update(self.of_document)
+            self.remarks.update(self.document_remarks)
         return before - self.left
 
     def finish_shard(self) -> None:
@@ -191,19 +257,18 @@ class ShardWriter:
                 f"{path} could not be written ({error.strerror or in_words(error)}); free some disk space, "
                 "then run the same command again"
             ) from error
-        shards.append({"file": path.name, "tokens": self.filled, "sha256": sha256(path),
-                       "ends_at": self.ends_at.copy(), "documents": self.documents,
-                       "remarks": dict(sorted(self.remarks.items()))})  # fmt: skip
+        entry: ShardEntry = {
+            "file": path.name,
+            "tokens": self.filled,
+            "sha256": sha256(path),
+            "ends_at": self.ends_at.copy(),
+            "documents": self.documents,
+            "remarks": dict(sorted(self.remarks.items())),
+        }
+        shards.append(entry)
+        write_record(self.folder / PARTIAL, self.record)
         self.filled, self.documents, self.remarks = 0, 0, Counter()
-        self.write_record()
         self.on_shard(self.ends_at["file"])
-
-    def write_record(self) -> None:
-        shards = self.record["shards"]
-        self.record["documents"] = sum(shard["documents"] for shard in shards)
-        self.record["tokens"] = sum(shard["tokens"] for shard in shards)
-        self.record["remarks"] = dict(sum((Counter(shard["remarks"]) for shard in shards), Counter()))
-        write_file(self.folder / PARTIAL, lambda file: file.write(to_json(self.record).encode()))
 
     def finish(self) -> None:
         """Write the last shard and shards.json. Raises InputError if the input has no text, or no more tokens
@@ -231,8 +296,8 @@ def write_shards(
     workers: int = 1,
     on_piece: Callable[[int, Piece], None] = lambda n_tokens, piece: None,
 ) -> Record:
-    """Tokenize `stream` into the writer's shards; returns the contents of shards.json. `on_piece` is called
-    with the number of new tokens in each piece, and the piece."""
+    """Tokenize `stream` into the writer's shards; returns the contents of shards.json. Calls `on_piece` with
+    the number of new tokens in each piece, and the piece."""
     encoding = get_encoding(writer.record["encoding"])
     for piece, tokens, remarks in encode_stream(stream, encoding, workers):
         on_piece(writer.add(piece, tokens, remarks), piece)
@@ -240,25 +305,6 @@ def write_shards(
             break
     writer.finish()
     return writer.record
-
-
-def drop_damaged(folder: Path, record: Record) -> bool:
-    """Remove the first missing or damaged shard, and all that follow it, from the record; returns whether
-    there was one."""
-    for i, shard in enumerate(record["shards"]):
-        if not is_sound(folder, shard):
-            print(f"{folder / shard['file']} is missing or damaged: continuing from there")
-            del record["shards"][i:]
-            return True
-    return False
-
-
-def is_sound(folder: Path, shard: ShardEntry) -> bool:
-    """Whether a recorded shard is in `folder`, with as many tokens as the record says."""
-    try:
-        return len(open_shard(folder / shard["file"])) == shard["tokens"]
-    except InputError:
-        return False
 
 
 # -----------------------------------------------------------------------------
@@ -273,7 +319,7 @@ class Shards:
     files: dict[str, list[Path]]
     tokens: dict[str, list[np.ndarray]]
     encoding: str
-    source: dict[str, Any]  # of the text, as far as shards.json tells: "dataset" and "config" on the Hub
+    source: dict[str, Any]  # what shards.json says of the text: "dataset" and "config" if from the Hub
     fingerprint: str  # changes whenever the shards do
 
     def count(self, split: str) -> int:
@@ -283,7 +329,7 @@ class Shards:
 def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np.ndarray:
     """Memory-map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (header: 256 int32, first 20240520, 1, n).
 
-    Raises InputError, naming the file and the remedy, for anything else.
+    Raises InputError, naming the file and the remedy, for anything else; OSError if the system can't open it.
     """
     tokens: np.ndarray
     try:
@@ -302,7 +348,7 @@ def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np
                 raise InputError(
                     f"{file}: {extra:,} bytes follow the {tokens.size:,} tokens of its header; {remedy}"
                 )
-    except InputError:
+    except (InputError, OSError):
         raise
     except Exception as error:  # NumPy parses the header as Python, so a damaged one can fail in any way
         raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
@@ -331,40 +377,32 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
             f"the data folder {folder} does not exist; write it with `python fineweb.py`, name another "
             "with --data_dir, or try `python train_gpt2.py --demo`"
         )
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
     if (folder / PARTIAL).exists():
         raise InputError(
             f"{folder} is not finished: run the same fineweb.py command again to continue, or remove "
             f"{PARTIAL} to use what there is"
         )
-    record, entries = None, {}
-    if (folder / "shards.json").exists():
-        record = read_record(folder / "shards.json")
-        entries = {entry["file"]: entry for entry in record["shards"]}
-        if missing := entries.keys() - {file.name for file in files}:
-            raise InputError(
-                f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
-            )
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
+    record = read_record(folder / "shards.json") if (folder / "shards.json").exists() else None
+    entries = {entry["file"]: entry for entry in record["shards"]} if record else {}
+    if missing := entries.keys() - {file.name for file in files}:
+        raise InputError(
+            f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
+        )
+    if record:
         files = [file for file in files if file.name in entries]
     splits = {split: [file for file in files if split_of(file) == split] for split in ("train", "val")}
     tokens = {split: [open_shard(file) for file in splits[split]] for split in splits}
     digest = hashlib.sha256()
-    for split in ("train", "val"):
+    for split in splits:
         if not splits[split]:
             raise InputError(
                 f"{folder} has no shard of the {split} split (a .npy or .bin file with '{split}' in its "
                 f"name); if it holds text: python fineweb.py --input {folder} --output_dir my_shards"
             )
         for file, shard in zip(splits[split], tokens[split], strict=True):
-            if record and len(shard) != entries[file.name]["tokens"]:
-                raise InputError(
-                    f"{file}: holds {len(shard):,} tokens, shards.json says "
-                    f"{entries[file.name]['tokens']:,}; run fineweb.py again"
-                )
-            if record and verify and sha256(file) != entries[file.name]["sha256"]:
-                raise InputError(
-                    f"{file}: its SHA-256 is not the one in shards.json; remove it and run fineweb.py again"
-                )
+            if record:
+                check_entry(file, len(shard), entries[file.name], verify)
             digest.update(f"{file.name} {len(shard)}\n".encode())
     digest.update(json.dumps([entry["sha256"] for entry in record["shards"]] if record else []).encode())
     encoding, source = (record["encoding"], record["source"]) if record else ("gpt2", {})
@@ -373,6 +411,18 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
 
 # -----------------------------------------------------------------------------
 # checking
+
+
+def check_entry(file: Path, n_tokens: int, entry: ShardEntry, verify: bool) -> None:
+    """Raises InputError if a shard differs from its `entry` in shards.json; compares sums if `verify`."""
+    if n_tokens != entry["tokens"]:
+        raise InputError(
+            f"{file}: holds {n_tokens:,} tokens, shards.json says {entry['tokens']:,}; run fineweb.py again"
+        )
+    if verify and sha256(file) != entry["sha256"]:
+        raise InputError(
+            f"{file}: its SHA-256 is not the one in shards.json; remove it and run fineweb.py again"
+        )
 
 
 def check_ids(file: Path, tokens: np.ndarray, encoding: tiktoken.Encoding) -> None:
@@ -394,8 +444,8 @@ def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
     shards = load_shards(folder, verify=True)
     has_record = (folder / "shards.json").exists()
     encoding = get_encoding(shards.encoding if has_record else encoding_name)
-    said_by = "as shards.json says" if has_record else "--encoding; there is no shards.json"
-    print(f"{folder}: {encoding.name} encoding ({said_by})")
+    origin = "as shards.json says" if has_record else "--encoding; there is no shards.json"
+    print(f"{folder}: {encoding.name} encoding ({origin})")
     for split in ("val", "train"):
         for file, tokens in zip(shards.files[split], shards.tokens[split], strict=True):
             check_ids(file, tokens, encoding)
@@ -406,11 +456,10 @@ def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
         print("sound: headers, sizes, ids and the SHA-256 of every shard")
     elif write_json:
         record = new_record(encoding, {"made": "elsewhere"}, {})
-        for split in ("val", "train"):
-            for file, tokens in zip(shards.files[split], shards.tokens[split], strict=True):
-                record["shards"].append({"file": file.name, "tokens": len(tokens), "sha256": sha256(file)})
-            record["tokens"] += shards.count(split)
-        write_file(folder / "shards.json", lambda file: file.write(to_json(record).encode()))
+        for file in (*shards.files["val"], *shards.files["train"]):
+            n_tokens = len(open_shard(file))
+            record["shards"].append({"file": file.name, "tokens": n_tokens, "sha256": sha256(file)})
+        write_record(folder / "shards.json", record)
         print(
             "sound: headers, sizes and ids; shards.json now holds their sums. A run that began without it "
             "can be resumed without it only"

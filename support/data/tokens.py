@@ -20,7 +20,7 @@ REMARKS = {
     "end_of_text": "documents that contain the characters <|endoftext|> (kept as text)",
     "cut": f"words of more than {LONGEST_WORD:,} characters (tokenized in parts)",
 }
-Encoded = tuple[Piece, np.ndarray, set[str]]  # a piece, its tokens (n,) uint16, and keys of REMARKS
+Encoded = tuple[Piece, np.ndarray, set[str]]  # a piece, its tokens (n,) uint16, its remarks (keys of REMARKS)
 
 
 def encode_stream(stream: Iterable[Piece], encoding: tiktoken.Encoding, workers: int) -> Iterator[Encoded]:
@@ -57,27 +57,26 @@ def in_tasks(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[Encoded]:
-    """Apply `encode_piece` to each piece. If none is special, one call encodes them all: every call ends by
-    waiting for the GIL, which would be too slow for each of so many documents."""
+    """Each piece with its tokens and remarks. One call encodes all pieces if none is special: every call ends
+    by waiting for the GIL, which would be too slow for each of so many documents."""
     texts = [piece.text for piece in pieces if piece.text and piece.begins and piece.ends]
     if len(texts) == len(pieces) and not any(END_OF_TEXT in text for text in texts):
         joined = "".join(END_OF_TEXT + text for text in texts)
-        with contextlib.suppress(ValueError):  # encode_piece then mends it, or says what is wrong
+        with contextlib.suppress(ValueError):  # encode_piece then mends the text, or says what is wrong
             tokens = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(np.uint16)
             documents = np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[1:])
             return [(piece, tokens, set()) for piece, tokens in zip(pieces, documents, strict=True)]
-    return [(piece, *encode_piece(encoding, piece)) for piece in pieces]
+    return [encode_piece(encoding, piece) for piece in pieces]
 
 
-def encode_piece(encoding: tiktoken.Encoding, piece: Piece) -> tuple[np.ndarray, set[str]]:
-    """The tokens of a piece, (n,) uint16, after <|endoftext|> if it begins a document; and its remarks, as
-    keys of REMARKS.
+def encode_piece(encoding: tiktoken.Encoding, piece: Piece) -> Encoded:
+    """A piece with its tokens, after <|endoftext|> if it begins a document, and its remarks.
 
     Raises InputError for what tiktoken can't tokenize: a million characters of exotic white space.
     """
     if piece.text is None:
-        return np.empty(0, np.uint16), {"null"}
-    text, remarks = piece.text, {"cut"} if piece.cut else set()
+        return piece, np.empty(0, np.uint16), {"null"}
+    text, remarks = piece.text, {"cut"} if piece.cuts_word else set()
     try:
         tokens = encoding.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:  # lone surrogates become U+FFFD, as in tiktoken's encode_ordinary
@@ -94,4 +93,4 @@ def encode_piece(encoding: tiktoken.Encoding, piece: Piece) -> tuple[np.ndarray,
         tokens = np.concatenate((np.array([encoding.eot_token], tokens.dtype), tokens))
         if piece.ends and not text:
             remarks.add("empty")
-    return tokens.astype(np.uint16), remarks
+    return piece, tokens.astype(np.uint16), remarks

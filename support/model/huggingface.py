@@ -327,6 +327,7 @@ def short_card(n_parameters: int, config: "GPTConfig", change: str | None) -> st
     name = model_name(n_parameters)
     first = f"A GPT-2 of {n_parameters:,} parameters. Its training is not recorded here."
     if change:
+        name = f"Changed {name}"
         first = f"A model of {n_parameters:,} parameters, not a GPT-2: {change}. {first.split('. ')[1]}"
     parts = [
         metadata(config.encoding, loadable=not change),

@@ -2,7 +2,8 @@
 A checkpoint's model card: the README.md that the Hugging Face Hub shows as the model's page.
 
 The card says only what is known. A license is the choice of whoever publishes the weights, so none is
-claimed; a language is named only for datasets whose language is known.
+claimed; a language is named only for datasets whose language is known. Its text is card.md, whose fields
+are those of run.json and those computed here.
 """
 
 import functools
@@ -18,7 +19,7 @@ from support.run.curves import GPT2_HELLASWAG, GPT2_VAL_LOSS, Points, comparable
 PICTURE = "loss.png"  # beside the card; both are for people: no program here reads them back
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 TABLE_ROWS = 10  # at most, of the evaluations
-
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # the names of what older runs know by its flag
 # Language and license of the datasets whose cards on the Hub we know.
 KNOWN_DATASETS = {
     "HuggingFaceFW/fineweb-edu": ("en", "ODC-By 1.0"),
@@ -38,44 +39,68 @@ def run_card(
 
     Args:
         facts: what run.json records.
-        step: of the checkpoint.
-        spent: seconds of "training" and of everything "other", and the "tokens" trained on.
+        step: the checkpoint's.
+        spent: seconds of "training" and of everything "other".
         events: the run's log up to `step`.
-        samples: the step of the latest ones, and their texts.
+        samples: the step of the latest samples, and their texts.
         picture: whether loss.png lies beside the card.
     """
-    config, encoding = facts["train_config"], facts["encoding"]
+    config = facts["train_config"]
+    encoding = facts["encoding"]
+    block_size = facts["model_config"]["block_size"]
+    dataset = facts["data"]["dataset"]
+    commit = facts["versions"]["commit"]
+    changed = facts.get("changed")
     name = model_name(facts["parameters"])
+    if changed:
+        name = f"Changed {name}"
     tokens = step * config["total_batch_size"]
     epochs = tokens / facts["data"]["train_tokens"]
-    unfinished = f" Training was to go on until step {config['max_steps']:,}." * (step < config["max_steps"])
-    parts = [
-        metadata(encoding, **known_of(facts), model_name=name, eval_results=results_at(step, facts, events)),
-        f"# {name}\n",
-        f"A GPT-2 of {facts['parameters']:,} parameters, trained {origin(facts)} on {dataset_of(facts)}: "
-        f"{tokens:,} tokens in {plural(step, 'step')}.{unfinished}\n",
-        *evaluations(facts, events, picture),
-        "## Training\n",
-        training_table(facts, step, spent, epochs),
-    ]
-    if samples:
-        texts = f"\n    {'-' * 20}\n".join("    " + printable(text) for text in samples[1])
-        parts += [f"## Samples\n\nWritten at step {samples[0]:,}, not selected:\n", f"{texts}\n"]
-    block_size = facts["model_config"]["block_size"]
-    parts += ["## How to use it\n", how_to_use(encoding, block_size),
-              "## Limits\n", limits(block_size, epochs),
-              "## License\n", license_of(facts)]  # fmt: skip
-    return "\n".join(parts)
-
-
-def known_of(facts: dict[str, Any]) -> dict[str, Any]:
-    """The metadata that follow from the data and the first weights."""
-    dataset, init_from = facts["data"]["dataset"], facts["train_config"]["init_from"]
-    return {
+    base = hub_model(config["init_from"])
+    origin = "from scratch"
+    if config["init_from"] is not None:  # a folder's name means nothing elsewhere
+        origin = f"from the weights of {hub_link(base)}" if base else "from the weights of an earlier run"
+    source = hub_link(dataset, "datasets/") if is_on_hub(dataset) else dataset
+    language, data_license = KNOWN_DATASETS.get(dataset, (None, None))
+    remarks = f" It is not a GPT-2: {changed}." if changed else ""
+    if step < config["max_steps"]:
+        remarks += f" Training was to go on until step {config['max_steps']:,}."
+    optimizer = facts.get("optimizer") or OPTIMIZERS[config["optimizer"]]
+    if optimizer == "Muon":
+        optimizer = "Muon for the blocks' matrices, AdamW for the rest"
+    known = {
+        "model_name": name,
+        "base_model": base,
         "datasets": [dataset] if is_on_hub(dataset) else None,
-        "language": KNOWN_DATASETS[dataset][0] if dataset in KNOWN_DATASETS else None,
-        "base_model": hub_model(init_from),
+        "language": language,
+        "eval_results": measured_at(step, facts, events),
     }
+    computed = {
+        "metadata": metadata(encoding, loadable=not changed, **known),
+        "name": name,
+        "kind": "model" if changed else "GPT-2",
+        "origin": origin,
+        "dataset": source or "text whose source its shards do not record",
+        "tokens": tokens,
+        "steps": plural(step, "step"),
+        "remarks": remarks,
+        "results": results_section(facts, events, picture),
+        "epochs": epochs,
+        "optimizer": optimizer,
+        "clipping": f"gradients clipped at {config['grad_clip']:g}" if config["grad_clip"] else "no clipping",
+        "processes": plural(facts["world_size"], "process"),
+        "part": " (of the part after the last interruption)" if facts["interruptions"] else "",
+        "version": VERSION,
+        "commit": f", commit `{commit[:12]}`" if commit else "",
+        "training": duration(spent["training"]),
+        "other": duration(spent["other"]),
+        "samples": samples_section(*samples) if samples else "",
+        "how_to_use": how_to_use(encoding, block_size, changed),
+        "limits": limits(block_size, epochs),
+        "data_license": f" The training data, {source}, is under {data_license}." if data_license else "",
+    }
+    template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
+    return template.format_map(facts | computed)
 
 
 def is_on_hub(name: str | None) -> bool:
@@ -91,109 +116,73 @@ def hub_model(init_from: str | None) -> str | None:
     return name if is_on_hub(name) else None
 
 
-def results_at(step: int, facts: dict[str, Any], events: dict[str, Points]) -> list[Any]:
-    """What was measured of these very weights, as the Hub's results."""
+def hub_link(name: str, folder: str = "") -> str:
+    return f"[{name}](https://huggingface.co/{folder}{name})"
+
+
+def measured_at(step: int, facts: dict[str, Any], events: dict[str, Points]) -> list[Any]:
+    """What was measured of the weights of this very step, as the Hub's `EvalResult`s."""
     from huggingface_hub import EvalResult
 
     result = functools.partial(EvalResult, task_type="text-generation", task_name="Text generation")
     dataset, results = facts["data"]["dataset"], []
     if (loss := dict(events["val"]).get(step)) is not None:
-        kind = dataset if is_on_hub(dataset) else "text"
-        unit = "byte" if facts["encoding"] == "bytes" else "token"
-        metric = f"validation loss, nats per {unit}, on {facts['val_tokens']:,} tokens held out"
-        results.append(result(dataset_type=kind, dataset_name=dataset or "text of unrecorded source",
-                              metric_type="loss", metric_name=metric, metric_value=loss))  # fmt: skip
+        evaluation = result(
+            dataset_type=dataset if is_on_hub(dataset) else "text",
+            dataset_name=dataset or "text of unrecorded source",
+            metric_type="loss",
+            metric_name=f"validation loss, {unit_of(facts)}, on {facts['val_tokens']:,} tokens held out",
+            metric_value=loss,
+        )
+        results.append(evaluation)
     if (score := dict(events["hella"]).get(step)) is not None:
-        metric = f"accuracy by loss per token (acc_norm), {facts['hellaswag_items']:,} items"
-        results.append(result(dataset_type="Rowan/hellaswag", dataset_name="HellaSwag",
-                              dataset_split="validation", metric_type="acc_norm", metric_name=metric,
-                              metric_value=score))  # fmt: skip
+        evaluation = result(
+            dataset_type="Rowan/hellaswag",
+            dataset_name="HellaSwag",
+            dataset_split="validation",
+            metric_type="acc_norm",
+            metric_name=f"accuracy by loss per token (acc_norm), {facts['hellaswag_items']:,} items",
+            metric_value=score,
+        )
+        results.append(evaluation)
     return results
 
 
-def origin(facts: dict[str, Any]) -> str:
-    """What the run began with."""
-    init_from = facts["train_config"]["init_from"]
-    if init_from is None:
-        return "from scratch"
-    if name := hub_model(init_from):
-        return f"from the weights of [{name}](https://huggingface.co/{name})"
-    return "from the weights of an earlier run"  # its folder's name means nothing elsewhere
+def unit_of(facts: dict[str, Any]) -> str:
+    return f"nats per {'byte' if facts['encoding'] == 'bytes' else 'token'}"
 
 
-def dataset_of(facts: dict[str, Any]) -> str:
-    name = facts["data"]["dataset"]
-    if is_on_hub(name):
-        return f"[{name}](https://huggingface.co/datasets/{name})"
-    return name or "text whose source its shards do not record"
-
-
-def evaluations(facts: dict[str, Any], events: dict[str, Points], picture: bool) -> list[str]:
+def results_section(facts: dict[str, Any], events: dict[str, Points], picture: bool) -> str:
     """The run's evaluations as a table, evenly picked, beside published values; and the picture."""
     losses, scores = dict(events["val"]), dict(events["hella"])
     steps = sorted(losses | scores)
     if not steps:
-        return []
-    n = min(TABLE_ROWS, len(steps))
+        return ""
+    n, batch = min(TABLE_ROWS, len(steps)), facts["train_config"]["total_batch_size"]
     picked = [steps[round((i + 1) * len(steps) / n) - 1] for i in range(n)]  # the last one is among them
-    unit = "byte" if facts["encoding"] == "bytes" else "token"
-    per_step = facts["train_config"]["total_batch_size"]
-    rows = [(f"{step:,}", f"{step * per_step:,}", *(f"{values[step]:.4f}" if step in values else ""
-             for values in (losses, scores))) for step in picked]  # fmt: skip
-    published = [f"{GPT2_VAL_LOSS}" if losses and comparable_loss(facts) else "",
-                 f"{GPT2_HELLASWAG}" if scores and comparable_hellaswag(facts) else ""]  # fmt: skip
+    rows = [["step", "tokens", f"validation loss, {unit_of(facts)}", "HellaSwag, acc_norm"], ["---"] * 4]
+    for step in picked:
+        values = [f"{measured[step]:.4f}" if step in measured else "" for measured in (losses, scores)]
+        rows.append([f"{step:,}", f"{step * batch:,}", *values])
+    published = [
+        f"{GPT2_VAL_LOSS}" if losses and comparable_loss(facts) else "",
+        f"{GPT2_HELLASWAG}" if scores and comparable_hellaswag(facts) else "",
+    ]
     if any(published):
-        rows.append(("OpenAI's GPT-2 (124M)", "", *published))
-    columns = ("step", "tokens", f"validation loss, nats per {unit}", "HellaSwag, acc_norm")
-    lines = [columns, ("---",) * 4, *rows]
-    width = 4 if scores else 3
-    notes = [f"The validation loss is the mean over {facts['val_tokens']:,} tokens held out from training."]
+        rows.append(["OpenAI's GPT-2 (124M)", "", *published])
+    table = "\n".join(f"| {' | '.join(row if scores else row[:3])} |" for row in rows)
+    image = f"![The losses of the run, by tokens trained on]({PICTURE})\n\n" if picture else ""
+    notes = f"The validation loss is the mean over {facts['val_tokens']:,} tokens held out from training."
     if scores:
-        notes.append(
-            f"HellaSwag: {facts['hellaswag_items']:,} items of the validation split, the ending with the "
+        notes += (
+            f" HellaSwag: {facts['hellaswag_items']:,} items of the validation split, the ending with the "
             "lowest mean loss per token wins; lm-evaluation-harness, which divides by characters, gives "
             "other numbers."
         )
-    table = "\n".join(f"| {' | '.join(line[:width])} |" for line in lines)
-    image = [f"![The losses of the run, by tokens trained on]({PICTURE})\n"] if picture else []
-    return ["## Results\n", *image, f"{table}\n", f"{' '.join(notes)}\n"]
+    return f"## Results\n\n{image}{table}\n\n{notes}\n\n"
 
 
-def training_table(facts: dict[str, Any], step: int, spent: dict[str, float], epochs: float) -> str:
-    """How the model was trained."""
-    config, data, made = facts["train_config"], facts["data"], facts["versions"]
-    muon = "Muon for the blocks' matrices, AdamW for the rest"
-    optimizer = muon if config["optimizer"] == "muon" else "AdamW"
-    clipping = f"gradients clipped at {config['grad_clip']:g}" if config["grad_clip"] else "no clipping"
-    part = " (of the part after the last interruption)" if facts["interruptions"] else ""
-    shape = facts["model_config"]
-    rows = {
-        "architecture": f"{shape['n_layer']} layers, {shape['n_head']} heads, width {shape['n_embd']}, block "
-        f"size {shape['block_size']}, vocabulary {shape['vocab_size']:,} ({shape['encoding']})",
-        "data": f"{data['train_tokens']:,} training tokens, read {epochs:.2f} times; fingerprint "
-        f"`{data['fingerprint'][:16]}`",
-        "recipe": f"`--recipe {config['recipe']}`, with these values:",
-        "optimizer": f"{optimizer}; weight decay {config['weight_decay']:g}, {clipping}",
-        "learning rate": f"{config['schedule']}, at most {config['max_lr']:.2g}, "
-        f"{plural(config['warmup_steps'], 'step')} of warm-up, planned for {config['max_steps']:,}",
-        "batch": f"{config['total_batch_size']:,} tokens, in rows of {config['sequence_length']:,}",
-        "seed": f"{config['seed']}",
-        "hardware": f"{facts['device']}; {plural(facts['world_size'], 'process')}{part}",
-        "precision": f"{facts['precision']}{part}",
-        "interruptions": f"{facts['interruptions']}",
-        "software": f"`train_gpt2.py` {VERSION}"
-        + (f", commit `{made['commit'][:12]}`" if made["commit"] else "")
-        + f"; PyTorch {made['torch']}, Python {made['python']}{part}",
-    }  # fmt: skip
-    if spent:
-        rows["time"] = (f"{duration(spent['training'])} of training, {duration(spent['other'])} of "
-                        "evaluation, saving and start-up")  # fmt: skip
-    return "| | |\n| --- | --- |\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
-
-
-def license_of(facts: dict[str, Any]) -> str:
-    text = "No license is stated for these weights: that is the choice of whoever trained them."
-    dataset = facts["data"]["dataset"]
-    if dataset in KNOWN_DATASETS:
-        text += f" The training data, {dataset_of(facts)}, is under {KNOWN_DATASETS[dataset][1]}."
-    return f"{text}\n"
+def samples_section(step: int, texts: list[str]) -> str:
+    """Texts sampled at `step`, as Markdown's indented code: whatever they hold is shown as it is."""
+    samples = f"\n    {'-' * 20}\n".join("    " + printable(text) for text in texts)
+    return f"## Samples\n\nWritten at step {step:,}, not selected:\n\n{samples}\n\n"

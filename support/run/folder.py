@@ -337,7 +337,8 @@ class RunFolder:
             picture = self.path / PICTURE
             files = {PICTURE: picture.read_bytes()} if picture.exists() else {}
             events = read_log(self.path / "log.txt")
-            text = run_card(self.facts, step, state.get("spent", {}), events, self.samples, bool(files))
+            more = {"samples": self.samples, "picture": bool(files)}
+            text = run_card(self.facts, step, state["spent"], events, **more)
             return {CARD: text.encode(), **files}
         except Exception as error:
             self.print(f"step {step}: the model card could not be written: {error}")

@@ -8,7 +8,6 @@ process of the run, so a copy of the folder, or one mounted from another machine
 import contextlib
 import errno
 import json
-import math
 import os
 import statistics
 import threading
@@ -19,14 +18,16 @@ from typing import Any
 
 from support.cli import InputError, duration, in_words, plural
 from support.run.curves import (
+    USUAL_KINDS,
+    Log,
     Points,
     caption,
     published_values,
-    read_event,
     read_log,
     read_run,
     read_status,
     smooth,
+    standard_error,
 )
 
 MOST_ROWS = 1000  # of a curve: a chart has not many more pixels
@@ -45,9 +46,8 @@ class LogReader:
         self.restart()
 
     def restart(self) -> None:
-        self.events: dict[str, Points] = {"train": [], "val": [], "hella": []}
-        self.end, self.last_bytes = 0, b""  # where the lines read so far end, and how
-        self.unreadable = 0  # lines without a step, a kind and a finite number
+        self.log = Log()
+        self.end, self.last_bytes = 0, b""  # where the lines in it end, and how
 
     def read(self) -> None:
         """Read the complete lines that were added. A missing file holds no events."""
@@ -62,36 +62,24 @@ class LogReader:
             self.restart()
             return
         lines = added[: added.rfind(b"\n") + 1]
+        self.log.add(lines)
         self.end += len(lines)
         self.last_bytes = (self.last_bytes + lines)[-200:]  # several losses: another log has others
-        for line in lines.decode("utf-8", "replace").split("\n")[:-1]:
-            try:
-                kind, point = read_event(line)
-                if not math.isfinite(point[1]):  # JSON has no word for it
-                    raise ValueError(line)
-                self.events[kind].append(point)
-            except (ValueError, KeyError):
-                self.unreadable += 1
 
 
-def thin(points: Points) -> Rows:
-    """At most MOST_ROWS rows, each for 1, 2, 4, ... neighbours: the middle step; mean, least and greatest."""
+def thin(points: Points, smoothed: bool = False) -> Rows:
+    """At most MOST_ROWS rows, each for 1, 2, 4, ... neighbours: the middle step; mean, least and greatest.
+    `smoothed` means are those over 1/40 of all points, as in the picture of plot.py run."""
     size = 1
     while size * MOST_ROWS < len(points):
         size *= 2
-    rows = []
-    for first in range(0, len(points), size):
-        group = points[first : first + size]
-        values = [value for _, value in group]
-        rows.append((group[len(group) // 2][0], statistics.fmean(values), min(values), max(values)))
-    return rows
-
-
-def thin_and_smooth(points: Points) -> Rows:
-    """The same, with the mean over 1/40 of all points for the rows' own: as in the picture of plot.py run."""
-    rows = thin(points)
-    means = smooth([mean for _, mean, _, _ in rows], len(rows) // 80)
-    return [(step, mean, least, most) for mean, (step, _, least, most) in zip(means, rows, strict=True)]
+    groups = [points[first : first + size] for first in range(0, len(points), size)]
+    steps = [group[len(group) // 2][0] for group in groups]
+    values = [[value for _, value in group] for group in groups]
+    means = [statistics.fmean(group) for group in values]
+    if smoothed:
+        means = smooth(means, len(means) // 80)
+    return list(zip(steps, means, map(min, values), map(max, values), strict=True))
 
 
 class Watcher:
@@ -99,12 +87,14 @@ class Watcher:
     holds other things than a run; an empty folder may be one whose run has yet to begin."""
 
     def __init__(self, folder: Path):
-        self.folder, self.log, self.lock = folder, LogReader(folder / "log.txt"), threading.Lock()
+        self.folder = folder
+        self.reader = LogReader(folder / "log.txt")
+        self.lock = threading.Lock()  # of the reader
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}")
         if any(folder.iterdir()) and not any(True for name in RUN_FILES for _ in folder.glob(name)):
             read_log(folder / "log.txt")  # its error names runs that lie deeper
-        self.log.read()  # a long log now, not when the page asks
+        self.reader.read()  # a long log now, not when the page asks
 
     def data(self) -> dict[str, Any]:
         """The contents of /data.json: curves as rows, the rest as the page shows it."""
@@ -114,15 +104,12 @@ class Watcher:
         except InputError as error:
             run, notes = {}, [str(error)]
         with self.lock:  # two pages may ask at once
-            self.log.read()
-            events, unreadable = self.log.events, self.log.unreadable
-            curves = {kind: thin(points) for kind, points in events.items() if kind != "train"}
-            curves["train"] = thin_and_smooth(events["train"])
-            last = {kind: points[-1] for kind, points in events.items() if points}
-            if recent := events["train"][-20:]:
-                last["train"] = recent[-1][0], statistics.fmean(loss for _, loss in recent)
-        if unreadable:
-            notes.append(f"{plural(unreadable, 'line')} of log.txt can't be read")
+            self.reader.read()
+            events = self.reader.log.events
+            notes += self.reader.log.left_out("log.txt")
+        last = {kind: points[-1] for kind, points in events.items() if points}
+        if recent := events["train"][-20:]:
+            last["train"] = recent[-1][0], statistics.fmean(loss for _, loss in recent)
         config = run.get("train_config", {})
         steps = max((step + (kind == "train") for kind, (step, _) in last.items()), default=0)
         finished = "result" in run or (not status and 0 < config.get("max_steps", 0) <= steps)
@@ -137,7 +124,7 @@ class Watcher:
             "tokens_per_step": config.get("total_batch_size"),
             "steps": steps,
             "max_steps": config.get("max_steps"),
-            "curves": curves,
+            "curves": {kind: thin(points, kind not in ("val", "hella")) for kind, points in events.items()},
             "published": published_values([run]),
             **{key: status.get(key, []) for key in ("events", "samples", "samples_step")},
         }
@@ -179,8 +166,10 @@ def numbers(
         rows[f"validation loss (step {last['val'][0]:,})"] = f"{last['val'][1]:.4f}"
     if "hella" in last:
         (step, score), n = last["hella"], run.get("hellaswag_items")
-        error = f" ± {math.sqrt(score * (1 - score) / n):.4f}" if n else ""
+        error = f" ± {standard_error(score, n):.4f}" if n else ""
         rows[f"HellaSwag (step {step:,})"] = f"{score:.4f}{error}"
+    others = {kind: point for kind, point in last.items() if kind not in USUAL_KINDS}
+    rows |= {f"{kind} (step {step:,})": f"{value:.4g}" for kind, (step, value) in others.items()}
     if rate := status.get("tokens_per_second") or run.get("result", {}).get("tokens_per_second"):
         rows["speed"] = f"{rate:,.0f} tokens/s" + (f", MFU {status['mfu']:.0%}" if status.get("mfu") else "")
     if "training_seconds" in status:
@@ -202,6 +191,7 @@ class Handler(BaseHTTPRequestHandler):
     server: "Server"
 
     def do_GET(self) -> None:
+        """Answer with the page, its data, or an error."""
         # A browser sends the name that it asked for; one that another site made up must not reach the data.
         if self.headers.get("Host", "").rsplit(":", 1)[0] not in ("127.0.0.1", "localhost"):
             self.reply(403, "text/plain", "this page is only at 127.0.0.1 and localhost\n")
@@ -243,9 +233,8 @@ class Server(ThreadingHTTPServer):
             super().__init__(("127.0.0.1", port), Handler)
         except (OSError, OverflowError) as error:
             taken = getattr(error, "errno", None) == errno.EADDRINUSE
-            raise InputError(
-                f"--port {port}: {'another program uses it; name another' if taken else in_words(error)}"
-            ) from error
+            reason = "another program uses it; name another" if taken else in_words(error)
+            raise InputError(f"--port {port}: {reason}") from error
 
 
 def serve(folder: Path, port: int) -> None:
