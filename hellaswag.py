@@ -402,17 +402,19 @@ def evaluate(
     for one, loss_sum in scored:
         loss_mean = [loss / length for loss, length in zip(loss_sum, one.lengths, strict=True)]
         pred, pred_norm = loss_sum.index(min(loss_sum)), loss_mean.index(min(loss_mean))
-        predictions.append({"ind": one.item.ind, "label": one.item.label, "pred": pred,
-                            "pred_norm": pred_norm, "loss_sum": loss_sum,
-                            "loss_mean": loss_mean})  # fmt: skip
-    counts = torch.tensor([
-        sum(p["pred"] == p["label"] for p in predictions),
-        sum(p["pred_norm"] == p["label"] for p in predictions),
-        sum(one.truncated for one in own),
-        len(own),
-    ])  # fmt: skip
+        prediction = {
+            "ind": one.item.ind,
+            "label": one.item.label,
+            "pred": pred,
+            "pred_norm": pred_norm,
+            "loss_sum": loss_sum,
+            "loss_mean": loss_mean,
+        }
+        predictions.append(prediction)
+    right = [sum(p[key] == p["label"] for p in predictions) for key in ("pred", "pred_norm")]
+    counts = torch.tensor([*right, sum(one.truncated for one in own), len(own)])
     correct, correct_norm, truncated, n = world.sum(counts).tolist()
-    return Score(n, correct / n, correct_norm / n, truncated, predictions, protocol)
+    return Score(n, correct / n, correct_norm / n, truncated, predictions, protocol=protocol)
 
 
 # -----------------------------------------------------------------------------

@@ -656,7 +656,7 @@ def main(config: TrainConfig) -> None:
     model_config = choose_model_config(config, encoding)
     dtype = devices.choose_dtype(config.dtype, device, model_config.n_embd)
     world.require_same(data=shards.fingerprint, dtype=str(dtype), shard=config.shard)
-    micro_batch.check_flags(config, model_config, world)
+    micro_batch.check_batch(config, model_config, world)
     run = RunFolder(config, world, report.print)
     first_step = run.open(model_config, shards)  # 0, or where the run was interrupted
     if 0 < first_step == config.max_steps:

@@ -170,7 +170,7 @@ DROPOUT = (
 
 
 def test_dropout_works_in_training_alone(change, flags, tmp_path):
-    """The training loss is another one; the validation loss is Hugging Face's, which has no dropout; a resumed
+    """The training loss is another one; the validation loss is Hugging Face's, which has none; a resumed
     run has the same dropout, and goes on with the same bits."""
     script = change(*DROPOUT)
     done = call(script, *flags)

@@ -9,8 +9,7 @@ from support.cli import InputError
 from support.data.encodings import get_encoding
 from support.model import sampling
 from support.model.huggingface import read_sizes
-from support.model.kv_cache import FixedKVCache
-from support.model.sampling import COMPILE_FROM, choose_token
+from support.model.sampling import COMPILE_FROM, FixedKVCache, choose_token
 from train_gpt2 import GPT, PRESETS, GPTConfig
 
 import pytest

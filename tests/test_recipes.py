@@ -181,7 +181,7 @@ def test_variants_change_what_is_learned(variant, text_shards, tmp_path):
 def test_adamw_and_muon_take_turns(monkeypatch, tmp_path, capsys):
     tiny = {"tiny": {"n_layer": 1, "n_head": 2, "n_embd": 32}}
     monkeypatch.setattr(optimizers, "SIZES", tiny)
-    monkeypatch.setattr(optimizers, "set_up_for_training", lambda device: None)
+    monkeypatch.setattr(optimizers, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(optimizers.torch, "set_num_threads", lambda count: None)
     make_step, rate, turns = optimizers.make_step, optimizers.rate, []
     named = {}

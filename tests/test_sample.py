@@ -11,9 +11,10 @@ from hub import serve
 from sample import SampleConfig, main
 from support.cli import InputError, RunFault
 from support.data.encodings import get_encoding
-from support.machine.device import PackedLinear, autocast_to, pack_for_cpu, packing_pays
-from support.model import sampling
+from support.machine.device import autocast_to
+from support.model import packed, sampling
 from support.model.huggingface import find_model
+from support.model.packed import PackedLinear, pack_for_cpu, packing_pays
 from train_gpt2 import GPT, GPTConfig
 
 import pytest
@@ -142,17 +143,32 @@ def test_generation_packs_and_leaves_the_model_alone(model_folder, monkeypatch):
     assert torch.equal(model.generate(idx, 40, temperature=0), now)
 
 
-def test_where_packing_pays():
-    cpu = torch.zeros(1)
-    assert packing_pays(cpu, 768, 200)
-    assert not packing_pays(cpu, 768, 5)
-    assert not packing_pays(cpu, 192, 200)
-    assert not packing_pays(cpu.bfloat16(), 768, 200)
-    assert not packing_pays(torch.zeros(1, device="meta"), 768, 200)
-    with autocast_to(cpu.device, torch.bfloat16):
-        assert not packing_pays(cpu, 768, 200)
-    with autocast_to(cpu.device, torch.float32):
-        assert packing_pays(cpu, 768, 200)
+@pytest.mark.parametrize(("plain", "packed_too", "to_pack"), [(3.0, 2.0, 150.0), (2.0, 3.0, 0.0)])
+def test_a_trial_says_whether_packing_pays(plain, packed_too, to_pack, monkeypatch):
+    """What a layer saves each time it is read, against what packing it takes; never a table."""
+    linear, tried = torch.nn.Linear(8, 24), []
+
+    def seconds_for(work):
+        result = work()
+        tried.append(result)
+        if isinstance(result, PackedLinear):
+            return to_pack, result
+        return (packed_too if len(tried) % 2 else plain), result
+
+    monkeypatch.setattr(packed, "seconds_for", seconds_for)
+    assert packing_pays(linear, 3, 200) == (plain > packed_too)
+    assert {result.shape for result in tried[1:]} == {(3, 24)}
+    tried.clear()
+    assert not packing_pays(linear, 3, 100)  # too few for what packing takes, or slower anyway
+
+
+def test_what_can_not_be_packed(monkeypatch):
+    monkeypatch.setattr(packed, "seconds_for", lambda _: pytest.fail("not to be tried"))
+    linear = torch.nn.Linear(8, 24)
+    assert not packing_pays(linear.bfloat16(), 1, 10**9)
+    assert not packing_pays(torch.nn.Linear(8, 24, device="meta"), 1, 10**9)
+    with autocast_to(torch.device("cpu"), torch.bfloat16):
+        assert not packing_pays(linear.float(), 1, 10**9)
 
 
 @pytest.mark.parametrize(

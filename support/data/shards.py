@@ -406,7 +406,7 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
             digest.update(f"{file.name} {len(shard)}\n".encode())
     digest.update(json.dumps([entry["sha256"] for entry in record["shards"]] if record else []).encode())
     encoding, source = (record["encoding"], record["source"]) if record else ("gpt2", {})
-    return Shards(folder, splits, tokens, encoding, source, digest.hexdigest())
+    return Shards(folder, splits, tokens, encoding, source, fingerprint=digest.hexdigest())
 
 
 # -----------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Fit(NamedTuple):
 # before the model is made: what can be wrong with the flags
 
 
-def check_flags(config: "TrainConfig", model_config: "GPTConfig", world: World) -> None:
+def check_batch(config: "TrainConfig", model_config: "GPTConfig", world: World) -> None:
     """Raises InputError if the batch can't be divided, the model can't fit, or the processes differ."""
     world.require_same(micro_batch_sizes=tuple(micro_batch_sizes(config, model_config, world)))
     check_memory(config, model_config, world)
@@ -198,7 +198,9 @@ def find_micro_batch(
         fault = next(filter(None, world.from_all(own_fault)), None)
         stop_compiling(fault, print)
     else:
-        search = functools.partial(tried_fit, model, sizes, config, world, autocast, print=print, first=first)
+        search = functools.partial(
+            tried_fit, model, sizes, config, world, autocast=autocast, print=print, first=first
+        )
         try:
             fit = search(compiled=compiled)
         except CompilerFault as error:
@@ -244,8 +246,8 @@ def tried_fit(
     sizes: list[int],
     config: "TrainConfig",
     world: World,
-    autocast: torch.autocast,
     *,
+    autocast: torch.autocast,
     print: Callable[[str], None],
     first: tuple[int, int] | None,
     compiled: bool,

@@ -89,7 +89,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             for i, (h, t) in enumerate(zip(hidden.chunk(n_chunks), targets.chunk(n_chunks), strict=True)):
                 grad_h = None if grad_hidden is None else grad_hidden.chunk(n_chunks)[i]
-                total += chunk_loss(h.to(dtype), w, t, shrink, grad_h, grad_weight)
+                total += chunk_loss(h.to(dtype), w, t, shrink, grad_h=grad_h, grad_w=grad_weight)
         return total / count
 
     @staticmethod

@@ -10,6 +10,7 @@ from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 T = TypeVar("T")
+NO_ACTIVATION = ("none", [], "")
 
 
 class PackedLinear(nn.Module):
@@ -25,7 +26,7 @@ class PackedLinear(nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *NO_ACTIVATION)
 
 
 def pack_for_cpu(module: Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> Module:

@@ -158,7 +158,7 @@ def standard_error(accuracy: float, n: int | None) -> float:
 # the picture
 
 
-class Run(NamedTuple):
+class DrawnRun(NamedTuple):
     """A run in a picture."""
 
     folder: Path
@@ -217,7 +217,7 @@ def draw_runs(folders: Sequence[Path], out: Path, refuse_empty: bool = False) ->
     return notes
 
 
-def load_runs(folders: Sequence[Path], refuse_empty: bool) -> tuple[list[Run], list[str]]:
+def load_runs(folders: Sequence[Path], refuse_empty: bool) -> tuple[list[DrawnRun], list[str]]:
     """The runs in `folders`, and notes on lines that no curve shows. Raises InputError, see `draw_runs`."""
     runs, notes = [], []
     for i, folder in enumerate(folders):
@@ -228,12 +228,12 @@ def load_runs(folders: Sequence[Path], refuse_empty: bool) -> tuple[list[Run], l
         if refuse_empty and not any(events.values()):
             raise InputError("; ".join([f"{file} holds no events yet", *left_out]))
         label = f"{folder.resolve().name}, " if len(folders) > 1 else ""
-        runs.append(Run(folder, events, read_run(folder), f"C{i}", label))
+        runs.append(DrawnRun(folder, events, read_run(folder), f"C{i}", label))
         notes += left_out
     return runs, notes
 
 
-def draw_losses(axis: "Axes", runs: Sequence[Run]) -> None:
+def draw_losses(axis: "Axes", runs: Sequence[DrawnRun]) -> None:
     """Plot the training losses, and the validation losses with markers, beside OpenAI's."""
     late = []
     for run in runs:
@@ -253,7 +253,7 @@ def draw_losses(axis: "Axes", runs: Sequence[Run]) -> None:
         axis.set_ylim(min(late) - margin, max(late) + margin)
 
 
-def draw_scores(axis: "Axes", runs: Sequence[Run]) -> None:
+def draw_scores(axis: "Axes", runs: Sequence[DrawnRun]) -> None:
     """Plot HellaSwag's acc_norm beside published scores, with a standard-error band where the number of items
     is known."""
     for run in runs:
@@ -272,7 +272,7 @@ def draw_scores(axis: "Axes", runs: Sequence[Run]) -> None:
         draw_published(axis, value, label, "right" if label == "chance" else "left")
 
 
-def draw_curve(axis: "Axes", run: Run, kind: str) -> None:
+def draw_curve(axis: "Axes", run: DrawnRun, kind: str) -> None:
     """Plot the values of a kind, smoothed over 1/40 of the run, with the raw curve behind it. The label of
     the training loss is its name; that of any other kind, whose panel has its name, is the last value."""
     if kind not in run.events or not run.events[kind]:
@@ -317,7 +317,7 @@ def draw_published(axis: "Axes", value: float, label: str, side: str = "right") 
     )
 
 
-def finish(axis: "Axes", runs: Sequence[Run], size: int) -> None:
+def finish(axis: "Axes", runs: Sequence[DrawnRun], size: int) -> None:
     """Add what all panels have: the unit below, a grid, a legend. `size` is that of the text, in points."""
     from matplotlib.ticker import EngFormatter
 

@@ -16,6 +16,7 @@ Training waits only while a checkpoint is copied to host memory: a thread writes
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -313,11 +314,12 @@ class RunFolder:
             # Twice the copy: the thread needs memory too, to transpose, and training may still grow. If less
             # is free, training waits while its own tensors are written: the system kills what takes too much.
             if not sharded and free_host_memory() < 2 * size:
-                self.write_checkpoint(step, raw_model, weights, trainer, card)
+                self.write_checkpoint(step, raw_model, weights, trainer, card=card)
                 return
             if not sharded:
                 weights, trainer = to_host(weights), to_host(trainer)
-            self.saving = self.writer.submit(self.write_checkpoint, step, raw_model, weights, trainer, card)
+            write = functools.partial(self.write_checkpoint, card=card)
+            self.saving = self.writer.submit(write, step, raw_model, weights, trainer)
 
     @contextlib.contextmanager
     def failure_reported(self, step: int) -> Iterator[None]:
