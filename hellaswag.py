@@ -411,8 +411,8 @@ def evaluate(
             "loss_mean": loss_mean,
         }
         predictions.append(prediction)
-    right = [sum(p[key] == p["label"] for p in predictions) for key in ("pred", "pred_norm")]
-    counts = torch.tensor([*right, sum(one.truncated for one in own), len(own)])
+    counted = [sum(p[key] == p["label"] for p in predictions) for key in ("pred", "pred_norm")]
+    counts = torch.tensor([*counted, sum(one.truncated for one in own), len(own)])
     correct, correct_norm, truncated, n = world.sum(counts).tolist()
     return Score(n, correct / n, correct_norm / n, truncated, predictions, protocol=protocol)
 

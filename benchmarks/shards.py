@@ -68,7 +68,7 @@ def encode_in_process(text: str) -> np.ndarray:
 
 def start_process() -> None:
     global encoding
-    encoding = tiktoken.get_encoding("gpt2")
+    encoding = get_encoding("gpt2")
 
 
 def pool(processes: multiprocessing.pool.Pool, texts: list[str], folder: Path) -> int:

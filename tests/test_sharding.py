@@ -167,19 +167,20 @@ def test_hosts_divide_the_gradients_always_or_at_the_end(short, tmp_path):
 def test_the_micro_batch_is_computed(monkeypatch):
     """gpt2-xl in bfloat16 on 8 cards: the most rows whose sum, with some caution, fits into a card; with the
     loss in chunks where few fit."""
-    config, xl = TrainConfig(shard=True), GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+    config = TrainConfig(shard=True, total_batch_size=8 * 16 * 1024)
+    xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
     world = Hosts(0, 8, torch.device("cuda"))
     object.__setattr__(world, "local", [8] * 8)
     for gigabytes, fit in ((80, (16, 1)), (24, (4, 1)), (16, (2, 1))):
         monkeypatch.setattr(micro_batch, "smallest_limit", lambda *_, size=gigabytes: size * 2**30)
-        found = micro_batch.computed_fit([16, 8, 4, 2, 1], xl, config, world)
+        found = micro_batch.computed_fit(xl, config, world)
         assert (found.rows, found.loss_chunks) == fit
         rows, chunks = fit
         needed = micro_batch.least_bytes(config, xl, rows, chunks, 8) / 2**30
         assert needed < 0.93 * gigabytes
     monkeypatch.setattr(micro_batch, "smallest_limit", lambda *_: 6 * 2**30)
     with pytest.raises(InputError, match="out of memory with a micro-batch of 1 row"):
-        micro_batch.computed_fit([2, 1], xl, config, world)
+        micro_batch.computed_fit(xl, config, world)
 
 
 @pytest.mark.slow

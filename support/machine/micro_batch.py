@@ -4,7 +4,6 @@ Find the largest micro-batch (rows at once) that fits into memory, by running re
 The tokens of a step stay as the recipe sets them: a smaller micro-batch only means more micro-steps.
 """
 
-import functools
 import gc
 import math
 import time
@@ -188,38 +187,33 @@ def find_micro_batch(
 
     Raises InputError if nothing fits.
     """
-    raw_model = unwrap(model)
-    sizes = micro_batch_sizes(config, raw_model.config, world)
     started = time.perf_counter()
     compiled, fault = is_compiled(model), None
     if isinstance(model, ShardedModel):
-        fit = computed_fit(sizes, raw_model.config, config, world)
+        fit = computed_fit(model.raw_model.config, config, world)
         own_fault = try_a_block(model, config, world, autocast) if compiled else None
-        fault = next(filter(None, world.from_all(own_fault)), None)
-        stop_compiling(fault, print)
+        if fault := next(filter(None, world.from_all(own_fault)), None):
+            stop_compiling(fault, print)
     else:
-        search = functools.partial(
-            tried_fit, model, sizes, config, world, autocast=autocast, print=print, first=first
-        )
         try:
-            fit = search(compiled=compiled)
+            fit = tried_fit(model, config, world, autocast, print, first=first, compiled=compiled)
         except CompilerFault as error:
             fault = str(error)
             stop_compiling(fault, print)
-            fit = search(compiled=False)
+            fit = tried_fit(model, config, world, autocast, print, first=first, compiled=False)
     if fit.seconds is not None:
         print(
             f"warm-up: {time.perf_counter() - started:.1f} s, micro-batches of {plural(fit.rows, 'row')}"
             + (f", the loss in {fit.loss_chunks} chunks" if fit.loss_chunks > 1 else "")
         )
-    return fit._replace(compiler_fault=fault, memory=check_memory(config, raw_model.config, world))
+    memory = check_memory(config, unwrap(model).config, world)
+    return fit._replace(compiler_fault=fault, memory=memory)
 
 
-def stop_compiling(fault: str | None, print: Callable[[str], None]) -> None:
-    """After a fault of the compiler: from now on, compiled modules run as if they were not."""
-    if fault:
-        print(f"torch.compile failed, training continues without it ({fault})")
-        torch.compiler.set_stance("force_eager")
+def stop_compiling(fault: str, print: Callable[[str], None]) -> None:
+    """From now on, compiled modules run as if they were not."""
+    print(f"torch.compile failed, training continues without it ({fault})")
+    torch.compiler.set_stance("force_eager")
 
 
 def unwrap(model: nn.Module) -> "GPT":
@@ -243,12 +237,11 @@ class CompilerFault(Exception):
 
 def tried_fit(
     model: nn.Module,
-    sizes: list[int],
     config: "TrainConfig",
     world: World,
-    *,
     autocast: torch.autocast,
     print: Callable[[str], None],
+    *,
     first: tuple[int, int] | None,
     compiled: bool,
 ) -> Fit:
@@ -258,6 +251,7 @@ def tried_fit(
     in one.
     """
     raw_model, device, T = unwrap(model), world.device, config.sequence_length
+    sizes = micro_batch_sizes(config, raw_model.config, world)
     if len(sizes) == 1 and device.type != "cuda" and not compiled:
         return Fit(sizes[0])  # nothing to search
     limit = memory_limit(device, config.memory_limit_gb)
@@ -331,11 +325,11 @@ def try_step(
     return seconds
 
 
-def computed_fit(sizes: list[int], model_config: "GPTConfig", config: "TrainConfig", world: World) -> Fit:
+def computed_fit(model_config: "GPTConfig", config: "TrainConfig", world: World) -> Fit:
     """The fit of a divided model, whose processes can't try for themselves: by the sum of what a step keeps.
     On a CPU, the sizes are cautious already."""
-    limit = smallest_limit(config, world)
-    shards = count_shards(config, world)
+    sizes = micro_batch_sizes(config, model_config, world)
+    limit, shards = smallest_limit(config, world), count_shards(config, world)
 
     def fits(rows: int, chunks: int) -> bool:
         if world.device.type != "cuda" or limit is None or len(sizes) == 1:

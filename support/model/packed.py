@@ -10,7 +10,7 @@ from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
 T = TypeVar("T")
-NO_ACTIVATION = ("none", [], "")
+NO_ACTIVATION: tuple[str, list[float], str] = ("none", [], "")
 
 
 class PackedLinear(nn.Module):

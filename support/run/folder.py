@@ -339,8 +339,8 @@ class RunFolder:
             picture = self.path / PICTURE
             files = {PICTURE: picture.read_bytes()} if picture.exists() else {}
             events = read_log(self.path / "log.txt")
-            more = {"samples": self.samples, "picture": bool(files)}
-            text = run_card(self.facts, step, state["spent"], events, **more)
+            card = functools.partial(run_card, samples=self.samples, picture=bool(files))
+            text = card(self.facts, step, state["spent"], events)
             return {CARD: text.encode(), **files}
         except Exception as error:
             self.print(f"step {step}: the model card could not be written: {error}")
