@@ -494,3 +494,10 @@ def test_openais_own_files_load(tmp_path):
     safetensors.torch.save_file(old, tmp_path / "model.safetensors")
     wte = GPT.from_pretrained(tmp_path).transformer.wte.weight
     assert torch.equal(wte, tensors["transformer.wte.weight"])
+    old["lm_head.weight"] = old["wte.weight"].clone()  # a copy of the embedding says nothing new
+    safetensors.torch.save_file(old, tmp_path / "model.safetensors")
+    assert torch.equal(GPT.from_pretrained(tmp_path).lm_head.weight, wte)
+    old["lm_head.weight"][3, 5] += 1  # another head is another model: nothing is dropped that differs
+    safetensors.torch.save_file(old, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match="tensors missing or too many: lm_head.weight"):
+        GPT.from_pretrained(tmp_path)

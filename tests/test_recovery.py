@@ -777,6 +777,26 @@ def test_a_run_without_a_scaler_resumes_with_one(tmp_path):
     assert scaler.get_scale() == 65536.0
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_of_another_device_has_this_ones_optimizer(name, small_run):
+    """Saved where optimizers have no fused version, as on a Mac, resumed where they have."""
+    config = TrainConfig(optimizer=name)
+    saved = configure_optimizer(small_run.model, config)
+    small_run.optimizer = saved
+    small_run.train()
+    state = saved.state_dict()
+    for group in state["param_groups"]:
+        group["fused"] = False
+    small_run.folder.trainer = {"optimizer": state, "scaler": {}, "rng": torch.get_rng_state()}
+    small_run.folder.first_step = 1
+    small_run.optimizer = resumed = configure_optimizer(small_run.model, config)
+    small_run.folder.restore(resumed, torch.amp.GradScaler("cpu", enabled=False))
+    resumed.found_inf = torch.zeros(())  # as the loop does for a fused optimizer
+    small_run.train()
+    assert all(group["fused"] for group in resumed.param_groups)
+    assert resumed.state_dict()["state"][0]["step"] == 2
+
+
 def test_the_last_two_and_the_kept_ones_are_there(undisturbed):
     assert [path.name for path in list_checkpoints(undisturbed)] == [
         "checkpoint_00008",

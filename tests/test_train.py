@@ -286,6 +286,8 @@ def test_training_starts_from_given_weights(finished_run, text_shards, tmp_path)
     assert f"--n_layer 7: --init_from {folder} has 2" in done.stderr
     done = call(*command, "--model=gpt2-medium", f"--log_dir={tmp_path}/other", check=False)
     assert f"--model gpt2-medium, n_layer 24: --init_from {folder} has 2" in done.stderr
+    done = call(*command, "--model=gpt2", f"--log_dir={tmp_path}/other", check=False)  # named, though default
+    assert f"--model gpt2, n_layer 12: --init_from {folder} has 2" in done.stderr
     done = call(*command, "--model=gpt2-medium", "--n_layer=7", f"--log_dir={tmp_path}/other", check=False)
     assert f"--n_layer 7: --init_from {folder} has 2" in done.stderr  # the flag wins over the model's shape
 
