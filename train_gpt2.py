@@ -11,8 +11,8 @@ FineWeb-Edu, 524,288 of them a step. The defaults below are that recipe; each is
 
 This file, top to bottom: configuration, model, optimization, data, evaluation, main. fineweb.py writes the
 token shards that it reads; hellaswag.py scores the model, sample.py lets it write, plot.py draws its curves.
-What goes wrong in the world stands behind it, in the four rooms of support/: the data, the model, the
-machine, the run. You can read this file without them.
+What else can happen (a short memory, a lost process, a full disk, a foreign file) is dealt with in the four
+folders of support/: data, model, machine, run. You can read this file without them.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 # Our own imports come before torch's: support/__init__.py sets two variables that torch reads.
-from hellaswag import evaluate, items_for_training
+from hellaswag import evaluate as score_hellaswag
+from hellaswag import items_for_training
 from support import cli
 from support.cli import InputError
 from support.data.demo import write_demo_shards
@@ -87,7 +88,7 @@ class GPTConfig:
 
 
 # Table 2 of the GPT-2 paper; there its smallest model is called 117M.
-PRESETS = {
+MODEL_SHAPES = {
     "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768},  # 124M parameters
     "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024},  # 355M
     "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280},  # 774M
@@ -102,6 +103,8 @@ ModelName = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
 @dataclass(frozen=True)
 class TrainConfig:
     """Train GPT-2 on token shards. The defaults reproduce GPT-2 (124M) on FineWeb-Edu."""
+
+    # Each field is a flag. A number must be at least 0, unless its type says more.
 
     # -- the run
     demo: bool = False  # a small GPT on the text of Python's own documentation: minutes on a CPU
@@ -125,7 +128,7 @@ class TrainConfig:
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices (support/model/muon.py)
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
-    adamw_lr_ratio: cli.PositiveFloat = 2.0  # with muon: AdamW's rate, for all else, over max_lr
+    adamw_lr_ratio: cli.PositiveFloat = 2.0  # with muon, AdamW trains the rest at this multiple of the rate
     schedule: Literal["cosine", "trapezoid"] = "cosine"  # course of the learning rate, see get_lr
     cooldown: cli.Share = 0.6  # share of the steps in which a trapezoid falls to 0
     weight_decay: float = 0.1  # on matrices only (GPT-3 paper, appendix B)
@@ -140,7 +143,7 @@ class TrainConfig:
     hellaswag_data: Path | None = None  # a local HellaSwag .jsonl; default: from the Hub
     hellaswag_limit: cli.PositiveInt | None = None  # score only this many items, evenly spaced; default: all
     sample_every: int = 250  # steps between samples
-    checkpoint_every: int = 1000  # steps between checkpoints; 15 minutes at most. The last two are kept
+    checkpoint_every: int = 1000  # steps between checkpoints, at most 15 minutes; the last two are kept
     keep_every: int = 5000  # steps between checkpoints that are kept for good
 
     # -- the machine
@@ -162,25 +165,27 @@ class TrainConfig:
         """Whether what is done every `every` steps is due at `step`; at the last step, everything is due."""
         return every > 0 and (step % every == 0 or step == self.max_steps)
 
-    def mathematics(self) -> dict[str, Any]:
+    def recipe_fields(self) -> dict[str, Any]:
         """The fields that decide a run's numbers: all but those of MAY_CHANGE. --resume compares them."""
         values = {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
         return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
-# What may change when a run is resumed. A new field of TrainConfig may not, unless it is listed here.
+# The fields that may differ when a run is resumed. A new field may not, unless you list it here.
 MAY_CHANGE = {
-    *("demo", "recipe"),  # presets: what they set is compared
-    *("model", "n_layer", "n_head", "n_embd"),  # the model's own configuration is compared
-    *("data_dir", "log_dir", "resume", "verify", "describe"),  # the shards' fingerprint is compared
+    # How often a run is measured and saved, and what it says, changes none of its losses.
     *("val_every", "val_tokens", "hellaswag_every", "hellaswag_data", "hellaswag_limit", "sample_every"),
-    *("checkpoint_every", "keep_every", "tracker", "dollars_per_hour"),
-    *("dtype", "device", "compile", "micro_batch_size", "memory_limit_gb", "shard", "recompute"),
+    *("checkpoint_every", "keep_every", "verify", "tracker", "dollars_per_hour", "describe"),
+    *("log_dir", "resume"),
+    # Another machine sees the same tokens in every step; its losses are equal within the precision.
+    *("device", "dtype", "compile", "micro_batch_size", "memory_limit_gb", "shard", "recompute"),
     "timeout_minutes",
+    # These decide other things, which are compared: the shards, the model's configuration, other fields.
+    *("data_dir", "model", "n_layer", "n_head", "n_embd", "demo", "recipe"),
 }
 
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
-PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: matrix units want whole tiles
+PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: a GPU multiplies matrices tile by tile, and wants whole ones
 
 # What --recipe fast and --demo change; any flag still overrides it. The peak rates are modded-nanogpt's, the
 # rest is our choice (docs/fast.md); none of it is measured with the 124M model yet.
@@ -208,8 +213,9 @@ DEMO = replace(
 DEMO_TUTORIAL = replace(DEMO, recipe="tutorial", optimizer="adamw", schedule="cosine", max_lr=4e-3)
 
 
-def preset(arguments: list[str]) -> TrainConfig:
-    """The defaults that --demo and --recipe set."""
+def choose_defaults(arguments: list[str]) -> TrainConfig:
+    """The defaults of all flags, as --demo and --recipe in the command line choose them. The other flags are
+    parsed afterwards, since their --help and their values depend on these defaults."""
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flags.add_argument("--demo", action="store_true")
     flags.add_argument("--recipe", nargs="?")
@@ -221,16 +227,17 @@ def preset(arguments: list[str]) -> TrainConfig:
 
 def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPTConfig:
     """The architecture that the flags ask for. InputError where they contradict --init_from or the data."""
-    given = {name: value for name in ("n_layer", "n_head", "n_embd") if (value := getattr(config, name))}
+    flags = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    given = {name: value for name, value in flags.items() if value is not None}
     if config.init_from is None:
-        shape = {**PRESETS[config.model or "gpt2"], **given}
+        shape = {**MODEL_SHAPES[config.model or "gpt2"], **given}
         return GPTConfig(config.sequence_length, encoding.n_vocab, encoding=encoding.name, **shape)
     loaded = GPTConfig(**huggingface.read_sizes(huggingface.find_model(config.init_from)[0]))
     if config.model is not None:
-        given = {**PRESETS[config.model], **given}
+        given = {**MODEL_SHAPES[config.model], **given}
     for name, value in given.items():
         if value != getattr(loaded, name):
-            flag = f"--{name} {value}" if getattr(config, name) else f"--model {config.model}, {name} {value}"
+            flag = f"--{name} {value}" if flags[name] else f"--model {config.model}, {name} {value}"
             raise InputError(f"{flag}: --init_from {config.init_from} has {getattr(loaded, name)}")
     if loaded.encoding != encoding.name:
         raise InputError(
@@ -283,8 +290,9 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention is where tokens communicate, the MLP is where each one thinks; both only add to the residual
-    stream. The norms stand before them (GPT-2 paper, section 2.3): gradients flow back along it unchanged."""
+    """Attention is where tokens communicate, the MLP is where each one thinks. Both only add to the residual
+    stream, along which gradients flow back unchanged, since the norms stand before attention and MLP, not on
+    the stream (GPT-2 paper, section 2.3)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -302,15 +310,16 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2, with OpenAI's names for its parts."""
 
-    loss_chunks = 1  # how many chunks of tokens the loss is computed in; more take less memory
-    recompute = False  # compute the blocks again in the backward pass, which takes less memory, too
+    # main sets these two. They are not in GPTConfig: they change the memory of training, not the model.
+    loss_chunks = 1  # the loss is computed in so many chunks of tokens
+    recompute = False  # the backward pass computes the blocks again instead of keeping what they computed
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         modules = {
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),  # of tokens
-            "wpe": nn.Embedding(config.block_size, config.n_embd),  # of positions
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),  # a vector for each token
+            "wpe": nn.Embedding(config.block_size, config.n_embd),  # a vector for each position
             "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "ln_f": nn.LayerNorm(config.n_embd),
         }
@@ -341,7 +350,8 @@ class GPT(nn.Module):
         """Given targets, the loss: the mean cross-entropy in nats, a scalar. Without, the logits of the next
         token at every position, (B, T, vocab_size).
 
-        Training gets the loss alone: logits that are returned must be kept, and get a gradient of zeros.
+        Training gets the loss alone. If the logits were returned too, a tensor of (B, T, 50304) would have to
+        be kept, and autograd would make another one for its gradient: zeros.
 
         Args:
             idx: (B, T) int64 token ids, T at most block_size.
@@ -437,7 +447,8 @@ class GPT(nn.Module):
         huggingface.write_model(Path(folder), self.config, tensors, self.change_from_gpt2())
 
     def change_from_gpt2(self) -> str | None:
-        """What in the code above makes this another model than GPT-2; None if nothing does."""
+        """What makes this another model than GPT-2, if you have changed the code above; None otherwise. A
+        tiny model with random weights is compared with GPT-2's formulas."""
         return huggingface.change_from_gpt2(GPT, GPTConfig)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
@@ -455,15 +466,17 @@ def configure_optimizer(
     model: nn.Module, config: TrainConfig, world: World | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
     """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B). Matrices and embeddings decay;
-    biases and norms, whose scale matters, don't. With --optimizer muon, Muon trains the blocks' matrices and
-    only they decay; the `world` shares its work, in bfloat16 if training's `dtype` is that, or float32."""
+    biases and norms, whose scale matters, don't.
+
+    With --optimizer muon, Muon trains the blocks' matrices, and only these decay. The processes of `world`
+    share its work. Its products are in bfloat16 if training's `dtype` is, otherwise in float32."""
     parameters = list(model.parameters())
     # Fused: one kernel for all tensors instead of several for each.
     fused = devices.type_of(parameters[0].device).fused
     if config.optimizer == "muon":
         groups = muon.muon_groups(model, config.weight_decay, config.adamw_lr_ratio)
-        dtype = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        return muon.Muon(groups, world, dtype, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+        products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        return muon.Muon(groups, world, products, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
@@ -474,10 +487,16 @@ def configure_optimizer(
 def get_lr(step: int, config: TrainConfig) -> float:
     """Learning rate at `step`: linear warm-up; then a cosine down to a tenth at max_steps, or a trapezoid:
     constant, then down to 0 in a straight line over the share `cooldown` of all steps."""
-    lr = config.max_lr * (step + 1) / config.warmup_steps if step < config.warmup_steps else config.max_lr
+    # 1) linear warm-up over warmup_steps
+    lr = config.max_lr
+    if step < config.warmup_steps:
+        lr = config.max_lr * (step + 1) / config.warmup_steps
+    # 2) with a trapezoid: constant, then a straight line down to 0 at max_steps
     if config.schedule == "trapezoid":
-        left = max(0, config.max_steps - step) / (config.cooldown * config.max_steps)
-        return min(lr, config.max_lr * left) if left < 1 else lr
+        steps_left = max(0, config.max_steps - step)
+        to_go = steps_left / (config.cooldown * config.max_steps)  # 1 to 0 in the cooldown
+        return min(lr, config.max_lr * to_go) if to_go < 1 else lr
+    # 3) with a cosine: down to a tenth at max_steps, and constant after that
     if step < config.warmup_steps:
         return lr
     if step >= config.max_steps:
@@ -524,8 +543,8 @@ class TokenLoader:
         self.world = world or World()
         self.vocab_size = get_encoding(shards.encoding).n_vocab
         lengths = np.array([len(tokens) for tokens in self.tokens])
-        self.windows_of = np.maximum(0, lengths - 1) // T  # per shard
-        self.n_windows = int(self.windows_of.sum())  # per epoch
+        self.windows_per_shard = np.maximum(0, lengths - 1) // T
+        self.n_windows = int(self.windows_per_shard.sum())  # in an epoch
         if self.n_windows == 0:
             raise InputError(
                 f"{shards.folder}: no shard of the {split} split has {T + 1} tokens, which one row of "
@@ -541,14 +560,14 @@ class TokenLoader:
     def locate(self, index: int) -> tuple[int, int]:
         """Window `index` of the run (epochs follow one another): its shard, and the offset where it
         starts."""
-        epoch, index = divmod(index, self.n_windows)
+        epoch, position = divmod(index, self.n_windows)
         shards = self.order(len(self.tokens), epoch)
-        ends = np.cumsum(self.windows_of[shards])  # windows up to the end of each shard, in this order
-        i = int(np.searchsorted(ends, index, side="right"))
+        ends = np.cumsum(self.windows_per_shard[shards])  # windows up to the end of each shard, in this order
+        i = int(np.searchsorted(ends, position, side="right"))
         shard = int(shards[i])
-        n = int(self.windows_of[shard])
+        n = int(self.windows_per_shard[shard])
         first = int(ends[i]) - n  # windows in the shards before
-        window = self.order(n, epoch, shard)[index - first]
+        window = self.order(n, epoch, shard)[position - first]
         return shard, int(window) * self.sequence_length
 
     def windows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -618,21 +637,22 @@ def estimate_val_loss(
             x, y = loader.windows(first, count)
             x, y = F.pad(x, (0, 0, 0, B - count)), F.pad(y, (0, 0, 0, B - count), value=-100)
             x, y = devices.to_device(world.device, x, y)
-            losses[i] = model(x, y).float() * count
+            losses[i] = model(x, y).float() * count  # the mean over the rows that count becomes their sum
     return world.sum(losses.cpu().double().sum()).item() / n_windows
-
-
-# -----------------------------------------------------------------------------
-# main
 
 
 def list_tensors(config: TrainConfig) -> str:
     """The state dictionary of the model that the flags describe, as a table."""
     if config.init_from:
         return tensor_table(GPT.from_pretrained(config.init_from).state_dict())
-    usual, record = "bytes" if config.demo else "gpt2", config.data_dir / "shards.json"
-    name = read_record(record)["encoding"] if record.is_file() else usual
+    name = "bytes" if config.demo else "gpt2"
+    if (record := config.data_dir / "shards.json").is_file():
+        name = read_record(record)["encoding"]
     return tensor_table(GPT(choose_model_config(config, get_encoding(name))).state_dict())
+
+
+# -----------------------------------------------------------------------------
+# main
 
 
 @faults_in_one_line()
@@ -652,80 +672,86 @@ def main(config: TrainConfig) -> None:
     encoding = get_encoding(shards.encoding)
     train_loader = TokenLoader(shards, "train", config, world)
     val_loader = TokenLoader(shards, "val", config, world)
-    items = world.from_main(lambda: items_for_training(config))
+    hellaswag_items = world.from_main(lambda: items_for_training(config))
     model_config = choose_model_config(config, encoding)
     dtype = devices.choose_dtype(config.dtype, device, model_config.n_embd)
     world.require_same(data=shards.fingerprint, dtype=str(dtype), shard=config.shard)
     micro_batch.check_batch(config, model_config, world)
     run = RunFolder(config, world, report.print)
     first_step = run.open(model_config, shards)  # 0, or where the run was interrupted
-    if 0 < first_step == config.max_steps:
+    if first_step == config.max_steps > 0:
         report.print(f"{config.log_dir} is finished: its model is {run.checkpoint}")
         world.disconnect()
         return world.exit(0)
     stop = StopSignals(world.is_main)
 
+    # Only the main process knows the checkpoint; it gives the others their weights below. With --shard, the
+    # others make a model without weights, and all functions of `sharding` do nothing without --shard.
+    torch.manual_seed(config.seed)
+    weights_from = run.checkpoint or config.init_from
+    with sharding.weights_on_main_only(config.shard, world):
+        raw_model = GPT.from_pretrained(weights_from, model_config) if weights_from else GPT(model_config)
+    raw_model.pad_vocabulary()
+
     # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
     # the same weights compiled and wrapped: training and validation, whose shapes are fixed, use that.
-    torch.manual_seed(config.seed)
-    start = run.checkpoint or config.init_from
-    with sharding.weights_on_main_only(config.shard, world):
-        raw_model = GPT.from_pretrained(start, model_config) if start else GPT(model_config)
-    raw_model.pad_vocabulary()
-    compiled, _ = devices.choose_compile(config.compile, device)
     model: Any = raw_model
+    use_compile, _ = devices.choose_compile(config.compile, device)
     if config.shard:  # each process keeps a share of the model
         raw_model = sharding.divide(raw_model, config, world, dtype)
-        model = sharding.ShardedModel(raw_model, compiled)
+        model = sharding.ShardedModel(raw_model, use_compile)
     else:
         raw_model.to(device)
-        if (
-            compiled
-        ):  # in one graph: gradients are exchanged once in a step, too seldom to break it for overlap
+        if use_compile:
+            # By default the graph is cut where DDP exchanges gradients; once a step is too seldom for that.
             torch._dynamo.config.optimize_ddp = False
             model = torch.compile(raw_model, dynamic=False)
-        if W > 1:  # each process has a copy, with the main process's weights
+        if W > 1:  # each process keeps a copy of the model
             gpu = [device.index] if device.type == "cuda" else None
             model = DistributedDataParallel(model, device_ids=gpu, gradient_as_bucket_view=True)
     raw_model.recompute = config.recompute
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # lifts small gradients
+    # float16 loses small gradients; the scaler multiplies the loss to keep them, and does nothing otherwise.
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    fitted_before = run.fitted_before()
-    fit = micro_batch.find_micro_batch(model, config, world, autocast, report.print, first=fitted_before)
+    # Trial steps of this model find the largest micro-batch that fits, beginning with the one found before.
+    found_before = run.fitted_before()
+    fit = micro_batch.find_micro_batch(model, config, world, autocast, report.print, first=found_before)
     B, raw_model.loss_chunks = fit.rows, fit.loss_chunks
     grad_accum_steps = config.total_batch_size // (B * T * W)
     optimizer: Any = configure_optimizer(raw_model, config, world, dtype)
     fused = optimizer.defaults.get("fused")
     run.restore(optimizer, scaler)
-    report.start(run, raw_model, optimizer, fit, val_loader, n_items=len(items))
+    report.start(run, raw_model, optimizer, fit, val_loader, n_items=len(hellaswag_items))
 
     batches = train_loader.batches(first_step, B)
     x, y = next(batches)
     train_loss = val_loss = math.nan
     score = None
-    stopping = overdue = False
+    stop_requested = save_overdue = False
     for step in range(first_step, config.max_steps + 1):
         last_step = step == config.max_steps
-        if stopping and not last_step:
-            break
+        if stop_requested and not last_step:
+            break  # `step` steps are done; the end of this function saves them
 
         # ----------------------------- EVALUATION -----------------------------
         model.eval()
         if config.due(config.val_every, step):
-            val_loss = estimate_val_loss(model, val_loader, B, autocast, report.progress_of("validation"))
+            on_part = report.progress_of("validation")
+            val_loss = estimate_val_loss(model, val_loader, B, autocast, on_part)
             report.validation(step, val_loss)
-        if config.due(config.hellaswag_every, step) and items:
+        if config.due(config.hellaswag_every, step) and hellaswag_items:
+            on_part = report.progress_of("HellaSwag")
             with autocast:
-                score = evaluate(raw_model, items, encoding, world, on_part=report.progress_of("HellaSwag"))
+                score = score_hellaswag(raw_model, hellaswag_items, encoding, world, on_part=on_part)
             report.hellaswag(step, score)
         if config.due(config.sample_every, step):
             report.samples(step, sampling.write_samples(raw_model, encoding, autocast))
         if config.due(config.val_every, step):
-            run.draw()
-        save_is_due = config.due(config.checkpoint_every, step) or (config.checkpoint_every > 0 and overdue)
-        just_loaded = step == first_step and not last_step
-        if save_is_due and not just_loaded:
+            run.draw()  # with the score that was just measured
+        save_due = config.due(config.checkpoint_every, step) or (config.checkpoint_every > 0 and save_overdue)
+        nothing_new = step == first_step and not last_step
+        if save_due and not nothing_new:
             run.save(step, raw_model, optimizer, scaler, loss=train_loss, spent=report.spent)
         if last_step:
             break
@@ -737,16 +763,24 @@ def main(config: TrainConfig) -> None:
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             report.micro_step(step, micro_step, grad_accum_steps)
-            if W > 1:  # the processes average their gradients, but in the step's last backward pass only
+            if W > 1:
+                # The processes average their gradients in the step's last backward pass only. DDP reads this
+                # flag in the forward pass.
                 model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
             with autocast:
                 loss = model(x, y)
             loss = loss / grad_accum_steps  # gradients add up over micro-steps, and the loss is a mean
             loss_sum += loss.detach()
-            x, y = next(batches)  # copied while a GPU is busy with the forward pass
+            x, y = next(batches)  # fetched now, while a GPU is busy with the forward pass
             scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
         norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+        lr = get_lr(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_ratio", 1.0)  # Muon's groups differ in their rate
+
+        # All that the host wants to know of this step is one tensor: the loss, whether any process got a
+        # signal or finds a save overdue, and the norm. Its copy begins here and is read after the update.
         stop_flag = loss_sum.new_full((), stop.received > 0)
         save_flag = loss_sum.new_full((), run.overdue())
         sums = torch.stack((loss_sum, stop_flag, save_flag))
@@ -754,35 +788,39 @@ def main(config: TrainConfig) -> None:
             dist.all_reduce(sums)
         values = torch.cat((sums / W, sharding.full_tensor(norm).view(1)))
         read_values = devices.copy_to_host(values)
-        lr = get_lr(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1.0)
+
+        # An update that is not finite is left out. This is scaler.step(optimizer) without its wait: a fused
+        # optimizer looks at found_inf on the device.
         finite = torch.isfinite(values).all()
         if fused:
-            optimizer.found_inf = 1 - finite.float()  # the device itself leaves out a step that is not finite
-        if fused or finite:  # for an optimizer that is not fused, the host waits here
+            optimizer.found_inf = 1 - finite.float()
             optimizer.step()
-        optimizer.zero_grad(set_to_none=W == 1)  # DDP's gradients are views of its buffers: they stay
-        train_loss, stopping, overdue, grad_norm = read_values()  # the step's only host-device sync
-        stopping, overdue = stopping > 0, overdue > 0  # set if any rank set it
+        elif finite:  # here the host waits
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=(W == 1))  # DDP's gradients are views of its buffers: they stay
+
+        # With a fused optimizer, this is the step's only host-device sync. A GPU is busy with the update.
+        train_loss, stop_requested, save_overdue, grad_norm = read_values()
+        stop_requested, save_overdue = stop_requested > 0, save_overdue > 0  # set if any rank set it
         check_finite(step, train_loss, grad_norm, scaler, world, own_loss=loss_sum)
         scaler.update()
-        # ----------------- everything that follows is diagnostics --------------
+        # ------------- the step is done; the rest of the loop reports it -------------
 
         report.step(step, train_loss, lr, grad_norm, time.perf_counter() - started)
 
-    stopped = step < config.max_steps
-    if stopped:
+    # -------------------------------- THE END ---------------------------------
+    stopped_early = step < config.max_steps
+    if stopped_early:
         run.save(step, raw_model, optimizer, scaler, loss=train_loss, spent=report.spent)
-    if stopped or config.checkpoint_every:
+    if stopped_early or config.checkpoint_every:
         run.wait_for_save(step)
     world.disconnect()
-    if stopped:
+    if stopped_early:
         report.close(f"stopped at step {step}, state saved; run the same command with --resume to continue")
-        world.exit(128 + (stop.received or signal.SIGTERM))
+        world.exit(128 + (stop.received or signal.SIGTERM))  # another process may have got the signal
     report.finish(step, val_loss, score)
     world.exit(0)
 
 
 if __name__ == "__main__":
-    cli.run_command(main, TrainConfig, default=preset(sys.argv))
+    cli.run_command(main, TrainConfig, default=choose_defaults(sys.argv))

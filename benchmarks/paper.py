@@ -17,7 +17,7 @@ from hellaswag import N_VALIDATION
 from support.machine.device import GB, HEAD_ROOM, peak_flops
 from support.machine.micro_batch import least_bytes
 from support.run.curves import draw_runs
-from train_gpt2 import PRESETS, GPTConfig, TrainConfig
+from train_gpt2 import MODEL_SHAPES, GPTConfig, TrainConfig
 
 import tyro
 
@@ -109,7 +109,7 @@ def table(drawing: float) -> str:
 def exchanges(card: float, recompute: bool, processes: int = 8) -> list[list[str]]:
     """gpt2-xl divided among cards of so many GB, in steps of the default recipe: for gradients divided in a
     step's last micro-step and in each, the rows that fit, and the GB that a process receives in a step."""
-    config, shape = TrainConfig(recompute=recompute), GPTConfig(**PRESETS["gpt2-xl"])
+    config, shape = TrainConfig(recompute=recompute), GPTConfig(**MODEL_SHAPES["gpt2-xl"])
     limit = (1 - HEAD_ROOM) * (card - 0.5) * GB  # the driver takes 0.5 GB
     whole = 4 * shape.n_parameters  # bytes of gradients in float32
     rest = shape.vocab_size * shape.n_embd  # about all parameters outside the blocks

@@ -109,4 +109,4 @@ if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in OPTIMIZERS:
         sys.exit(f"name a variant: {', '.join(OPTIMIZERS)}")
     variant = functools.partial(main, sys.argv.pop(1))
-    run_command(variant, train_gpt2.TrainConfig, default=train_gpt2.preset(sys.argv))
+    run_command(variant, train_gpt2.TrainConfig, default=train_gpt2.choose_defaults(sys.argv))

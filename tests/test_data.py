@@ -85,7 +85,7 @@ def test_unshuffled_on_one_process_is_the_tutorials_sequence(shards):
 def test_the_last_window_of_a_shard_has_a_token_after_it(tmp_path):
     """64 tokens hold 8 rows of 8 inputs, but the last one lacks its last target."""
     loader = train_loader(load_shards(make_shards(tmp_path, [50, 64, 65])), shuffle=False)
-    assert loader.windows_of.tolist() == [7, 8]
+    assert loader.windows_per_shard.tolist() == [7, 8]
     x, y = loader.windows(0, loader.n_windows)
     assert x.shape == y.shape == (15, T)
 

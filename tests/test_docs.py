@@ -62,7 +62,7 @@ def test_a_command_of_the_documentation_parses(page, script, rest):
     check_first_word(config, arguments, usual_flag)
     if "--help" in arguments or "--version" in arguments:
         return
-    options = {"default": train_gpt2.preset(arguments)} if script == "train_gpt2.py" else {}
+    options = {"default": train_gpt2.choose_defaults(arguments)} if script == "train_gpt2.py" else {}
     parse(config, options, arguments)
 
 

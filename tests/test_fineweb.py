@@ -343,6 +343,9 @@ def test_a_folder_is_read_but_not_the_shards_in_it(tmp_path):
     for damaged in ("[" * 100_000, before.replace('"source"', '"sauce"'), "", before[:-9], wrong_type):
         (out / "shards.json").write_text(damaged)
         assert "shards.json: damaged; remove it and the shards beside it" in refusal(out, *flags)
+    (out / "shards.json").unlink()
+    (out / "shards.partial.json").write_text(before.replace('"ends_at"', '"begins_at"', 1))
+    assert "shards.partial.json: damaged; remove it" in refusal(out, *flags)
 
 
 def test_a_full_disk_is_named_and_gone_on_from(tmp_path):
@@ -386,6 +389,14 @@ def test_bad_settings_get_one_line(tmp_path):
         assert message in refusal(tmp_path / "out", *flags)
 
 
+def test_the_same_files_in_another_order_are_another_input(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text(f"the text {name} " * 99)
+    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    make(tmp_path / "out", "--shard_size=700", "--input", *files)
+    assert "files differ in" in refusal(tmp_path / "out", "--shard_size=700", "--input", *reversed(files))
+
+
 def test_text_in_the_output_folder_alone_is_no_input(tmp_path):
     """...and does not mean FineWeb-Edu either: nothing is downloaded."""
     (tmp_path / "x.txt").write_text("a word " * 1000)
@@ -424,6 +435,22 @@ def test_the_systems_errors_are_not_damage(tmp_path, monkeypatch, capsys):
         done = make(tmp_path / "out", *flags, check=False)
         assert (done.returncode, done.stderr) == (1, "error: x: Too many open files\n")
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_the_disk_that_a_job_needs(tmp_path, monkeypatch):
+    """By hand: 10 GB of parquet files hold 16 GB of text; a token of a byte takes two; the two largest
+    downloads take 7 GB."""
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Mock(free=10**12))
+    files = [File(f"{i}.parquet", size * 10**9) for i, size in enumerate((3, 1, 4, 2))]
+    for flags, n_tokens, expected in (
+        ({}, 0, "about 16,000,000,000 tokens in 160 shards; needs up to 39.0 GB of disk space (two down"),
+        ({}, 6 * 10**9, "160 shards; needs up to 27.0 GB"),
+        ({"keep_downloads": True}, 0, "needs up to 42.0 GB of disk space (all downloads and the shards)"),
+        ({"max_tokens": 10**9}, 0, "about 1,000,000,000 tokens in 10 shards; needs up to 9.0 GB"),
+        ({"encoding": "gpt2"}, 0, "about 3,636,363,636 tokens in 37 shards; needs up to 14.3 GB"),
+    ):
+        config = fineweb.ShardConfig(**{"encoding": "bytes", "output_dir": tmp_path, **flags})
+        assert expected in fineweb.size_of_job(config, files, n_tokens)
 
 
 def test_shards_made_elsewhere_are_not_written_over(tmp_path):
@@ -475,9 +502,12 @@ def test_killed_after_every_shard_it_ends_the_same(tmp_path):
     assert kills > 3
     (out / ".lock").unlink()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
-    # a finished job that lost a shard goes on there, too
+    # a finished job that lost a shard goes on there, too, but not with other settings or another input
     (out / "edufineweb_train_000002.npy").unlink()
     assert "max_tokens was None, is 20000" in refusal(out, *command, "--max_tokens=20000")
+    (tmp_path / "y.txt").touch()
+    other = refusal(out, "--shard_size=16000", "--input", tmp_path / "x.jsonl", tmp_path / "y.txt")
+    assert "made with other settings: files differ in ['y.txt', 0]; choose" in other
     assert "resuming after 2 finished shards" in make(out, *command).stdout
     (out / ".lock").unlink()
     assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
@@ -606,8 +636,9 @@ def test_off_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch):
     started, clock = time.monotonic(), time.monotonic
     monkeypatch.setattr("time.monotonic", lambda: started + 10_000 * (clock() - started))
     done = make(tmp_path / "out", f"--input={tmp_path}/x.jsonl", "--shard_size=100000")
-    line = r"[\d.]+k of about [\d.]+k tokens \| \S+ tokens/s \| \d+:\d+ left, shard \d, x.jsonl"
-    assert re.search(line, done.stdout)
+    line = r"[\d.]+k of about (\d+)k tokens \| \S+ tokens/s \| \d+:\d+ left, shard \d, x.jsonl"
+    totals = re.findall(line, done.stdout)
+    assert int(totals[-1]) == pytest.approx(700, rel=0.1)
     assert "\r" not in done.stderr
 
 

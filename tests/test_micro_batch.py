@@ -218,7 +218,7 @@ def test_a_model_that_can_not_fit_is_refused_before_it_is_made(tmp_path, text_sh
     assert "has 8.00 GB for it" in done.stderr
     assert not (tmp_path / "log").exists()
     with pytest.raises(InputError, match=r"1,557,611,200 parameters needs 23.21 GB .* 5.80 GB each"):
-        check_memory(TrainConfig(memory_limit_gb=20), GPTConfig(**train_gpt2.PRESETS["gpt2-xl"]), CPU)
+        check_memory(TrainConfig(memory_limit_gb=20), GPTConfig(**train_gpt2.MODEL_SHAPES["gpt2-xl"]), CPU)
 
 
 # ------------------------------------------------------------------ compilation

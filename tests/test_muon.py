@@ -8,7 +8,7 @@ from conftest import CPU, TINY, call
 from support.machine.processes import World
 from support.model import muon
 from support.model.muon import Muon, muon_groups, orthogonalize
-from train_gpt2 import DEMO, FAST, GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr, preset
+from train_gpt2 import DEMO, FAST, GPT, GPTConfig, TrainConfig, choose_defaults, configure_optimizer, get_lr
 
 import pytest
 import torch
@@ -210,10 +210,14 @@ def test_a_trapezoid_too_short_for_its_warm_up_is_a_triangle():
 
 
 def test_presets_choose_the_recipe_and_flags_override_it(text_shards, tmp_path):
-    assert preset(["train_gpt2.py", "--resume"]) == TrainConfig()
-    assert preset(["train_gpt2.py", "--recipe", "fast"]) == preset(["train_gpt2.py", "--recipe=fast"]) == FAST
-    assert preset(["train_gpt2.py", "--demo"]) == DEMO
-    slow = preset(["train_gpt2.py", "--demo", "--recipe", "tutorial"])
+    assert choose_defaults(["train_gpt2.py", "--resume"]) == TrainConfig()
+    assert (
+        choose_defaults(["train_gpt2.py", "--recipe", "fast"])
+        == choose_defaults(["train_gpt2.py", "--recipe=fast"])
+        == FAST
+    )
+    assert choose_defaults(["train_gpt2.py", "--demo"]) == DEMO
+    slow = choose_defaults(["train_gpt2.py", "--demo", "--recipe", "tutorial"])
     assert (slow.recipe, slow.optimizer, slow.schedule, slow.model) == ("tutorial", "adamw", "cosine", "demo")
     changed = {name for name in vars(FAST) if getattr(FAST, name) != getattr(TrainConfig(), name)}
     assert changed == {"recipe", "optimizer", "schedule", "max_lr", "warmup_steps", "max_steps"}

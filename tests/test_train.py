@@ -23,11 +23,11 @@ from train_gpt2 import (
     GPTConfig,
     TokenLoader,
     TrainConfig,
+    choose_defaults,
     choose_model_config,
     configure_optimizer,
     estimate_val_loss,
     get_lr,
-    preset,
 )
 
 import numpy as np
@@ -414,7 +414,9 @@ def test_the_state_dictionary_has_the_vocabulary_of_the_data(text_shards):
 
 
 def test_a_model_can_be_named_beside_the_demo():
-    assert choose_model_config(preset(["train_gpt2.py", "--demo"]), get_encoding("bytes")).n_layer == 2
+    assert (
+        choose_model_config(choose_defaults(["train_gpt2.py", "--demo"]), get_encoding("bytes")).n_layer == 2
+    )
     named = replace(DEMO, model="gpt2-medium")
     assert choose_model_config(named, get_encoding("bytes")).n_layer == 24
     assert choose_model_config(replace(named, n_layer=3), get_encoding("bytes")).n_layer == 3
