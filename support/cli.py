@@ -10,7 +10,7 @@ import re
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -25,8 +25,7 @@ import tyro
 class CommandError(Exception):
     """Ends a script with one line: the file or flag, what is wrong, what to do.
 
-    Under torchrun, an error that all processes meet is printed once per host. `this_process_only` marks an
-    error that only this process may have met, so it prints the line itself.
+    Under torchrun, one process of each host prints it; with `this_process_only`, the process that met it.
     """
 
     def __init__(self, message: str, this_process_only: bool = False):
@@ -47,6 +46,11 @@ def in_words(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return str(error) or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of what the error says: those of compilers and libraries go on for pages."""
+    return f"{type(error).__name__}: {error}".splitlines()[0][:150]
 
 
 # Numbers with bounds, for the fields of a script's flags. Any other number must be at least 0.
@@ -79,10 +83,8 @@ def run_command(
 ) -> None:
     """Parse the command line into `config` (a dataclass, or a union of them: subcommands) and call `main`.
 
-    --version prints the project's version; --help groups the flags under headings, taken from comments such
-    as "# -- the model" in the dataclass. Bad input ends with one line on standard error and exit status 2; a
-    fault while running (a full disk, no permission) with one line and status 1; Ctrl-C with 130. No user
-    error ends in a traceback.
+    Bad input ends with one line on standard error and exit status 2; a fault while running (a full disk, no
+    permission) with one line and status 1; Ctrl-C with 130. No user error ends in a traceback.
 
     Args:
         default: an instance whose values replace the dataclass's defaults.
@@ -99,7 +101,7 @@ def run_command(
     try:
         check_first_word(config, arguments, usual_flag)
         if {"-h", "--help"} & set(arguments):
-            print(help_of(config, options), end="")
+            print(help_of(config, options))
         else:
             main(parse(config, options))
         sys.stdout.flush()
@@ -117,19 +119,21 @@ def run_command(
 
 def parse(config: Any, options: dict[str, Any], arguments: list[str] | None = None) -> Any:
     """Parse the command line, or `arguments`, into an instance of `config`."""
+    markers = (tyro.conf.DisallowNone,)  # A default may be None; nobody types it.
     with registry:
-        return tyro.cli(config, args=arguments, use_underscores=True, **options)
+        return tyro.cli(config, args=arguments, use_underscores=True, config=markers, **options)
 
 
 def check_first_word(config: Any, arguments: list[str], usual_flag: str) -> None:
     """Raises InputError if the first word is neither a flag nor a subcommand."""
     commands = [command.__name__.lower() for command in get_args(config)]
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        word = arguments[0]
-        flags = {field.name for field in fields(config)} if is_dataclass(config) else set()
-        usual = usual_flag if usual_flag == "--help" else f"{usual_flag} {word}"
-        hint = f"--{word}" if word in flags else usual
-        raise InputError(f"{word!r} can't stand alone; did you mean {hint}?")
+    word = arguments[0] if arguments else "--"
+    if word.startswith("-") or word in commands:
+        return
+    hint = usual_flag if usual_flag == "--help" else f"{usual_flag} {word}"
+    if word in getattr(config, "__dataclass_fields__", ()):
+        hint = f"--{word}"
+    raise InputError(f"{word!r} can't stand alone; did you mean {hint}?")
 
 
 def whole_number(text: str) -> int:
@@ -159,23 +163,21 @@ def integers(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.Pri
 
 
 def help_of(config: Any, options: dict[str, Any]) -> str:
-    """tyro's --help with our headings; defaults of None are left out, since each flag explains its own."""
+    """tyro's --help, with --version and with the headings that stand in the dataclass as "# -- the model".
+    Defaults of None are left out, since each flag explains its own."""
     with contextlib.redirect_stdout(io.StringIO()) as text:
         try:
             parse(config, options)
         except SystemExit as end:
             if end.code:  # an error, not a request for help: `--prompt -h`
                 raise
-    source = "" if isinstance(config, types.UnionType) else inspect.getsource(config)
-    headings = {name: heading for heading, name in re.findall(r"# -- (.+)\n +(\w+):", source)}
-    help = re.sub(r"\{None\}\|(\w+)(?=  )", r"\1       ", text.getvalue()).replace("{None}|", "")
-    help = re.sub(r"\{None,([^}]*)\}(?=  )", r"{\1}     ", help).replace("{None,", "{")
+    help = text.getvalue().replace("""'"'"'""", "'")  # an apostrophe quoted for the shell
     help = re.sub(r"\s+\(default:(\s+None)?\s*\)", "", help)
     help = re.sub(r"  -h, --help( .* )show.*exit", r"\g<0>\n  --version \1show the version and exit", help)
-    help = help.replace("""'"'"'""", "'")  # an apostrophe quoted for the shell
-    for name, heading in headings.items():
-        help = re.sub(rf"^  --{name}\b", f"\n {heading}\n\\g<0>", help, flags=re.MULTILINE)
-    return re.sub(r" +$", "", help, flags=re.MULTILINE)
+    source = "" if isinstance(config, types.UnionType) else inspect.getsource(config)
+    for heading, flag in re.findall(r"# -- (.+)\n +(\w+):", source):
+        help = re.sub(rf"\n(?=  --{flag}\b)", f"\n\n {heading}\n", help)
+    return "\n".join(line.rstrip() for line in help.splitlines())
 
 
 # -----------------------------------------------------------------------------

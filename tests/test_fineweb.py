@@ -1,6 +1,7 @@
 """Text to shards, to the byte, through kills and a bad line."""
 
 import gzip
+import itertools
 import json
 import random
 import re
@@ -116,9 +117,10 @@ def test_a_shard_may_end_exactly_where_a_document_does(tmp_path):
     assert [len(shard) for shard in shards_in(tmp_path)] == [9, 9]
 
 
-def test_a_document_over_many_shards_is_continued_in_any_of_them(tmp_path):
-    """A job stopped after every single shard, in the middle of one long document, leaves the record of a job
-    never stopped."""
+def test_a_document_over_many_shards_is_continued_in_any_of_them(tmp_path, monkeypatch):
+    """A job stopped after every single shard, in the middle of one long document that is read in pieces,
+    leaves the record of a job never stopped."""
+    monkeypatch.setattr(documents, "PIECE", 20)
     texts = ["short", "a document over many shards " * 4, "the end"]
 
     class Stopped(Exception):
@@ -133,9 +135,9 @@ def test_a_document_over_many_shards_is_continued_in_any_of_them(tmp_path):
     record = new_record(get_encoding("bytes"), {}, {"shard_size": 10, "max_tokens": None})
     for _ in range(100):
         first = record["shards"][-1]["ends_at"]["document"] if record["shards"] else 0
-        stream = (Piece("texts", i, texts[i]) for i in range(first, len(texts)))
+        pieces = (cut_document("texts", i, texts[i]) for i in range(first, len(texts)))
         try:
-            write_shards(stream, ShardWriter(folder, record, stop))
+            write_shards(itertools.chain.from_iterable(pieces), ShardWriter(folder, record, stop))
             break
         except Stopped:
             record = read_record(folder / "shards.partial.json")
@@ -164,9 +166,13 @@ def test_what_was_read_before_is_not_read_again(kind, tmp_path):
         pyarrow.parquet.write_table(pyarrow.table({"text": rows}), path, row_group_size=2)
     else:
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    size = path.stat().st_size
     for first in range(7):
-        pieces = documents.read_documents(File(path.name, 1), path, "text", first)
+        pieces = list(documents.read_documents(File(path.name, size), path, "text", first))
         assert [(p.document, p.text) for p in pieces] == [(i, rows[i]) for i in range(first, 6)]
+        positions = [piece.position for piece in pieces]
+        assert positions == sorted(positions)
+        assert positions[-1:] in ([size], [])
 
 
 def test_the_characters_of_the_special_token_among_plain_documents(tmp_path):
@@ -637,9 +643,14 @@ def test_off_a_terminal_progress_is_plain_lines(tmp_path, monkeypatch):
     monkeypatch.setattr("time.monotonic", lambda: started + 10_000 * (clock() - started))
     done = make(tmp_path / "out", f"--input={tmp_path}/x.jsonl", "--shard_size=100000")
     line = r"[\d.]+k of about (\d+)k tokens \| \S+ tokens/s \| \d+:\d+ left, shard \d, x.jsonl"
-    totals = re.findall(line, done.stdout)
-    assert int(totals[-1]) == pytest.approx(700, rel=0.1)
+    assert int(re.findall(line, done.stdout)[-1]) == pytest.approx(700, rel=0.1)
     assert "\r" not in done.stderr
+    # by hand: 10 tokens in half of the input, after 5 of an earlier job
+    files, record = [File("a", 100), File("b", 300)], {"tokens": 5, "shards": []}
+    for limit, total in ((None, 30), (25, 25)):
+        progress = fineweb.TokenProgress(files, limit, record)
+        progress.on_piece(10, Piece("b", 0, "", position=100))
+        assert progress.bar.total == total
 
 
 @pytest.mark.slow

@@ -116,7 +116,7 @@ def test_out_of_memory_leads_to_a_smaller_micro_batch_and_the_same_losses(
 ):
     flags = (*RUN, f"--data_dir={text_shards}")
     done = faulty(faults, *flags, f"--log_dir={tmp_path / 'small'}")
-    assert "a micro-batch of 8 rows: CUDA out of memory." in done.stdout
+    assert "a micro-batch of 8 rows: OutOfMemoryError: CUDA out of memory." in done.stdout
     assert f"micro-batches of {rows} rows" in done.stdout
     assert says in done.stdout
     call("train_gpt2.py", *flags, f"--log_dir={tmp_path / 'large'}", "--micro_batch_size=8")
@@ -147,7 +147,7 @@ def test_a_resumed_run_tries_first_what_fitted_before(tmp_path, text_shards):
     """8 rows are too many, 4 fit with the loss in chunks: the second time nothing else is tried."""
     flags = (*RUN, "--checkpoint_every=2", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}")
     first = faulty("oom=1:4 oom_step=3", *flags, check=False)
-    assert "a micro-batch of 8 rows: CUDA out of memory." in first.stdout
+    assert "a micro-batch of 8 rows: OutOfMemoryError: CUDA out of memory." in first.stdout
     again = faulty("oom=1:4", *flags, "--resume")
     assert "warm-up: trying a micro-batch of 4 rows" in again.stdout
     assert "out of memory" not in again.stdout.lower()
@@ -314,15 +314,28 @@ def test_what_is_trained_is_compiled_after_many_sizes_that_did_not_fit(compiler,
 
 
 def test_of_unlike_devices_the_smallest_decides(monkeypatch):
-    """What the other process found: fewer rows, the loss in chunks, a slower step."""
+    """In the other process two rows fit, with the loss in chunks; and its step is slower."""
+    model, said = GPT(replace(SMALL, n_layer=1)), []
 
     def from_all(_, own):
-        return [own, (2, 8, 9.0)] if isinstance(own, tuple) else [own, own]
+        if not isinstance(own, tuple):
+            return [own, own]
+        rows = tried[-1]
+        return [own, (9.0, None if rows <= 2 and model.loss_chunks > 1 else f"{rows} are too many")]
 
+    def step(model, rows, *others):
+        tried.append(rows)
+        return try_step(model, rows, *others)
+
+    tried = []
+    monkeypatch.setattr(micro_batch, "try_step", step)
     monkeypatch.setattr(World, "from_all", from_all)
-    model, config = GPT(replace(SMALL, n_layer=1)), TrainConfig(sequence_length=16, total_batch_size=64)
-    fit = find_micro_batch(model, config, CPU, FLOAT32, lambda _: None)
-    assert (fit.rows, fit.loss_chunks, fit.seconds) == (2, 8, 9.0)
+    fit = find_micro_batch(
+        model, TrainConfig(sequence_length=16, total_batch_size=64), CPU, FLOAT32, said.append
+    )
+    assert (fit.rows, fit.loss_chunks, fit.seconds) == (2, micro_batch.LOSS_CHUNKS, 9.0)
+    assert tried == [4, 2, 1, 4, 2]
+    assert "a micro-batch of 4 rows: 4 are too many" in said
 
 
 def test_training_goes_on_where_compilation_fails(compiler, monkeypatch, text_shards, tmp_path):

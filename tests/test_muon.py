@@ -162,13 +162,17 @@ def work(rank, world_size, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world_size
     )
-    counts, alone = [], muon.orthogonalize
+    counts, alone, gather = [], muon.orthogonalize, muon.all_gather
 
     def counted(matrices):
         counts.append(len(matrices))
         return alone(matrices)
 
-    muon.orthogonalize = counted
+    def gather_as_nccl(everything, own):
+        assert own.is_contiguous(), "NCCL: Tensors must be contiguous"
+        gather(everything, own)
+
+    muon.orthogonalize, muon.all_gather = counted, gather_as_nccl
     model = small_model()
     weights = train(model, configure_optimizer(model, CONFIG, World(rank, world_size, torch.device("cpu"))))
     torch.save(weights, folder / f"weights{rank}")

@@ -148,14 +148,13 @@ def test_a_trial_says_whether_packing_pays(plain, packed_too, to_pack, monkeypat
     """What a layer saves each time it is read, against what packing it takes; never a table."""
     linear, tried = torch.nn.Linear(8, 24), []
 
-    def seconds_for(work):
-        result = work()
-        tried.append(result)
-        if isinstance(result, PackedLinear):
-            return to_pack, result
-        return (packed_too if len(tried) % 2 else plain), result
+    def timeit(work, number):
+        tried.append(work())
+        if isinstance(tried[-1], PackedLinear):
+            return to_pack
+        return packed_too if len(tried) % 2 else plain
 
-    monkeypatch.setattr(packed, "seconds_for", seconds_for)
+    monkeypatch.setattr(packed, "timeit", timeit)
     assert packing_pays(linear, 3, 200) == (plain > packed_too)
     assert {result.shape for result in tried[1:]} == {(3, 24)}
     tried.clear()
@@ -163,7 +162,7 @@ def test_a_trial_says_whether_packing_pays(plain, packed_too, to_pack, monkeypat
 
 
 def test_what_can_not_be_packed(monkeypatch):
-    monkeypatch.setattr(packed, "seconds_for", lambda _: pytest.fail("not to be tried"))
+    monkeypatch.setattr(packed, "timeit", lambda _: pytest.fail("not to be tried"))
     linear = torch.nn.Linear(8, 24)
     assert not packing_pays(linear.bfloat16(), 1, 10**9)
     assert not packing_pays(torch.nn.Linear(8, 24, device="meta"), 1, 10**9)
@@ -198,7 +197,8 @@ def test_a_model_that_is_elsewhere_is_pointed_out(model_folder, tmp_path, monkey
     Path("log/empty/log.txt").touch()
     Path("README").touch()
     for name, message in (
-        ("log", "log is not a model; did you mean log/demo?"),
+        ("log", "log is not a model: it has no config.json; did you mean log/demo?"),
+        ("log/dmo", "there is no folder log/dmo; did you mean log/demo?"),
         ("log/empty", "log/empty is a run without a checkpoint"),
         ("README", "README is a file"),
     ):

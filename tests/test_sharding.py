@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 from conftest import CPU, ROOT, TINY, call, run, torchrun
 from support.cli import InputError
 from support.files import sha256
 from support.machine import micro_batch, sharding
-from support.machine.micro_batch import check_memory
+from support.machine.micro_batch import Trials, check_memory, least_bytes, most_rows
 from support.machine.processes import World
 from support.model.huggingface import list_checkpoints
 from support.run.curves import read_log
@@ -171,16 +172,17 @@ def test_the_micro_batch_is_computed(monkeypatch):
     xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
     world = Hosts(0, 8, torch.device("cuda"))
     object.__setattr__(world, "local", [8] * 8)
+    trials = Trials(None, SimpleNamespace(config=xl), config, world, None, print=print, compiled=False)
+    sizes = [16, 8, 4, 2, 1]
     for gigabytes, fit in ((80, (16, 1)), (24, (4, 1)), (16, (2, 1))):
-        monkeypatch.setattr(micro_batch, "smallest_limit", lambda *_, size=gigabytes: size * 2**30)
-        found = micro_batch.computed_fit(xl, config, world)
-        assert (found.rows, found.loss_chunks) == fit
+        monkeypatch.setattr(World, "memory_limit", lambda *_, size=gigabytes: size * 2**30)
+        assert most_rows(sizes, trials.should_fit, 8) == fit
         rows, chunks = fit
-        needed = micro_batch.least_bytes(config, xl, rows, chunks, 8) / 2**30
+        needed = least_bytes(config, xl, rows, chunks, 8) / 2**30
         assert needed < 0.93 * gigabytes
-    monkeypatch.setattr(micro_batch, "smallest_limit", lambda *_: 6 * 2**30)
+    monkeypatch.setattr(World, "memory_limit", lambda *_: 6 * 2**30)
     with pytest.raises(InputError, match="out of memory with a micro-batch of 1 row"):
-        micro_batch.computed_fit(xl, config, world)
+        most_rows(sizes, trials.should_fit, 8)
 
 
 @pytest.mark.slow
@@ -338,13 +340,12 @@ def test_what_cannot_fit_says_what_would(monkeypatch):
     xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
     with pytest.raises(InputError, match=r"GB for it: choose a smaller --model$"):
         check_memory(TrainConfig(memory_limit_gb=22.0), xl, CPU)
-    monkeypatch.setattr(micro_batch, "memory_limit", lambda *_: 22.0 * 2**30)
+    monkeypatch.setattr(World, "memory_limit", lambda *_: 22.0 * 2**30)
     monkeypatch.setattr(micro_batch, "device_name", lambda _: "a card")
     with pytest.raises(InputError, match=r"divide it among 3 such devices: torchrun --nproc_per_node=3"):
         check_memory(TrainConfig(memory_limit_gb=22.0), xl, World(0, 1, torch.device("cuda")))
     eight = Hosts(0, 8, torch.device("cpu"))
     object.__setattr__(eight, "local", [8] * 8)
-    monkeypatch.setattr(micro_batch, "smallest_limit", lambda *_: 22.0 * 2**30)
     assert "2.90 GB for weights" in check_memory(CONFIG, xl, eight)
 
 

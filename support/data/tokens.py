@@ -60,9 +60,10 @@ def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[Encode
     """Each piece with its tokens and remarks. One call encodes all pieces if none is special: every call ends
     by waiting for the GIL, which would be too slow for each of so many documents."""
     texts = [piece.text for piece in pieces if piece.text and piece.begins and piece.ends]
-    if len(texts) == len(pieces) and not any(END_OF_TEXT in text for text in texts):
+    if len(texts) == len(pieces):
         joined = "".join(END_OF_TEXT + text for text in texts)
-        with contextlib.suppress(ValueError):  # encode_piece then mends the text, or says what is wrong
+        # a ValueError: tiktoken can't encode a text, or one has END_OF_TEXT in it and counts as two documents
+        with contextlib.suppress(ValueError):
             tokens = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(np.uint16)
             documents = np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[1:])
             return [(piece, tokens, set()) for piece, tokens in zip(pieces, documents, strict=True)]

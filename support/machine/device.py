@@ -18,7 +18,8 @@ from support.cli import InputError
 
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 
 GB = 2**30  # bytes, as GPU makers count
 HEAD_ROOM = 0.07  # share of memory kept free for fragmentation, communication and evaluation
@@ -134,16 +135,10 @@ def prefer_fast_attention(device: torch.device) -> None:
     torch.backends.cuda.enable_cudnn_sdp(hopper_or_later)
 
 
-@contextlib.contextmanager
-def varying_shapes() -> Iterator[None]:
-    """Inside, attention does without cuDNN's kernel. cuDNN makes a new plan for every shape, and sampling and
-    scoring have hundreds of shapes."""
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    try:
-        yield
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+def varying_shapes() -> contextlib.AbstractContextManager[Any]:
+    """A context in which attention does without cuDNN's kernel. cuDNN makes a new plan for every shape, and
+    sampling and scoring have hundreds of shapes."""
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def attention_name(device: torch.device, dtype: torch.dtype, head_size: int) -> str:
@@ -193,13 +188,7 @@ def copy_to_host(values: torch.Tensor) -> Callable[[], list[Any]]:
 
 def to_host(value: Any) -> Any:
     """A copy in host memory of a tensor, or of all tensors in dictionaries, lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: to_host(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(map(to_host, value))
-    return value
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
 # -----------------------------------------------------------------------------
@@ -212,9 +201,8 @@ def keep_freed_memory() -> None:
     mallopt(3): no mmap, no trimming."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        M_MMAP_MAX, M_TRIM_THRESHOLD = -4, -1
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, -1)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
@@ -226,8 +214,7 @@ def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
     elif hasattr(os, "sysconf"):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # they share it
         size = 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
-    limits = [limit for limit in (size, limit_gb and limit_gb * GB) if limit]
-    return min(limits, default=None)
+    return min((limit for limit in (size, limit_gb and limit_gb * GB) if limit), default=None)
 
 
 def free_host_memory(root: Path = Path("/")) -> int:
@@ -251,17 +238,18 @@ def free_host_memory(root: Path = Path("/")) -> int:
 
 
 @contextlib.contextmanager
-def head_room(device: torch.device, limit: float | None, limit_gb: float | None) -> Iterator[None]:
-    """Inside, cap a GPU's memory slightly below `limit` bytes; then restore all of it, or `limit_gb`."""
-    if device.type != "cuda" or limit is None:
+def head_room(device: torch.device, limit_gb: float | None) -> Iterator[None]:
+    """Inside, cap a GPU's memory slightly below its `memory_limit`; then restore all of it, or `limit_gb`."""
+    if device.type != "cuda":
         yield
         return
     total = torch.cuda.get_device_properties(device).total_memory
+    limit = memory_limit(device, limit_gb) or total
     torch.cuda.set_per_process_memory_fraction((1 - HEAD_ROOM) * limit / total, device)
     try:
         yield
     finally:
-        allowed = total if limit_gb is None else min(total, limit_gb * GB)
+        allowed = min(total, limit_gb * GB) if limit_gb else total
         torch.cuda.set_per_process_memory_fraction(allowed / total, device)
 
 

@@ -8,18 +8,12 @@ import gc
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from support.cli import InputError, in_words, plural
-from support.machine.device import (
-    GB,
-    HEAD_ROOM,
-    device_name,
-    head_room,
-    is_out_of_memory,
-    memory_limit,
-    type_of,
-)
+from support.cli import InputError, first_line, plural
+from support.machine import device as devices
+from support.machine.device import GB, HEAD_ROOM, device_name, head_room, is_out_of_memory, type_of
 from support.machine.processes import World
 from support.machine.sharding import ShardedModel, count_shards
 
@@ -39,10 +33,10 @@ class Fit(NamedTuple):
     """What the search found."""
 
     rows: int  # per micro-batch and process
-    loss_chunks: int = 1
-    seconds: float | None = None  # per micro-step; None if nothing was tried
-    compiler_fault: str | None = None  # why training goes on without the compiler
-    memory: str = ""  # what the model needs, in words
+    loss_chunks: int
+    seconds: float | None  # per micro-step; None if nothing was tried
+    compiler_fault: str | None  # why training goes on without the compiler
+    memory: str  # what the model needs, in words
 
 
 # -----------------------------------------------------------------------------
@@ -78,7 +72,8 @@ def micro_batch_sizes(config: "TrainConfig", model_config: "GPTConfig", world: W
             )
         return [config.micro_batch_size]
     sizes = [n for n in divisors if n * T <= type_of(world.device).most_tokens] or [1]
-    limit = None if world.device.type == "cuda" else memory_limit(world.device, config.memory_limit_gb)
+    on_gpu = world.device.type == "cuda"
+    limit = None if on_gpu else devices.memory_limit(world.device, config.memory_limit_gb)
     if limit is not None:
         # In float32, per position: three copies of the logits and 17 vectors of n_embd per layer. Doubled,
         # because the C library keeps freed memory.
@@ -91,30 +86,23 @@ def micro_batch_sizes(config: "TrainConfig", model_config: "GPTConfig", world: W
 def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World) -> str:
     """Describe the memory for weights, gradients and AdamW's moments. InputError if they alone can't fit."""
     shards = count_shards(config, world)
-    each = 4 * model_config.n_parameters / GB  # float32
-    own = 4 * each / shards
-    need = f"{own:.2f} GB for weights, gradients and the optimizer's two moments"
+    total = 4 * 4 * model_config.n_parameters  # bytes, in float32
+    own = total / shards
+    need = f"{own / GB:.2f} GB for weights, gradients and the optimizer's two moments"
     if shards > 1:
-        need += f", {4 * each:.2f} GB divided among {shards} processes"
-    limit = smallest_limit(config, world)
-    if limit is not None and own * GB > limit:
+        need += f", {total / GB:.2f} GB divided among {shards} processes"
+    limit = world.memory_limit(config.memory_limit_gb)
+    if limit is not None and own > limit:
         advice = "choose a smaller --model"
         if world.device.type != "cpu":  # on a CPU, dividing does not help: the processes share one memory
-            enough = math.ceil(4 * each * GB / (limit / 2))  # shards that leave half of the memory free
-            advice += (
-                f", or divide it among {enough} such devices: torchrun --nproc_per_node={enough} and --shard"
-            )
+            enough = math.ceil(total / (limit / 2))  # shards that leave half of the memory free
+            launch = f"torchrun --nproc_per_node={enough} and --shard"
+            advice += f", or divide it among {enough} such devices: {launch}"
         raise InputError(
-            f"a model of {model_config.n_parameters:,} parameters needs {need}, {each / shards:.2f} GB each; "
+            f"a model of {model_config.n_parameters:,} parameters needs {need}, {own / 4 / GB:.2f} GB each; "
             f"{device_name(world.device)} has {limit / GB:.2f} GB for it: {advice}"
         )
     return need
-
-
-def smallest_limit(config: "TrainConfig", world: World) -> float | None:
-    """The bytes that every process may use; None if no system reports any."""
-    limits = world.from_all(memory_limit(world.device, config.memory_limit_gb))
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def least_bytes(
@@ -135,6 +123,48 @@ def least_bytes(
 
 # -----------------------------------------------------------------------------
 # the search
+
+
+def find_micro_batch(
+    model: nn.Module,
+    config: "TrainConfig",
+    world: World,
+    autocast: torch.autocast,
+    print: Callable[[str], None],
+    first: tuple[int, int] | None = None,
+) -> Fit:
+    """The most rows that fit into the memory of every process.
+
+    If the compiler fails in one of the processes, all go on without it.
+
+    Args:
+        model: ready to be trained: compiled, wrapped. It stays as it is, but for `loss_chunks` of the GPT
+            inside, which the caller sets.
+        first: rows and chunks of the loss to try before all others.
+
+    Raises InputError if nothing fits.
+    """
+    started = time.perf_counter()
+    raw_model: Any = next(module for module in model.modules() if hasattr(type(module), "loss_chunks"))
+    compiled, _ = devices.choose_compile(config.compile, world.device)
+    trials = Trials(model, raw_model, config, world, autocast, print=print, compiled=compiled)
+    sizes = micro_batch_sizes(config, raw_model.config, world)
+    enough = max(1, ENOUGH_TOKENS // config.sequence_length)
+    sharded = isinstance(model, ShardedModel)
+    if sharded and compiled:
+        trials.stop_compiling_after(trials.try_a_block())
+    if len(sizes) == 1 and (sharded or (not compiled and world.device.type != "cuda")):
+        rows, chunks = sizes[0], 1  # nothing to search
+    elif sharded:  # no process can try without the others
+        rows, chunks = most_rows(sizes, trials.should_fit, enough)
+    else:
+        print(f"warm-up: trying a micro-batch of {plural(first[0] if first else sizes[0], 'row')}")
+        rows, chunks = most_rows(sizes, trials.fit, enough, first)
+        in_chunks = f", the loss in {chunks} chunks" if chunks > 1 else ""
+        seconds = time.perf_counter() - started
+        print(f"warm-up: {seconds:.1f} s, micro-batches of {plural(rows, 'row')}{in_chunks}")
+    memory = check_memory(config, raw_model.config, world)
+    return Fit(rows, chunks, trials.seconds, trials.compiler_fault, memory)
 
 
 def most_rows(
@@ -168,136 +198,83 @@ def most_rows(
     return rows, 1
 
 
-def find_micro_batch(
-    model: nn.Module,
-    config: "TrainConfig",
-    world: World,
-    autocast: torch.autocast,
-    print: Callable[[str], None],
-    first: tuple[int, int] | None = None,
-) -> Fit:
-    """The most rows that fit into the memory of every process.
+@dataclass
+class Trials:
+    """Steps on trial, in all processes together: what fails in one has failed in all."""
 
-    If the compiler fails in one of the processes, all go on without it.
+    model: nn.Module
+    raw_model: "GPT"
+    config: "TrainConfig"
+    world: World
+    autocast: torch.autocast
+    print: Callable[[str], None]
+    compiled: bool
+    compiler_fault: str | None = None
+    seconds: float | None = None  # of the last micro-step, in the slowest process
 
-    Args:
-        model: ready to be trained: compiled, wrapped. It stays as it is, but for `loss_chunks` of the GPT
-            inside, which the caller sets.
-        first: rows and chunks of the loss to try before all others.
+    def should_fit(self, rows: int, chunks: int, share: float = (1 - HEAD_ROOM) / CAUTION) -> bool:
+        """Whether what a step keeps fits into a share of each GPU; on other devices, the sizes are cautious."""
+        limit = self.world.memory_limit(self.config.memory_limit_gb)
+        if self.world.device.type != "cuda" or limit is None:
+            return True
+        shards = count_shards(self.config, self.world)
+        return least_bytes(self.config, self.raw_model.config, rows, chunks, shards) <= share * limit
 
-    Raises InputError if nothing fits.
-    """
-    started = time.perf_counter()
-    compiled, fault = is_compiled(model), None
-    if isinstance(model, ShardedModel):
-        fit = computed_fit(model.raw_model.config, config, world)
-        own_fault = try_a_block(model, config, world, autocast) if compiled else None
-        if fault := next(filter(None, world.from_all(own_fault)), None):
-            stop_compiling(fault, print)
-    else:
-        try:
-            fit = tried_fit(model, config, world, autocast, print, first=first, compiled=compiled)
-        except CompilerFault as error:
-            fault = str(error)
-            stop_compiling(fault, print)
-            fit = tried_fit(model, config, world, autocast, print, first=first, compiled=False)
-    if fit.seconds is not None:
-        print(
-            f"warm-up: {time.perf_counter() - started:.1f} s, micro-batches of {plural(fit.rows, 'row')}"
-            + (f", the loss in {fit.loss_chunks} chunks" if fit.loss_chunks > 1 else "")
-        )
-    memory = check_memory(config, unwrap(model).config, world)
-    return fit._replace(compiler_fault=fault, memory=memory)
-
-
-def stop_compiling(fault: str, print: Callable[[str], None]) -> None:
-    """From now on, compiled modules run as if they were not."""
-    print(f"torch.compile failed, training continues without it ({fault})")
-    torch.compiler.set_stance("force_eager")
-
-
-def unwrap(model: nn.Module) -> "GPT":
-    """The plain GPT inside."""
-    inside: Any = model
-    for wrapper in ("module", "_orig_mod", "raw_model"):  # DistributedDataParallel, torch.compile, sharded
-        inside = getattr(inside, wrapper, inside)
-    return inside
-
-
-def is_compiled(model: nn.Module) -> bool:
-    """Whether torch.compile has had this model, or its blocks."""
-    if isinstance(model, ShardedModel):
-        return model.compiled
-    return hasattr(getattr(model, "module", model), "_orig_mod")
-
-
-class CompilerFault(Exception):
-    """torch.compile failed in one of the processes."""
-
-
-def tried_fit(
-    model: nn.Module,
-    config: "TrainConfig",
-    world: World,
-    autocast: torch.autocast,
-    print: Callable[[str], None],
-    *,
-    first: tuple[int, int] | None,
-    compiled: bool,
-) -> Fit:
-    """The fit, by steps on trial.
-
-    In every process, raises InputError if nothing fits in one of them, or CompilerFault if the compiler fails
-    in one.
-    """
-    raw_model, device, T = unwrap(model), world.device, config.sequence_length
-    sizes = micro_batch_sizes(config, raw_model.config, world)
-    if len(sizes) == 1 and device.type != "cuda" and not compiled:
-        return Fit(sizes[0])  # nothing to search
-    limit = memory_limit(device, config.memory_limit_gb)
-    seconds = 0.0
-
-    def fits(rows: int, chunks: int) -> bool:
-        nonlocal seconds
-        surely_needed = least_bytes(config, raw_model.config, rows, chunks)
-        if device.type == "cuda" and limit is not None and surely_needed > limit:
+    def fit(self, rows: int, chunks: int) -> bool:
+        """Whether a step with these rows, and their loss in these chunks, fits into every memory."""
+        if not self.should_fit(rows, chunks, share=1.0):
             return False  # without compiling it first
-        reason = None
+        device = self.world.device
+        self.raw_model.loss_chunks = chunks
+        seconds, full, fault = 0.0, None, None
         try:
-            with head_room(device, limit, config.memory_limit_gb):
-                raw_model.loss_chunks = chunks
-                seconds = try_step(model, rows, T, autocast, device)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
+            with head_room(device, self.config.memory_limit_gb):
+                seconds = try_step(self.model, rows, self.config.sequence_length, self.autocast, device)
+        except Exception as error:
+            if is_out_of_memory(error):
+                full = first_line(error)
+            elif self.compiled:  # any compiler error; uncompiled, a real fault recurs
+                fault = first_line(error)
+            else:
                 raise
-            reason = in_words(error).splitlines()[0][:100]
         finally:
-            model.zero_grad(set_to_none=True)
-        if reason:
+            self.model.zero_grad(set_to_none=True)
+        if self.compiled and self.stop_compiling_after(fault):
+            return self.fit(rows, chunks)
+        all_seconds, all_full = zip(*self.world.from_all((seconds, full)), strict=True)
+        self.seconds = max(all_seconds)
+        if full := next(filter(None, all_full), None):
             in_chunks = ", loss in chunks" if chunks > 1 else ""
-            print(f"a micro-batch of {plural(rows, 'row')}{in_chunks}: {reason}")
-            free_memory(device)
-            if compiled:
+            self.print(f"a micro-batch of {plural(rows, 'row')}{in_chunks}: {full}")
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+            if self.compiled:
                 torch.compiler.reset()  # a function is compiled for a limited number of shapes
-        return reason is None
+        return full is None
 
-    print(f"warm-up: trying a micro-batch of {plural(first[0] if first else sizes[0], 'row')}")
-    found = 0, 0
-    own_fault: InputError | CompilerFault | None = None
-    try:
-        found = most_rows(sizes, fits, max(1, ENOUGH_TOKENS // T), first)
-    except InputError as error:
-        own_fault = error
-    except Exception as error:  # any compiler error; uncompiled, a real fault recurs
-        if not compiled:
-            raise
-        own_fault = CompilerFault(fault_line(error))
-    faults = [fault for fault in world.from_all(own_fault) if fault]
-    if faults:  # raised in every process, so that none waits for another; bad input first
-        raise min(faults, key=lambda fault: not isinstance(fault, InputError))
-    # If the GPUs differ, the smallest decides.
-    all_rows, all_chunks, all_seconds = zip(*world.from_all((*found, seconds)), strict=True)
-    return Fit(min(all_rows), max(all_chunks), max(all_seconds))
+    def try_a_block(self) -> str | None:
+        """Compile and run a block of a divided model in this process alone; returns the compiler's fault. In a
+        step, a process whose compiler fails would leave the others waiting."""
+        config = self.raw_model.config
+        with self.world.device:
+            block = type(self.raw_model.transformer.h[0])(config)  # FSDP's classes make plain blocks
+            x = torch.zeros(1, self.config.sequence_length, config.n_embd, requires_grad=True)
+        try:
+            with self.autocast:
+                torch.compile(block, dynamic=False)(x).sum().backward()
+        except Exception as error:  # whatever the compiler raises
+            return first_line(error)
+        return None
+
+    def stop_compiling_after(self, own_fault: str | None) -> bool:
+        """If the compiler has failed in one process, compiled modules run in all as if they were not."""
+        self.compiler_fault = next(filter(None, self.world.from_all(own_fault)), None)
+        if self.compiler_fault:
+            self.print(f"torch.compile failed, training continues without it ({self.compiler_fault})")
+            torch.compiler.set_stance("force_eager")
+            self.compiled = False
+        return not self.compiled
 
 
 def try_step(
@@ -308,9 +285,9 @@ def try_step(
     x, y = torch.zeros((2, rows, sequence_length), dtype=torch.int64, device=device)
     moments = [torch.zeros_like(parameter) for parameter in model.parameters() for _ in range(2)]
     seconds = 0.0
+    if isinstance(model, DistributedDataParallel):
+        model.require_backward_grad_sync = False  # each process tries for itself
     for _ in range(2):  # the second time, gradients are in memory
-        if isinstance(model, DistributedDataParallel):
-            model.require_backward_grad_sync = False  # each process tries for itself
         start = time.perf_counter()
         with autocast:
             loss = model(x, y)
@@ -323,48 +300,3 @@ def try_step(
     model.train()
     del moments
     return seconds
-
-
-def computed_fit(model_config: "GPTConfig", config: "TrainConfig", world: World) -> Fit:
-    """The fit of a divided model, whose processes can't try for themselves: by the sum of what a step keeps.
-    On a CPU, the sizes are cautious already."""
-    sizes = micro_batch_sizes(config, model_config, world)
-    limit, shards = smallest_limit(config, world), count_shards(config, world)
-
-    def fits(rows: int, chunks: int) -> bool:
-        if world.device.type != "cuda" or limit is None or len(sizes) == 1:
-            return True
-        needed = CAUTION * least_bytes(config, model_config, rows, chunks, shards)
-        return needed <= (1 - HEAD_ROOM) * limit
-
-    return Fit(*most_rows(sizes, fits, max(1, ENOUGH_TOKENS // config.sequence_length)))
-
-
-def try_a_block(
-    model: ShardedModel, config: "TrainConfig", world: World, autocast: torch.autocast
-) -> str | None:
-    """Compile one block of a divided model in this process alone, and run it; returns the compiler's fault,
-    if it has one. Within a step, a process whose compiler fails would leave the others waiting."""
-    model_config = model.raw_model.config
-    with torch.device("meta"):
-        block = model.division.block_type(model_config)
-    block = block.to_empty(device=world.device)
-    for parameter in block.parameters():
-        nn.init.zeros_(parameter)
-    x = torch.zeros(1, config.sequence_length, model_config.n_embd, device=world.device, requires_grad=True)
-    try:
-        with autocast:
-            torch.compile(block, dynamic=False)(x).sum().backward()
-    except Exception as error:  # whatever the compiler raises
-        return fault_line(error)
-    return None
-
-
-def fault_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
-
-
-def free_memory(device: torch.device) -> None:
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from support.cli import CommandError, InputError, RunFault
-from support.machine.device import choose_device, is_out_of_memory, keep_freed_memory, type_of
+from support.cli import CommandError, InputError, RunFault, first_line
+from support.machine.device import choose_device, is_out_of_memory, keep_freed_memory, memory_limit, type_of
 
 import torch
 import torch.distributed as dist
@@ -40,11 +40,11 @@ class World:
     @property
     def collective_device(self) -> torch.device:
         """The device for tensors exchanged between processes: the GPU for NCCL, the CPU for gloo."""
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
+        return self.device if self.device.type == "cuda" else CPU
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Call `make()` in the main process and return its result in every process; its CommandError, too, is
-        raised in every process."""
+        """The result of `make()` in the main process, in every process; a CommandError, too, is raised in
+        every process."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -63,6 +63,11 @@ class World:
         if self.size > 1:
             dist.all_gather_object(values, value)
         return values
+
+    def memory_limit(self, limit_gb: float | None) -> float | None:
+        """The bytes that every process may use, see `memory_limit`; None if no system reports any."""
+        limits = self.from_all(memory_limit(self.device, limit_gb))
+        return min((limit for limit in limits if limit), default=None)
 
     def require_same(self, **settings: object) -> None:
         """Raises InputError unless every process has the same settings."""
@@ -87,15 +92,14 @@ class World:
 
     def exit(self, status: int) -> None:
         """End this process with this exit status."""
-        if self.size == 1:
-            if status:
-                sys.exit(status)
-            return
-        # While Python shuts down, a thread of the process group may still be alive, and C++ then aborts a
-        # finished run. So with several processes, each exits at once.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        if self.size > 1:
+            # While Python shuts down, a thread of the process group may still be alive, and C++ then aborts
+            # a finished run. So with several processes, each exits at once.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        if status:
+            sys.exit(status)
 
 
 def start_processes(wanted: str, timeout_minutes: float) -> World:
@@ -103,10 +107,9 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
 
     Raises InputError if the device is not available.
     """
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-    )
+    rank = int(os.environ.get("RANK", 0))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
     device = choose_device(wanted)
     backend = type_of(device).backend
     if backend is None and world_size > 1:
@@ -142,21 +145,18 @@ def faults_in_one_line() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        first_line = (str(error).splitlines() or [""])[0]
+        said = first_line(error)
         if is_out_of_memory(error):
-            raise RunFault(
+            fault = (
                 "out of memory (another program may have taken it); the same command with --resume finds "
                 "the micro-batch that fits now, --micro_batch_size N sets one; the tokens of every step stay "
-                f"the same ({first_line[:150]})",
-                this_process_only=True,
-            ) from error
-        if not isinstance(error, dist.DistError) and "gloo" not in first_line.lower():
+                "the same"
+            )
+        elif isinstance(error, dist.DistError) or "gloo" in said.lower():
+            fault = "lost contact with another process, which died or was cut off; continue with --resume"
+        else:
             raise
-        raise RunFault(
-            "lost contact with another process, which died or was cut off; continue with --resume "
-            f"({first_line[:150]})",
-            this_process_only=True,
-        ) from error
+        raise RunFault(f"{fault} ({said})", this_process_only=True) from error
 
 
 def leave_terminal() -> None:

@@ -9,16 +9,15 @@ hosts, each has a copy (known as hybrid sharding, HSDP).
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from support.cli import InputError
-from support.machine.device import memory_limit
 from support.machine.processes import World
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
     # At run time they are imported where they are used: they take most of a second, and few runs need them.
@@ -49,54 +48,30 @@ def weights_on_main_only(shard: bool, world: World) -> contextlib.AbstractContex
     return torch.device("meta") if shard and not world.is_main else contextlib.nullcontext()
 
 
-@dataclass
-class Division:
-    """How a model is divided."""
-
-    blocks: list[nn.Module]  # gathered one at a time
-    model: nn.Module  # what is not in the blocks; it stays gathered for the whole of a micro-step
-    block_type: Callable[..., nn.Module]  # the class of a block before fully_shard replaced it
-    exchange_always: bool  # average gradients in every micro-step, not in a step's last only
-
-    @property
-    def modules(self) -> "list[FSDPModule]":
-        return [cast("FSDPModule", module) for module in (self.model, *self.blocks)]
-
-
-def division_of(model: object) -> Division | None:
-    """How the model is divided; None if it is not."""
-    return getattr(model, "division", None)
-
-
 class ShardedModel(nn.Module):
     """A divided GPT with the switch that DistributedDataParallel has."""
 
     def __init__(self, raw_model: "GPT", compiled: bool):
         super().__init__()
-        self.raw_model, self.compiled = raw_model, compiled
-        self.division = cast(Division, division_of(raw_model))
-        for block in self.division.blocks if compiled else ():
+        self.raw_model = raw_model
+        for block in raw_model.transformer.h if compiled else ():
             # Only what a block computes is compiled, not the hooks that gather its weights.
             block.forward = torch.compile(block.forward, dynamic=False)
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.raw_model(idx, targets)
 
-    @property
-    def require_backward_grad_sync(self) -> bool:
+    def set_sync(self, sync: bool) -> None:
         """Whether the backward pass averages the gradients among the processes.
 
         Without it, unsharded gradients are kept. Where they would take more than UNSHARDED_GRADIENTS of the
         memory, they are averaged and sharded in every micro-step, but within a host only.
         """
-        return self._sync
+        model: Any = self.raw_model
+        model.set_requires_gradient_sync(sync or model.gradients_are_large)
+        model.set_requires_all_reduce(sync)  # among the copies
 
-    @require_backward_grad_sync.setter
-    def require_backward_grad_sync(self, sync: bool) -> None:
-        self._sync = sync
-        root = cast("FSDPModule", self.raw_model)
-        root.set_requires_gradient_sync(sync or self.division.exchange_always)
-        root.set_requires_all_reduce(sync)  # among the copies
+    require_backward_grad_sync = property(fset=set_sync)
 
 
 def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.dtype) -> "GPT":
@@ -111,50 +86,47 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
     with torch.device("meta"):
-        model = type(unsharded)(unsharded.config).pad_vocabulary()
+        model: Any = type(unsharded)(unsharded.config).pad_vocabulary()
     # Several hosts have a copy each: the fast connections within a host carry the weights.
     shards = count_shards(config, world)
     sizes = {"shards": shards} if shards == world.size else {"copies": world.size // shards, "shards": shards}
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
     narrow = torch.bfloat16 if dtype == torch.bfloat16 else None
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
-    blocks = list(model.transformer.h)
-    block_type = type(blocks[0])
-    for block in blocks:
+    for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The rest, with wte and lm_head, which share their weight, stays gathered from forward to backward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     for method in ("hidden_states", "head"):
         register_fsdp_forward_method(model, method)
     model.to_empty(device=world.device)
+    limit = world.memory_limit(config.memory_limit_gb) or 0.0
     gradients = 4 * sum(p.numel() for p in model.parameters())
-    limits = world.from_all(memory_limit(world.device, config.memory_limit_gb))
-    smallest = min((limit for limit in limits if limit), default=0.0)
-    exchange_always = gradients > UNSHARDED_GRADIENTS * smallest
-    division = Division(blocks, model, block_type, exchange_always)
-    object.__setattr__(model, "division", division)  # not a submodule
-    weights = unsharded.state_dict() if world.is_main else None
+    model.gradients_are_large = gradients > UNSHARDED_GRADIENTS * limit
+    weights = unsharded.state_dict() if world.is_main else {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(shard_tensor(weights[name] if weights else None, parameter))
+            parameter.copy_(shard_tensor(weights.get(name), parameter))
     return model
 
 
+def divided_modules(model: nn.Module) -> "list[FSDPModule]":
+    """What is gathered, one at a time: the GPT without its blocks, then each block; empty if not divided."""
+    return [cast("FSDPModule", module) for module in model.modules() if hasattr(module, "unshard")]
+
+
 @contextlib.contextmanager
-def gathered(model: object) -> Iterator[None]:
+def gathered(model: nn.Module) -> Iterator[None]:
     """Inside, a divided model is unsharded in every process, which can use it without the others: to score
     and to sample, where each does something else. It is not compiled there."""
-    division = division_of(model)
-    if division is None:
-        yield
-        return
-    for module in division.modules:
+    modules = divided_modules(model)
+    for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    with torch.compiler.set_stance("force_eager"):
+    with torch.compiler.set_stance("force_eager") if modules else contextlib.nullcontext():
         yield
-    for module in division.modules:
-        module.set_reshard_after_forward(module in division.blocks, recurse=False)
+    for module in modules:
+        module.set_reshard_after_forward(module is not modules[0], recurse=False)
         module.reshard()
 
 
@@ -180,16 +152,14 @@ def shard_tensor(tensor: torch.Tensor | None, like: Any) -> torch.Tensor:
 
 
 def collect(value: Any, keep: bool) -> Any:
-    """A copy in host memory of a tensor, or of all tensors in dictionaries, lists and tuples, put together
-    one by one; every process has to call it. Only a process with `keep` keeps it; the others get None."""
-    if isinstance(value, torch.Tensor):
-        tensor = full_tensor(value.detach())
-        return tensor.to("cpu", copy=True) if keep else None
-    if isinstance(value, dict):
-        return {key: collect(item, keep) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(collect(item, keep) for item in value)
-    return value
+    """`to_host` of tensors that are sharded, put together one by one; every process has to call it. Only a
+    process with `keep` keeps them; the others get None."""
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor | None:
+        whole = full_tensor(tensor.detach())
+        return whole.to("cpu", copy=True) if keep else None
+
+    return tree_map_only(torch.Tensor, copy, value)
 
 
 def shard_states(
@@ -199,14 +169,11 @@ def shard_states(
     dictionary has it. Scalars, such as the number of steps, go to all as they are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     scalars = world.from_main(
-        lambda: [
-            {name: value if value.dim() == 0 else None for name, value in s.items()} for s in states.values()
-        ]
+        lambda: tree_map_only(torch.Tensor, lambda t: None if t.dim() else t, list(states.values()))
     )
-    for i, (parameter, scalars_of_one) in enumerate(zip(parameters, scalars, strict=True)):
-        for name, scalar in scalars_of_one.items():
-            if scalar is not None:
-                optimizer.state[parameter][name] = scalar.to(world.device)
-            else:
-                value = states[i][name] if world.is_main else None
-                optimizer.state[parameter][name] = shard_tensor(value, parameter)
+    for i, (parameter, state) in enumerate(zip(parameters, scalars, strict=True)):
+        for name, scalar in state.items():
+            whole = states[i][name] if world.is_main else None
+            optimizer.state[parameter][name] = (
+                shard_tensor(whole, parameter) if scalar is None else scalar.to(world.device)
+            )

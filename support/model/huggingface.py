@@ -8,10 +8,10 @@ The folder is GPT-2's, so a model whose code was changed into something else is 
 import difflib
 import functools
 import json
-import math
 import operator
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,32 +49,33 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
 
     Raises InputError if there is no such model, with a suggestion where possible.
     """
-    folder = Path(name_or_folder)
+    name, folder = str(name_or_folder), Path(name_or_folder)
     if folder.is_dir():
         if not (folder / "config.json").exists():
-            if checkpoints := list_checkpoints(folder):
-                folder = checkpoints[-1]
-            elif runs := [path for path in sorted(folder.iterdir()) if list_checkpoints(path)]:
-                raise InputError(f"{folder} is not a model; did you mean {' or '.join(map(str, runs[:3]))}?")
-            elif (folder / "log.txt").exists():
-                raise InputError(f"{folder} is a run without a checkpoint: there is no model in it")
-        for file in (folder / "config.json", folder / "model.safetensors"):
+            folder = [folder, *list_checkpoints(folder)][-1]
+        found = folder / "config.json", folder / "model.safetensors"
+        for file in found:
             if not file.exists():
-                raise InputError(f"{folder} is not a model: it has no {file.name}")
-        return folder / "config.json", folder / "model.safetensors"
-    name = str(name_or_folder)
-    if name.startswith((".", "/", "~", "log/")) or name.count("/") > 1:
-        similar = difflib.get_close_matches(name, map(str, Path("log").glob("*")), n=1)
-        hint = f"; did you mean {similar[0]}?" if similar else ""
-        raise InputError(f"there is no folder {name}{hint}")
+                is_run = (folder / "log.txt").exists()
+                what = "a run without a checkpoint" if is_run else f"not a model: it has no {file.name}"
+                raise InputError(f"{folder} is {what}{hint_at_runs(name, folder.iterdir())}")
+        return found
     if folder.exists():
         raise InputError(f"{name} is a file; a model is a folder, or a name on the Hub")
+    hint = hint_at_runs(name, [Path("log"), *Path("log").glob("*")])
+    if name.startswith((".", "/", "~", "log/")) or name.count("/") > 1:
+        raise InputError(f"there is no folder {name}{hint}")
     repository = f"openai-community/{name}" if name in OPENAI_MODELS else name
     if os.environ.get("RANK", "0") == "0":
         print(f"looking for {repository} on the Hugging Face Hub", file=sys.stderr)
-    runs = [run for run in (Path("log", name), Path("log"), Path("log/demo")) if list_checkpoints(run)]
-    hint = f"; did you mean {runs[0]}?" if runs else ""
     return model_files(repository, f"the model {name!r} (no folder here has that name{hint})")
+
+
+def hint_at_runs(name: str, folders: Iterable[Path]) -> str:
+    """Asks whether one of the folders with checkpoints was meant, those first that are called most alike."""
+    runs = [str(folder) for folder in folders if list_checkpoints(folder)]
+    closest = difflib.get_close_matches(name, runs, n=3, cutoff=0.0)
+    return f"; did you mean {' or '.join(closest)}?" if closest else ""
 
 
 def step_of(checkpoint: Path) -> int:
@@ -92,12 +93,10 @@ def read_sizes(config_file: Path) -> dict[str, Any]:
     does not describe a GPT-2."""
     try:
         stored = json.loads(config_file.read_text(encoding="utf-8"))
-        sizes = {
+        same = ("vocab_size", "n_layer", "n_head", "n_embd")
+        sizes = {name: operator.index(stored[name]) for name in same}
+        sizes |= {
             "block_size": operator.index(stored["n_positions"]),
-            "vocab_size": operator.index(stored["vocab_size"]),
-            "n_layer": operator.index(stored["n_layer"]),
-            "n_head": operator.index(stored["n_head"]),
-            "n_embd": operator.index(stored["n_embd"]),
             "encoding": stored.get("encoding", "gpt2"),
         }
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -153,50 +152,45 @@ def change_from_gpt2(model_class: type["GPT"], config_class: type["GPTConfig"]) 
         model = model_class(config).eval()
         for parameter in model.parameters():
             parameter.normal_(generator=generator)
-        weights = model.state_dict()
+        weights: dict[str, torch.Tensor] = dict(model.named_parameters())
+        unused = weights.copy()
         try:
-            expected, used = gpt2_logits(weights, config, idx)
+            expected = gpt2_logits(unused, config, idx)
         except KeyError as error:
             return f"it has no {error.args[0]}"
         except RuntimeError:
             return "its tensors have other shapes than GPT-2's"
         if weights["transformer.h.0.mlp.c_fc.weight"].size(0) != 4 * config.n_embd:
             return "its MLPs are not four times as wide as the residual stream"
-        if added := [name for name, _ in model.named_parameters() if name not in used]:
-            return f"it has {added[0]}, which GPT-2 has not"
+        if unused:
+            return f"it has {next(iter(unused))}, which GPT-2 has not"
         logits = model(idx)
     same = logits.shape == expected.shape and torch.allclose(logits, expected, rtol=1e-3, atol=1e-3)
     return None if same else "with the same weights, GPT-2 has other logits"
 
 
-def gpt2_logits(
-    weights: dict[str, torch.Tensor], config: "GPTConfig", idx: torch.Tensor
-) -> tuple[torch.Tensor, set[str]]:
-    """The logits of GPT-2 (GPT-2 paper, section 2.3), written out: (B, T) token ids to (B, T, vocab_size);
-    and the names of the weights that went into them. Raises KeyError with the name of a missing one."""
-    (B, T), C = idx.shape, config.n_embd
-    used = set()
+def gpt2_logits(weights: dict[str, torch.Tensor], config: "GPTConfig", idx: torch.Tensor) -> torch.Tensor:
+    """The logits of GPT-2 (GPT-2 paper, section 2.3), written out: (B, T) token ids to (B, T, vocab_size).
 
-    def take(name: str) -> torch.Tensor:
-        used.add(name)
-        return weights[name]
+    Takes out of `weights` what it uses; raises KeyError with the name of what is missing.
+    """
+    (B, T), C = idx.shape, config.n_embd
+    take = weights.pop
 
     def both(name: str) -> tuple[torch.Tensor, torch.Tensor]:
         return take(f"{name}.weight"), take(f"{name}.bias")
 
-    x = take("transformer.wte.weight")[idx] + take("transformer.wpe.weight")[:T]
+    wte = take("transformer.wte.weight")
+    x = wte[idx] + take("transformer.wpe.weight")[:T]
     for i in range(config.n_layer):
         block = f"transformer.h.{i}"
         qkv = F.linear(F.layer_norm(x, (C,), *both(f"{block}.ln_1")), *both(f"{block}.attn.c_attn"))
         q, k, v = (t.view(B, T, config.n_head, -1).transpose(1, 2) for t in qkv.split(C, dim=2))
-        scores = (q @ k.mT) / math.sqrt(q.size(-1))
-        future = torch.ones(T, T, dtype=torch.bool).triu(1)
-        y = scores.masked_fill(future, -math.inf).softmax(dim=-1) @ v
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + F.linear(y.transpose(1, 2).reshape(B, T, C), *both(f"{block}.attn.c_proj"))
         hidden = F.linear(F.layer_norm(x, (C,), *both(f"{block}.ln_2")), *both(f"{block}.mlp.c_fc"))
         x = x + F.linear(F.gelu(hidden, approximate="tanh"), *both(f"{block}.mlp.c_proj"))
-    x = F.layer_norm(x, (C,), *both("transformer.ln_f"))
-    return x @ take("transformer.wte.weight").t(), used
+    return F.layer_norm(x, (C,), *both("transformer.ln_f")) @ wte.t()
 
 
 def check_change(config_file: Path, change: str | None) -> None:
@@ -323,22 +317,21 @@ print(bytes(token for token in tokens if token < 256).decode(errors="replace"))
 
 
 def short_card(n_parameters: int, config: "GPTConfig", change: str | None) -> str:
-    """The card of a model of whose training nothing is known."""
-    name = model_name(n_parameters)
-    first = f"A GPT-2 of {n_parameters:,} parameters. Its training is not recorded here."
+    name, what = model_name(n_parameters), f"A GPT-2 of {n_parameters:,} parameters."
     if change:
-        name = f"Changed {name}"
-        first = f"A model of {n_parameters:,} parameters, not a GPT-2: {change}. {first.split('. ')[1]}"
-    parts = [
-        metadata(config.encoding, loadable=not change),
-        f"# {name}\n",
-        f"{first}\n",
-        "## How to use it\n",
-        how_to_use(config.encoding, config.block_size, change),
-        "## Limits\n",
-        limits(config.block_size),
-    ]
-    return "\n".join(parts)
+        name, what = f"Changed {name}", f"A model of {n_parameters:,} parameters, not a GPT-2: {change}."
+    return f"""\
+{metadata(config.encoding, loadable=not change)}
+# {name}
+
+{what} Its training is not recorded here.
+
+## How to use it
+
+{how_to_use(config.encoding, config.block_size, change)}
+## Limits
+
+{limits(config.block_size)}"""
 
 
 def metadata(encoding: str, loadable: bool = True, **known: Any) -> str:
@@ -364,12 +357,12 @@ def how_to_use(encoding: str, block_size: int, change: str | None = None) -> str
 
 
 def limits(block_size: int, epochs: float = 0) -> str:
-    lines = [
-        f"It continues text, and sees at most the last {block_size:,} tokens. It was not taught to follow "
-        "instructions.",
-        "It may write what is false, biased or offensive, as its training text may; nothing was done "
-        "against that.",
-    ]
+    text = (
+        f"- It continues text, and sees at most the last {block_size:,} tokens. It was not taught to follow "
+        "instructions.\n"
+        "- It may write what is false, biased or offensive, as its training text may; nothing was done "
+        "against that.\n"
+    )
     if epochs >= 1.5:
-        lines.append(f"It has read its training text {epochs:.1f} times, and may repeat parts word for word.")
-    return "".join(f"- {line}\n" for line in lines)
+        text += f"- It has read its training text {epochs:.1f} times, and may repeat parts word for word.\n"
+    return text

@@ -45,16 +45,10 @@ def chunked_cross_entropy(
         weight: the head's, (columns, n_embd); columns from `vocab_size` on only pad the vocabulary.
         targets: (N,) int64; -100 is ignored.
     """
-    compute = compute_in_chunks
+    compute = ChunkedCrossEntropy.apply
     if torch.compiler.is_compiling():  # the compiler would keep the logits of all chunks
         compute = torch.compiler.disable(compute)
     return compute(hidden, weight, targets, vocab_size, n_chunks)
-
-
-def compute_in_chunks(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, vocab_size: int, n_chunks: int
-) -> torch.Tensor:
-    return ChunkedCrossEntropy.apply(hidden, weight, targets, vocab_size, n_chunks)
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -82,13 +76,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         # float16 ends at 65,504: a frequent token's sum over a chunk must stay below
         shrink = 1 / 16 if dtype == torch.float16 else 1.0
-        grad_hidden = grad_weight = None
-        if any(ctx.needs_input_grad):
-            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-            ctx.gradients = grad_hidden, grad_weight, count * shrink
+        wanted = any(ctx.needs_input_grad)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight) if wanted else None
+        ctx.gradients = grad_hidden, grad_weight, count * shrink
+        chunks = zip(*(tensor.chunk(n_chunks) for tensor in (hidden, targets, grad_hidden)), strict=True)
         with torch.autocast(device, enabled=False):
-            for i, (h, t) in enumerate(zip(hidden.chunk(n_chunks), targets.chunk(n_chunks), strict=True)):
-                grad_h = None if grad_hidden is None else grad_hidden.chunk(n_chunks)[i]
+            for h, t, grad_h in chunks:
                 total += chunk_loss(h.to(dtype), w, t, shrink, grad_h=grad_h, grad_w=grad_weight)
         return total / count
 
@@ -104,7 +97,7 @@ def chunk_loss(
     w: torch.Tensor,
     targets: torch.Tensor,
     shrink: float,
-    grad_h: torch.Tensor | None,
+    grad_h: torch.Tensor,
     grad_w: torch.Tensor | None,
 ) -> torch.Tensor:
     """The summed cross-entropy from hidden states (N, n_embd) and the head's weight (vocab_size, n_embd).
@@ -112,7 +105,7 @@ def chunk_loss(
     logits = h @ w.t()
     pieces = zip(logits.split(FLOAT_ROWS), targets.split(FLOAT_ROWS), strict=True)
     total = torch.stack([to_gradient(rows, t, shrink) for rows, t in pieces]).sum()
-    if grad_h is not None and grad_w is not None:
+    if grad_w is not None:
         grad_h.copy_(logits @ w)
         blocks = grad_w[: len(w)].chunk(COLUMN_BLOCKS)
         for block, columns in zip(blocks, logits.chunk(COLUMN_BLOCKS, dim=1), strict=True):

@@ -40,7 +40,7 @@ def orthogonalize(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
         A = X @ X.mT
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)  # b A + c A A
         X = torch.baddbmm(X, B, X, beta=a)  # a X + B X
-    return X.mT if tall else X
+    return X.mT.contiguous() if tall else X  # NCCL's all-gather takes nothing else
 
 
 def muon_groups(model: nn.Module, weight_decay: float, adamw_lr_ratio: float) -> list[dict[str, Any]]:
@@ -68,9 +68,12 @@ class Muon(torch.optim.AdamW):
     """
 
     def __init__(
-        self, groups: list[dict[str, Any]], world: World | None = None,
-        dtype: torch.dtype = torch.float32, **options: Any,
-    ):  # fmt: skip
+        self,
+        groups: list[dict[str, Any]],
+        world: World | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
+    ):
         super().__init__(groups, **options)
         self.world = world
         self.dtype = dtype

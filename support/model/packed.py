@@ -1,15 +1,13 @@
 """Weights in the layout that a CPU's matrix library prefers, for the few rows of sampling and scoring."""
 
 import copy
-import time
-from collections.abc import Callable
+from timeit import timeit
 from typing import TypeVar
 
 import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
-T = TypeVar("T")
 NO_ACTIVATION: tuple[str, list[float], str] = ("none", [], "")
 
 
@@ -33,12 +31,12 @@ def pack_for_cpu(module: Module, names: tuple[str, ...] = ("c_attn", "c_proj", "
     """The same function, with PackedLinear for the linear layers of these names. Everything else is shared
     with the module, which stays as it is."""
     twin = copy.copy(module)
-    twin._modules = module._modules.copy()
-    for name, child in module._modules.items():
-        if name in names and isinstance(child, nn.Linear):
-            twin._modules[name] = PackedLinear(child)
-        elif child is not None:
-            twin._modules[name] = pack_for_cpu(child, names)
+    twin._modules = {
+        name: PackedLinear(child)
+        if name in names and isinstance(child, nn.Linear)
+        else child and pack_for_cpu(child, names)
+        for name, child in module._modules.items()
+    }
     return twin
 
 
@@ -52,15 +50,10 @@ def packing_pays(linear: nn.Linear, rows: int, times: int) -> bool:
     if not (on_cpu and can_pack and linear.weight.dtype == torch.float32):
         return False
     x = torch.ones(rows, linear.in_features)
-    seconds_to_pack, packed = seconds_for(lambda: PackedLinear(linear))
+    packed = PackedLinear(linear)
+    seconds_to_pack = timeit(lambda: PackedLinear(linear), number=1)
     plain = packed_too = float("inf")
     for _ in range(5):  # They take turns, so that a busy machine treats both alike.
-        plain = min(plain, seconds_for(lambda: linear(x))[0])
-        packed_too = min(packed_too, seconds_for(lambda: packed(x))[0])
+        plain = min(plain, timeit(lambda: linear(x), number=1))
+        packed_too = min(packed_too, timeit(lambda: packed(x), number=1))
     return (plain - packed_too) * times > seconds_to_pack
-
-
-def seconds_for(work: Callable[[], T]) -> tuple[float, T]:
-    start = time.perf_counter()
-    result = work()
-    return time.perf_counter() - start, result

@@ -6,11 +6,12 @@ The keys and values of what was read are kept in a cache, which scoring uses too
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from support.cli import first_line
 from support.machine.device import choose_compile, varying_shapes
-from support.machine.sharding import division_of, gathered
+from support.machine.sharding import divided_modules, gathered
 from support.model.packed import pack_for_cpu, packing_pays
 
 import tiktoken
@@ -134,7 +135,7 @@ def stream(
     length = min(tokens.size(1) + max_new_tokens, block_size)
     enough = length - tokens.size(1) >= COMPILE_FROM
     compiled, _ = choose_compile(compile and enough, idx.device)
-    if not division_of(model) and packing_pays(model.transformer.h[0].mlp.c_fc, len(idx), max_new_tokens):
+    if not divided_modules(model) and packing_pays(model.transformer.h[0].mlp.c_fc, len(idx), max_new_tokens):
         model = pack_for_cpu(model)
     caches, step = model.new_caches(length), None
     for n in range(max_new_tokens):
@@ -167,28 +168,21 @@ class CompiledStep:
         # filled by the device, because it would have to wait for a copy
         self.position = torch.full((1,), caches[0].n_read, device=caches[0].keys.device)
         self.caches: list[KVCache] = [FixedKVCache(cache, length, self.position) for cache in caches]
-        self.read: Callable[..., torch.Tensor] | None = None
+        for cache in self.caches:
+            for tensor in (cache.keys, cache.values):  # a graph writes only to addresses that it knows
+                torch._dynamo.mark_static_address(tensor, guard=False)
+        self.read = torch.compile(next_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def __call__(self, token: torch.Tensor) -> torch.Tensor:
         """(B, 1) int64 to (B, vocab_size) float32."""
         try:
-            self.read = self.read or self.compile()
             logits = self.read(self.model, token, self.caches)
         except Exception as error:  # any compiler error; uncompiled, a real fault recurs
-            if self.read is next_logits:
-                raise
-            fault = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:150]}"
-            print(f"torch.compile failed, sampling goes on without it ({fault})", file=sys.stderr)
-            self.read = next_logits
+            print(f"torch.compile failed, sampling goes on without it ({first_line(error)})", file=sys.stderr)
+            torch.compiler.set_stance("force_eager")
             logits = self.read(self.model, token, self.caches)
         self.position += 1
         return logits
-
-    def compile(self) -> Callable[..., torch.Tensor]:
-        for cache in self.caches:
-            for tensor in (cache.keys, cache.values):  # a graph writes only to addresses that it knows
-                torch._dynamo.mark_static_address(tensor, guard=False)
-        return torch.compile(next_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
 
 def choose_token(

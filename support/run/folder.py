@@ -82,9 +82,9 @@ class RunFolder:
         Raises InputError, in every process, if another process trains in the folder, or if it holds a run
         that is not to be resumed, has another recipe, or has only damaged checkpoints.
         """
-        self.recipe = self.config.mathematics() | asdict(model_config) | {"data": shards.fingerprint}
+        self.recipe = self.config.recipe_fields() | asdict(model_config) | {"data": shards.fingerprint}
         # A setting that a checkpoint does not mention yet had its default.
-        defaults = type(self.config)().mathematics() | asdict(type(model_config)())
+        defaults = type(self.config)().recipe_fields() | asdict(type(model_config)())
         self.first_step = self.world.from_main(lambda: self.open_here(defaults))
         return self.first_step
 

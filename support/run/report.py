@@ -113,8 +113,8 @@ def is_default_recipe(run: RunFolder, raw_model: "GPT") -> bool:
     """Whether a run's losses compare with published ones, given the same data: only the seed and the order
     of the data may differ."""
     config, shape = run.config, raw_model.config
-    values = config.mathematics() | asdict(shape)
-    defaults = type(config)().mathematics() | asdict(type(shape)())
+    values = config.recipe_fields() | asdict(shape)
+    defaults = type(config)().recipe_fields() | asdict(type(shape)())
     return all(values[name] == defaults[name] for name in values if name not in ("seed", "shuffle"))
 
 
