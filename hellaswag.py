@@ -26,7 +26,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from support.cli import CommandError, InputError, PositiveInt, check_numbers, run_command
+from support.cli import CommandError, InputError, PositiveInt, check_numbers, in_words, run_command
+from support.data.documents import json_lines
 from support.data.encodings import get_encoding
 from support.data.hub import hub_or_disk
 from support.machine.device import (
@@ -192,17 +193,11 @@ def load_items(file: Path | None = None, limit: int | None = None, flag: str = "
             rows = datasets.load_dataset(DATASET, split="validation")
         check_complete(rows)
         return spread([to_item(row, f"{DATASET}, item {n}") for n, row in enumerate(rows)], limit)
-    items = []
     try:
-        with open(file, encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    fields = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{file}, line {number}: not JSON") from error
-                items.append(to_item(fields, f"{file}, line {number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{flag} {file}: {getattr(error, 'strerror', None) or error}") from error
+        with open(file, "rb") as lines:
+            items = [to_item(fields, f"{file}, line {n + 1}") for n, fields in json_lines(lines)]
+    except OSError as error:
+        raise InputError(f"{flag} {in_words(error)}") from error
     if not items:
         raise InputError(f"{flag} {file}: the file is empty")
     return spread(items, limit)
