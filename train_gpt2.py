@@ -22,7 +22,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -104,7 +104,8 @@ ModelName = Literal["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl", "demo"]
 class TrainConfig:
     """Train GPT-2 on token shards. The defaults reproduce GPT-2 (124M) on FineWeb-Edu."""
 
-    # Each field is a flag. A number must be at least 0, unless its type says more.
+    # Each field is a flag. A number must be at least 0. The types of `cli` ask for more: PositiveInt,
+    # PositiveFloat, and Share, which is above 0 and at most 1.
 
     # -- the run
     demo: bool = False  # a small GPT on the text of Python's own documentation: minutes on a CPU
@@ -227,15 +228,18 @@ def choose_defaults(arguments: list[str]) -> TrainConfig:
 
 def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPTConfig:
     """The architecture that the flags ask for. InputError where they contradict --init_from or the data."""
-    flags = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    # A field of GPTConfig that is a flag too (n_layer, or one of yours) takes the flag's value, if it has one.
+    flags = {field.name: getattr(config, field.name, None) for field in fields(GPTConfig)}
     given = {name: value for name, value in flags.items() if value is not None}
+    shape = MODEL_SHAPES[config.model or "gpt2"]
     if config.init_from is None:
-        shape = {**MODEL_SHAPES[config.model or "gpt2"], **given}
-        return GPTConfig(config.sequence_length, encoding.n_vocab, encoding=encoding.name, **shape)
-    loaded = GPTConfig(**huggingface.read_sizes(huggingface.find_model(config.init_from)[0]))
-    if config.model is not None:
-        given = {**MODEL_SHAPES[config.model], **given}
-    for name, value in given.items():
+        return GPTConfig(
+            config.sequence_length, encoding.n_vocab, encoding=encoding.name, **{**shape, **given}
+        )
+    config_file, _ = huggingface.find_model(config.init_from)
+    loaded = GPTConfig(**huggingface.read_config(config_file, GPTConfig))
+    for name in shape:
+        value = flags[name] or (shape[name] if config.model else getattr(loaded, name))
         if value != getattr(loaded, name):
             flag = f"--{name} {value}" if flags[name] else f"--model {config.model}, {name} {value}"
             raise InputError(f"{flag}: --init_from {config.init_from} has {getattr(loaded, name)}")
@@ -250,7 +254,7 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
             f"--sequence_length {config.sequence_length} is longer than the block size of "
             f"--init_from {config.init_from}, {loaded.block_size}"
         )
-    return loaded
+    return replace(loaded, **given)
 
 
 # -----------------------------------------------------------------------------
@@ -421,7 +425,7 @@ class GPT(nn.Module):
         Raises InputError when there is no such model, it is not a GPT-2, or its tensors don't fit its config.
         """
         config_file, weights_file = huggingface.find_model(name_or_folder)
-        model = cls(config or GPTConfig(**huggingface.read_sizes(config_file)))
+        model = cls(config or GPTConfig(**huggingface.read_config(config_file, GPTConfig)))
         huggingface.check_change(config_file, model.change_from_gpt2())
         tensors = huggingface.read_tensors(weights_file)
         own = dict(model.named_parameters())  # the tied matrix comes once
@@ -449,7 +453,7 @@ class GPT(nn.Module):
     def change_from_gpt2(self) -> str | None:
         """What makes this another model than GPT-2, if you have changed the code above; None otherwise. A
         tiny model with random weights is compared with GPT-2's formulas."""
-        return huggingface.change_from_gpt2(GPT, GPTConfig)
+        return huggingface.change_from_gpt2(GPT, self.config)
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
         """Continue each row of `idx`, (B, T): returns (B, T + max_new_tokens) int64. Each new token is drawn
@@ -691,7 +695,7 @@ def main(config: TrainConfig) -> None:
     weights_from = run.checkpoint or config.init_from
     with sharding.weights_on_main_only(config.shard, world):
         raw_model = GPT.from_pretrained(weights_from, model_config) if weights_from else GPT(model_config)
-    raw_model.pad_vocabulary()
+    raw_model.pad_vocabulary()  # from here on, wte has rows that no token uses
 
     # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
     # the same weights compiled and wrapped: training and validation, whose shapes are fixed, use that.
@@ -729,10 +733,10 @@ def main(config: TrainConfig) -> None:
     train_loss = val_loss = math.nan
     score = None
     stop_requested = save_overdue = False
-    for step in range(first_step, config.max_steps + 1):
+    for step in range(first_step, config.max_steps + 1):  # `step` updates are done when its turn begins
         last_step = step == config.max_steps
         if stop_requested and not last_step:
-            break  # `step` steps are done; the end of this function saves them
+            break  # the end of this function saves
 
         # ----------------------------- EVALUATION -----------------------------
         model.eval()
@@ -750,16 +754,17 @@ def main(config: TrainConfig) -> None:
         if config.due(config.val_every, step):
             run.draw()  # with the score that was just measured
         save_due = config.due(config.checkpoint_every, step) or (config.checkpoint_every > 0 and save_overdue)
-        nothing_new = step == first_step and not last_step
+        nothing_new = step == first_step and not last_step  # a run of no steps is saved all the same
         if save_due and not nothing_new:
             run.save(step, raw_model, optimizer, scaler, loss=train_loss, spent=report.spent)
         if last_step:
             break
 
         # ------------------------------ TRAINING ------------------------------
-        stop.begin_steps(world)  # from the first step on, a signal waits for the end of a step
+        stop.begin_steps(world)  # acts once: from the first step on, a signal waits for the end of a step
         started = time.perf_counter()
         model.train()
+        world.seed(config.seed, step)  # what is random in a model, such as dropout, resumes like the tokens
         loss_sum = torch.zeros((), device=device)
         for micro_step in range(grad_accum_steps):
             report.micro_step(step, micro_step, grad_accum_steps)
@@ -789,17 +794,18 @@ def main(config: TrainConfig) -> None:
         values = torch.cat((sums / W, sharding.full_tensor(norm).view(1)))
         read_values = devices.copy_to_host(values)
 
-        # An update that is not finite is left out. This is scaler.step(optimizer) without its wait: a fused
-        # optimizer looks at found_inf on the device.
+        # An update that is not finite is left out. This is scaler.step(optimizer) without its wait: PyTorch's
+        # fused optimizers, and Muon, skip an update for which the tensor found_inf is 1.
         finite = torch.isfinite(values).all()
         if fused:
             optimizer.found_inf = 1 - finite.float()
             optimizer.step()
         elif finite:  # here the host waits
             optimizer.step()
-        optimizer.zero_grad(set_to_none=(W == 1))  # DDP's gradients are views of its buffers: they stay
+        optimizer.zero_grad(set_to_none=(W == 1))  # DDP's gradients are views of its buffers
 
-        # With a fused optimizer, this is the step's only host-device sync. A GPU is busy with the update.
+        # With a fused optimizer, this is the step's only host-device sync. A GPU is busy with the update, which
+        # counts in the time of the next step.
         train_loss, stop_requested, save_overdue, grad_norm = read_values()
         stop_requested, save_overdue = stop_requested > 0, save_overdue > 0  # set if any rank set it
         check_finite(step, train_loss, grad_norm, scaler, world, own_loss=loss_sum)

@@ -10,7 +10,6 @@ import re
 import sys
 import types
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -48,9 +47,9 @@ def in_words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def first_line(error: BaseException) -> str:
-    """The beginning of what the error says: those of compilers and libraries go on for pages."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:150]
+def brief(error: BaseException) -> str:
+    """The beginning of what the error says; a compiler's goes on for pages."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:150]
 
 
 # Numbers with bounds, for the fields of a script's flags. Any other number must be at least 0.
@@ -61,17 +60,16 @@ Share = Annotated[float, "positive", "at most 1"]
 
 def check_numbers(config: Any) -> None:
     """Raises InputError if a number in a dataclass is nan, or outside the bounds of its type."""
-    types = get_type_hints(type(config), include_extras=True)
-    for field in fields(config):
-        value, hint = getattr(config, field.name), types[field.name]
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        value = getattr(config, name)
         if not isinstance(value, int | float):
             continue
         bounds = {bound for part in (hint, *get_args(hint)) for bound in getattr(part, "__metadata__", ())}
         if not (value > 0 if "positive" in bounds else value >= 0):  # written so that nan fails too
             least = "more than" if "positive" in bounds else "at least"
-            raise InputError(f"--{field.name} {value}: must be {least} 0")
+            raise InputError(f"--{name} {value}: must be {least} 0")
         if value > 1 and "at most 1" in bounds:
-            raise InputError(f"--{field.name} {value}: must be at most 1")
+            raise InputError(f"--{name} {value}: must be at most 1")
 
 
 # -----------------------------------------------------------------------------

@@ -10,10 +10,13 @@ import sys
 import types
 
 from conftest import ROOT, TINY, call, run
+from support.cli import InputError
 from support.files import sha256
+from support.machine.processes import World
 from support.model.huggingface import list_checkpoints
 from support.run.curves import read_log, read_run
 from support.run.watch import Watcher
+from train_gpt2 import GPT
 
 import pytest
 import torch
@@ -155,8 +158,9 @@ def test_another_optimizer_leaves_a_step_that_is_not_finite_out(change, flags, t
 DROPOUT = (
     (
         '    encoding: str = "gpt2"  # what',
-        '    dropout: float = 0.3  # share of values set to zero\n    encoding: str = "gpt2"  # what',
+        '    dropout: float = 0.0  # share of values set to zero\n    encoding: str = "gpt2"  # what',
     ),
+    ("    seed: int = 1337", "    dropout: float = 0.0  # share of values set to zero\n    seed: int = 1337"),
     (
         "        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)\n",
         "        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)\n"
@@ -173,11 +177,11 @@ def test_dropout_works_in_training_alone(change, flags, tmp_path):
     """The training loss is another one; the validation loss is Hugging Face's, which has none; a resumed
     run has the same dropout, and goes on with the same bits."""
     script = change(*DROPOUT)
+    flags = (*flags, "--dropout=0.3")
     done = call(script, *flags)
     assert "not a GPT-2" not in done.stdout
     log = tmp_path / "log/log.txt"
-    plain = call("train_gpt2.py", *flags[:-1], f"--log_dir={tmp_path / 'plain'}")
-    assert plain.returncode == 0
+    call(script, *flags, "--dropout=0", f"--log_dir={tmp_path / 'plain'}")
     first = [read_log(folder / "log.txt")["train"][0][1] for folder in (tmp_path / "log", tmp_path / "plain")]
     assert abs(first[0] - first[1]) > 1e-4
     model = AutoModelForCausalLM.from_pretrained(list_checkpoints(tmp_path / "log")[-1])
@@ -186,6 +190,27 @@ def test_dropout_works_in_training_alone(change, flags, tmp_path):
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), shards[:, 1:].flatten()).item()
     assert read_log(log)["val"][-1][1] == pytest.approx(loss, abs=1e-4)
     assert resumes_to_the_same_bits(script, flags, tmp_path / "log")
+
+
+def test_masks_depend_on_seed_step_and_rank_alone(change, flags, tmp_path):
+    """The trial of micro-batches uses none of the random numbers up; a new start from the weights keeps the
+    flag; another value is refused by --resume."""
+    script = change(*DROPOUT)
+    told, found = tmp_path / "told", tmp_path / "found"
+    flags = (*flags, "--dropout=0.3", "--max_steps=3", "--sample_every=0")
+    call(script, *flags, f"--log_dir={found}")
+    call(script, *flags, f"--log_dir={told}", f"--micro_batch_size={read_run(found)['micro_batch_size']}")
+    assert (told / "log.txt").read_bytes() == (found / "log.txt").read_bytes()
+    call(script, *flags, f"--init_from={found}", f"--log_dir={tmp_path / 'tuned'}")
+    assert read_run(tmp_path / "tuned")["model_config"]["dropout"] == 0.3
+    done = call(script, *flags, f"--log_dir={found}", "--dropout=0.1", "--resume", check=False)
+    assert "dropout was 0.3, is 0.1" in done.stderr
+    numbers = []
+    for rank, step in ((0, 5), (1, 5), (0, 6), (0, 5)):
+        World(rank, 2).seed(1337, step)
+        numbers.append(torch.rand(()).item())
+    assert numbers[0] == numbers[3]
+    assert len(set(numbers)) == 3
 
 
 def load_validation(flags):
@@ -239,3 +264,31 @@ def test_any_other_model_is_noticed(old, new, reason):
     exec(compile(text.replace(old, new), "changed", "exec"), module.__dict__)
     model = module.GPT(module.GPTConfig(block_size=8, vocab_size=11, n_layer=1, n_head=1, n_embd=8))
     assert reason in model.change_from_gpt2()
+
+
+def test_a_field_of_the_model_travels_with_it(tmp_path):
+    """What changes the function by its value alone is noticed, too: saved with the weights, loaded with them
+    by the same code, and refused by the code that does not know it."""
+    text = (ROOT / "train_gpt2.py").read_text(encoding="utf-8")
+    for old, new in (
+        (
+            '    encoding: str = "gpt2"  # what',
+            '    relu: bool = False  # ReLU for GELU\n    encoding: str = "gpt2"  # what',
+        ),
+        ('nn.GELU(approximate="tanh")', 'nn.ReLU() if config.relu else nn.GELU(approximate="tanh")'),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    module = types.ModuleType("changed")
+    sys.modules["changed"] = module
+    exec(compile(text, "changed", "exec"), module.__dict__)
+    sizes = {"block_size": 8, "vocab_size": 257, "n_layer": 1, "n_head": 1, "n_embd": 8, "encoding": "bytes"}
+    assert module.GPT(module.GPTConfig(**sizes)).change_from_gpt2() is None
+    model = module.GPT(module.GPTConfig(**sizes, relu=True))
+    model.save_pretrained(tmp_path)
+    idx = torch.arange(8).view(1, 8)
+    loaded = module.GPT.from_pretrained(tmp_path)
+    assert loaded.config.relu
+    assert torch.equal(loaded(idx), model(idx))
+    with pytest.raises(InputError, match="with the same weights, GPT-2 has other logits; load it with the"):
+        GPT.from_pretrained(tmp_path)

@@ -52,6 +52,24 @@ def test_the_limit_of_memory(monkeypatch):
     keep_freed_memory()
 
 
+def test_a_trial_leaves_some_memory_of_a_gpu_free(monkeypatch):
+    """Of 80 GB, 60 are free and 10 are reserved by this process: the cap is 93% of 70, or of what is given."""
+    caps, cuda = [], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10 * 2**30)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * 2**30)
+    )
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: caps.append(share))
+    for limit_gb, expected in ((None, [0.93 * 70 / 80, 1.0]), (40.0, [0.93 * 40 / 80, 40 / 80])):
+        with device.head_room(cuda, limit_gb):
+            assert len(caps) == 1
+        assert caps == pytest.approx(expected)
+        caps.clear()
+    with device.head_room(CPU.device, 40.0):
+        assert not caps
+
+
 def test_free_host_memory_counts_every_limit(tmp_path):
     """Bytes, from meminfo in kB; the page cache of a control group can be taken too."""
     assert free_host_memory(tmp_path) == 0  # no Linux

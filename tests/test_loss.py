@@ -40,6 +40,15 @@ def test_the_loss_in_chunks_and_recomputed_blocks_have_the_plain_gradients(dtype
             assert (found[name] - gradient).norm() < tolerance * gradient.norm(), (name, chunks, recompute)
 
 
+def test_an_evaluation_in_chunks_makes_no_gradient(monkeypatch):
+    """The head's would be as large as the embedding."""
+    model, x = GPT(SMALL), torch.randint(0, 300, (2, 16))
+    model.loss_chunks = 4
+    monkeypatch.setattr(torch, "zeros_like", lambda *_: pytest.fail("a gradient"))
+    with torch.no_grad():
+        model(x, x)
+
+
 def test_chunks_stay_out_of_the_compiled_graph():
     """The compiler would keep the logits of all chunks at once."""
     torch._dynamo.reset()

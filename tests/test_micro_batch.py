@@ -1,12 +1,14 @@
 """The search for a micro-batch, the refusal of what cannot fit, and compilation."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import train_gpt2
 from conftest import CPU, SMALL, TINY, call, faulty
 from support.cli import InputError
 from support.machine import device, micro_batch
 from support.machine.micro_batch import (
+    Trials,
     check_memory,
     find_micro_batch,
     least_bytes,
@@ -336,6 +338,44 @@ def test_of_unlike_devices_the_smallest_decides(monkeypatch):
     assert (fit.rows, fit.loss_chunks, fit.seconds) == (2, micro_batch.LOSS_CHUNKS, 9.0)
     assert tried == [4, 2, 1, 4, 2]
     assert "a micro-batch of 4 rows: 4 are too many" in said
+
+
+def test_the_smallest_memory_counts(monkeypatch):
+    monkeypatch.setattr(World, "from_all", lambda _, own: [own, 5.0, None])
+    assert CPU.memory_limit(8.0) == 5.0
+
+
+def test_what_can_not_fit_is_not_tried(monkeypatch):
+    """16 rows keep 6.6 GB beside the 1.9 GB of states: on a card of 8 GB, no step is spent on them."""
+    monkeypatch.setattr(micro_batch, "try_step", lambda *_: pytest.fail("tried"))
+    monkeypatch.setattr(World, "memory_limit", lambda *_: 8 * 2**30)
+    world, inside = replace(CPU, device=torch.device("cuda")), SimpleNamespace(config=GPTConfig())
+    trials = Trials(None, inside, TrainConfig(), world, FLOAT32, print=print, compiled=False)
+    assert not trials.fit(16, 1)
+
+
+def test_a_size_is_tried_again_without_the_compiler_that_failed(monkeypatch):
+    tried, said = [], []
+
+    def step(model, rows, *_):
+        tried.append(rows)
+        if len(tried) == 1:
+            raise OSError("no space for the compiler")
+        if rows > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return 0.5
+
+    monkeypatch.setattr(micro_batch, "try_step", step)
+    monkeypatch.setattr(device, "choose_compile", lambda *_: (True, "on"))
+    model, config = GPT(replace(SMALL, n_layer=1)), TrainConfig(sequence_length=2**12, total_batch_size=2**14)
+    monkeypatch.setattr(device, "DEVICES", {"cpu": replace(device.DEVICES["cpu"], most_tokens=2**14)})
+    try:
+        fit = find_micro_batch(model, replace(config, memory_limit_gb=64.0), CPU, FLOAT32, said.append)
+    finally:
+        torch.compiler.set_stance("default")
+    assert (tried, fit.rows, fit.seconds) == ([4, 4, 2], 2, 0.5)
+    assert fit.compiler_fault == "OSError: no space for the compiler"
+    assert sum("torch.compile failed" in line for line in said) == 1
 
 
 def test_training_goes_on_where_compilation_fails(compiler, monkeypatch, text_shards, tmp_path):

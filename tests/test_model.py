@@ -8,7 +8,7 @@ from dataclasses import replace
 from support.cli import InputError
 from support.data.encodings import get_encoding
 from support.model import sampling
-from support.model.huggingface import read_sizes
+from support.model.huggingface import read_config
 from support.model.sampling import COMPILE_FROM, FixedKVCache, choose_token
 from train_gpt2 import GPT, MODEL_SHAPES, GPTConfig
 
@@ -313,6 +313,7 @@ def test_where_compilation_fails_sampling_goes_on(compilations, monkeypatch, cap
         assert torch.equal(model.generate(idx, 50, temperature=0, compile=True), expected)
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("torch.compile failed, sampling goes on without it (BackendCompilerFailed: ")
+    assert "raised: RuntimeError: no such luck" in said
 
 
 class Operations(TorchDispatchMode):
@@ -474,7 +475,7 @@ def test_folders_that_are_no_gpt2_are_named(tmp_path):
         with pytest.raises(InputError, match=message):
             GPT.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert read_sizes(tmp_path / "config.json")["n_embd"] == 32
+    assert read_config(tmp_path / "config.json", GPTConfig)["n_embd"] == 32
     (tmp_path / "model.safetensors").write_bytes(b"\x80\x04garbage that might be a pickle")
     with pytest.raises(InputError, match="not a sound safetensors file"):
         GPT.from_pretrained(tmp_path)

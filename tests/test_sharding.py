@@ -77,6 +77,14 @@ def divided_work(rank, world_size, folder):
     optimizer = configure_optimizer(model, CONFIG)
     found = train_here(model, optimizer, ROWS.chunk(world_size, dim=1)[rank])
     weights = {name: sharding.full_tensor(p.detach()) for name, p in model.named_parameters()}
+    kept, count = sharding.collect((weights, 7), keep=world.is_main)
+    assert count == 7
+    assert all(
+        torch.equal(kept[name], weights[name]) if rank == 0 else kept[name] is None for name in weights
+    )
+    assert not model.gradients_are_large
+    scarce = sharding.divide(whole_model(), replace(CONFIG, memory_limit_gb=1e-6), world, torch.float32)
+    assert scarce.gradients_are_large
     states = [t for state in optimizer.state.values() for t in state.values() if sharding.is_sharded(t)]
     own = sum(t.to_local().nbytes for t in (*model.parameters(), *states))
     torch.save((found, weights, own), folder / f"rank{rank}")
@@ -183,6 +191,24 @@ def test_the_micro_batch_is_computed(monkeypatch):
     monkeypatch.setattr(World, "memory_limit", lambda *_: 6 * 2**30)
     with pytest.raises(InputError, match="out of memory with a micro-batch of 1 row"):
         most_rows(sizes, trials.should_fit, 8)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_when_gradients_are_averaged(large):
+    """In a step's last backward pass; within a host always, where the gradients are large."""
+
+    class Divided(torch.nn.Module):
+        gradients_are_large = large
+
+        def set_requires_gradient_sync(self, sync):
+            set_to.append(sync)
+
+        set_requires_all_reduce = set_requires_gradient_sync
+
+    set_to, model = [], sharding.ShardedModel(Divided(), compiled=False)
+    model.require_backward_grad_sync = False
+    model.require_backward_grad_sync = True
+    assert set_to == [large, False, True, True]
 
 
 @pytest.mark.slow

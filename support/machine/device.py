@@ -61,8 +61,7 @@ PEAK_TFLOPS = {
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`; for "auto", the first of DEVICES that is available. Raises InputError if the
-    device is not available."""
+    """The device called `name`, or the best available. Raises InputError if there is no such device."""
     if name == "auto":
         name = next(name for name, kind in DEVICES.items() if kind.is_available())
     if not DEVICES[name].is_available():
@@ -81,6 +80,15 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
+def peak_flops(name: str) -> float | None:
+    """The peak FLOP/s of the device that torch.cuda calls `name`; None if it is not in the table."""
+    name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
+    card = re.sub(r"([- ](SXM\d?|PCIe|PCIE|\d+GB|HBM\w+))+$", "", name)
+    if card + " PCIe" in PEAK_TFLOPS and "PCIe" in name:
+        card += " PCIe"
+    return PEAK_TFLOPS[card] * 1e12 if card in PEAK_TFLOPS else None
+
+
 # -----------------------------------------------------------------------------
 # speed
 
@@ -94,9 +102,8 @@ def choose_dtype(name: str, device: torch.device, n_embd: int) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
     able: dict[str, object] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-    if n_embd >= 768 and (able.get("avx512_bf16") or able.get("amx_bf16")):
-        return torch.bfloat16
-    return torch.float32
+    fast = n_embd >= 768 and (able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
 
 
 def autocast_to(device: torch.device, dtype: torch.dtype) -> torch.autocast:
@@ -121,10 +128,6 @@ def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
     return True, "on"
 
 
-# -----------------------------------------------------------------------------
-# attention
-
-
 def prefer_fast_attention(device: torch.device) -> None:
     """Let F.scaled_dot_product_attention take the fastest kernel for shapes that stay the same.
 
@@ -146,21 +149,12 @@ def attention_name(device: torch.device, dtype: torch.dtype, head_size: int) -> 
     q = torch.zeros((1, 1, 16, head_size), dtype=dtype, device=device)
     try:
         return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()
-    except (AttributeError, RuntimeError, TypeError, ValueError):  # PyTorch's own function, without promise
+    except Exception:  # PyTorch's own function, without promise
         return "PyTorch's choice"
 
 
 # -----------------------------------------------------------------------------
-# rates and copies
-
-
-def peak_flops(name: str) -> float | None:
-    """The peak FLOP/s of the device that torch.cuda calls `name`; None if it is not in the table."""
-    name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
-    card = re.sub(r"([- ](SXM\d?|PCIe|PCIE|\d+GB|HBM\w+))+$", "", name)
-    if card + " PCIe" in PEAK_TFLOPS and "PCIe" in name:
-        card += " PCIe"
-    return PEAK_TFLOPS[card] * 1e12 if card in PEAK_TFLOPS else None
+# copies and memory
 
 
 def to_device(device: torch.device, *values: torch.Tensor | np.ndarray) -> list[torch.Tensor]:
@@ -172,8 +166,8 @@ def to_device(device: torch.device, *values: torch.Tensor | np.ndarray) -> list[
 
 
 def copy_to_host(values: torch.Tensor) -> Callable[[], list[Any]]:
-    """Begin to copy values from the device; returns a function that waits for them and returns them. A GPU
-    that is given more work in between is busy with it while the host waits."""
+    """Begin to copy values from the device; returns a function that waits for them. A GPU that is given more
+    work in between does it while the host waits."""
     if values.device.type != "cuda":
         return values.tolist
     copy, arrived = values.to("cpu", non_blocking=True), torch.cuda.Event()
@@ -191,17 +185,12 @@ def to_host(value: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
-# -----------------------------------------------------------------------------
-# memory
-
-
 def keep_freed_memory() -> None:
-    """Make the C library keep freed memory for the next step. By default it returns large tensors to the
-    system and requests them again, page by page, which takes a good part of a training step on a CPU. glibc's
-    mallopt(3): no mmap, no trimming."""
+    """Make the C library, glibc, keep freed memory for the next step. By default it returns large tensors to
+    the system and requests them again, page by page: a good part of a training step on a CPU."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-4, 0)  # M_MMAP_MAX, see mallopt(3)
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
@@ -254,8 +243,6 @@ def head_room(device: torch.device, limit_gb: float | None) -> Iterator[None]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out: CUDA has a class for it; MPS and CPU allocators only have messages."""
+    """Whether memory ran out. Only CUDA's error has a class of its own, so the message decides."""
     words = ("out of memory", "Invalid buffer size", "can't allocate memory", "not enough memory")
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from support.cli import InputError, first_line, plural
+from support.cli import InputError, brief, plural
 from support.machine import device as devices
 from support.machine.device import GB, HEAD_ROOM, device_name, head_room, is_out_of_memory, type_of
 from support.machine.processes import World
@@ -52,10 +52,8 @@ def check_batch(config: "TrainConfig", model_config: "GPTConfig", world: World) 
 def micro_batch_sizes(config: "TrainConfig", model_config: "GPTConfig", world: World) -> list[int]:
     """The micro-batch sizes to try, in rows per process, largest first; only --micro_batch_size if it is
     given. On CPU and MPS, a full memory raises no error but slows the computer down or kills the process, so
-    a cautious estimate excludes sizes that are too large.
-
-    Raises InputError, with numbers that work, if the batch can't be divided.
-    """
+    a cautious estimate excludes sizes that are too large. Raises InputError, with numbers that work, if the
+    batch can't be divided."""
     T, W = config.sequence_length, world.size
     if config.total_batch_size % (T * W):
         raise InputError(
@@ -109,10 +107,8 @@ def least_bytes(
     config: "TrainConfig", model_config: "GPTConfig", rows: int, chunks: int, shards: int = 1
 ) -> float:
     """What a step keeps in a GPU's memory at the least: weights, gradients and moments, and for each token,
-    in every layer, 37 bytes per channel (with --recompute 4), and its logits in 16 bits.
-
-    Read from the code that PyTorch 2.13 generates for a compiled step in bfloat16.
-    """
+    in every layer, 37 bytes per channel (with --recompute 4), and its logits in 16 bits: read from the code
+    that PyTorch 2.13 generates for a compiled step in bfloat16."""
     blocks = (4 if config.recompute else 37) * model_config.n_layer * model_config.n_embd
     per_token = blocks + 2 * model_config.vocab_size / chunks
     states = 16 * model_config.n_parameters / shards
@@ -133,16 +129,13 @@ def find_micro_batch(
     print: Callable[[str], None],
     first: tuple[int, int] | None = None,
 ) -> Fit:
-    """The most rows that fit into the memory of every process.
-
-    If the compiler fails in one of the processes, all go on without it.
+    """The most rows that fit into the memory of every process; InputError if none do. If the compiler fails
+    in one of the processes, all go on without it.
 
     Args:
         model: ready to be trained: compiled, wrapped. It stays as it is, but for `loss_chunks` of the GPT
             inside, which the caller sets.
         first: rows and chunks of the loss to try before all others.
-
-    Raises InputError if nothing fits.
     """
     started = time.perf_counter()
     raw_model: Any = next(module for module in model.modules() if hasattr(type(module), "loss_chunks"))
@@ -170,10 +163,8 @@ def find_micro_batch(
 def most_rows(
     sizes: list[int], fits: Callable[[int, int], bool], enough: int, first: tuple[int, int] | None = None
 ) -> tuple[int, int]:
-    """The most rows that fit, and the number of chunks for their loss.
-
-    Chunks cost some time, so they are tried only if fewer than `enough` rows fit without them. Raises
-    InputError if nothing fits.
+    """The most rows that fit, and the number of chunks for their loss; InputError if none do. Chunks cost
+    some time, so they are tried only if fewer than `enough` rows fit without them.
 
     Args:
         sizes: rows to try, largest first.
@@ -213,7 +204,7 @@ class Trials:
     seconds: float | None = None  # of the last micro-step, in the slowest process
 
     def should_fit(self, rows: int, chunks: int, share: float = (1 - HEAD_ROOM) / CAUTION) -> bool:
-        """Whether what a step keeps fits into a share of each GPU; on other devices, the sizes are cautious."""
+        """Whether what a step keeps fits into a share of each GPU; other devices have cautious sizes."""
         limit = self.world.memory_limit(self.config.memory_limit_gb)
         if self.world.device.type != "cuda" or limit is None:
             return True
@@ -232,9 +223,9 @@ class Trials:
                 seconds = try_step(self.model, rows, self.config.sequence_length, self.autocast, device)
         except Exception as error:
             if is_out_of_memory(error):
-                full = first_line(error)
+                full = brief(error)
             elif self.compiled:  # any compiler error; uncompiled, a real fault recurs
-                fault = first_line(error)
+                fault = brief(error)
             else:
                 raise
         finally:
@@ -254,8 +245,8 @@ class Trials:
         return full is None
 
     def try_a_block(self) -> str | None:
-        """Compile and run a block of a divided model in this process alone; returns the compiler's fault. In a
-        step, a process whose compiler fails would leave the others waiting."""
+        """Compile and run a block of a divided model in this process alone; returns the compiler's fault. In
+        a step, a process whose compiler fails would leave the others waiting."""
         config = self.raw_model.config
         with self.world.device:
             block = type(self.raw_model.transformer.h[0])(config)  # FSDP's classes make plain blocks
@@ -264,7 +255,7 @@ class Trials:
             with self.autocast:
                 torch.compile(block, dynamic=False)(x).sum().backward()
         except Exception as error:  # whatever the compiler raises
-            return first_line(error)
+            return brief(error)
         return None
 
     def stop_compiling_after(self, own_fault: str | None) -> bool:
@@ -280,8 +271,8 @@ class Trials:
 def try_step(
     model: nn.Module, rows: int, sequence_length: int, autocast: torch.autocast, device: torch.device
 ) -> float:
-    """Run two micro-steps and a validation batch, without communication, to compile and allocate all that
-    they need beside weights, gradients and AdamW's two moments. Returns the seconds of the second."""
+    """Run two micro-steps and a validation batch, without communication, with all that they need in memory:
+    weights, gradients and AdamW's two moments. Returns the seconds of the second."""
     x, y = torch.zeros((2, rows, sequence_length), dtype=torch.int64, device=device)
     moments = [torch.zeros_like(parameter) for parameter in model.parameters() for _ in range(2)]
     seconds = 0.0

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from support.cli import CommandError, InputError, RunFault, first_line
+from support.cli import CommandError, InputError, RunFault, brief
 from support.machine.device import choose_device, is_out_of_memory, keep_freed_memory, memory_limit, type_of
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -43,8 +44,7 @@ class World:
         return self.device if self.device.type == "cuda" else CPU
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """The result of `make()` in the main process, in every process; a CommandError, too, is raised in
-        every process."""
+        """Call `make()` in the main process; return its result, or raise its CommandError, in every one."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
@@ -75,6 +75,11 @@ class World:
             values = self.from_all(value)
             if len(set(values)) > 1:
                 raise InputError(f"the processes differ in {name}: {', '.join(map(str, values))}")
+
+    def seed(self, seed: int, step: int) -> None:
+        """Seed PyTorch's generators with (seed, step, rank): there is no state to save."""
+        (number,) = np.random.SeedSequence((seed, step, self.rank)).generate_state(1, np.uint64)
+        torch.manual_seed(int(number))
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """The sum of every process's `values`, in every process; gloo has no average."""
@@ -145,7 +150,7 @@ def faults_in_one_line() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        said = first_line(error)
+        said = brief(error)
         if is_out_of_memory(error):
             fault = (
                 "out of memory (another program may have taken it); the same command with --resume finds "

@@ -12,10 +12,11 @@ import operator
 import os
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from support.cli import InputError
+from support.cli import InputError, brief
 from support.data.encodings import END_OF_TEXT, get_encoding, letters, merges
 from support.data.hub import model_files
 from support.files import to_json
@@ -46,9 +47,7 @@ ARCHITECTURE = {  # the entries of config.json that define a GPT-2
 
 def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
     """Find config.json and model.safetensors: in a folder, in a run's newest checkpoint, or on the Hub.
-
-    Raises InputError if there is no such model, with a suggestion where possible.
-    """
+    Raises InputError if there is no such model, with a suggestion where possible."""
     name, folder = str(name_or_folder), Path(name_or_folder)
     if folder.is_dir():
         if not (folder / "config.json").exists():
@@ -72,7 +71,7 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
 
 
 def hint_at_runs(name: str, folders: Iterable[Path]) -> str:
-    """Asks whether one of the folders with checkpoints was meant, those first that are called most alike."""
+    """A question: up to three of the folders that have checkpoints, the most similar name first."""
     runs = [str(folder) for folder in folders if list_checkpoints(folder)]
     closest = difflib.get_close_matches(name, runs, n=3, cutoff=0.0)
     return f"; did you mean {' or '.join(closest)}?" if closest else ""
@@ -88,27 +87,24 @@ def list_checkpoints(log_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def read_sizes(config_file: Path) -> dict[str, Any]:
-    """The sizes in a Hugging Face config.json, under the names of GPTConfig's fields. Raises InputError if it
-    does not describe a GPT-2."""
+def read_config(config_file: Path, config_class: type["GPTConfig"]) -> dict[str, Any]:
+    """The fields of GPTConfig that a Hugging Face config.json has: the sizes of a GPT-2, and fields that were
+    added to the class. Raises InputError if it does not describe a GPT-2."""
     try:
         stored = json.loads(config_file.read_text(encoding="utf-8"))
         same = ("vocab_size", "n_layer", "n_head", "n_embd")
         sizes = {name: operator.index(stored[name]) for name in same}
-        sizes |= {
-            "block_size": operator.index(stored["n_positions"]),
-            "encoding": stored.get("encoding", "gpt2"),
-        }
+        sizes["block_size"] = operator.index(stored["n_positions"])
+        sizes["encoding"] = stored.get("encoding", "gpt2")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{config_file}: not the configuration of a GPT-2 ({type(error).__name__}: {error})"
-        ) from error
+        raise InputError(f"{config_file}: not the configuration of a GPT-2 ({brief(error)})") from error
     if stored.get("model_type", "gpt2") not in ("gpt2", CHANGED):
         raise InputError(f"{config_file}: model_type is {stored['model_type']!r}, a GPT-2 has 'gpt2'")
     for key, value in ARCHITECTURE.items():
         if stored.get(key, value) not in (value, 4 * sizes["n_embd"] if key == "n_inner" else value):
             raise InputError(f"{config_file}: {key} is {stored[key]!r}, a GPT-2 has {value!r}")
-    return sizes
+    added = {field.name for field in fields(config_class)} - sizes.keys()
+    return sizes | {name: stored[name] for name in added & stored.keys()}
 
 
 def read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
@@ -139,13 +135,13 @@ def read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
 
 
 @functools.cache
-def change_from_gpt2(model_class: type["GPT"], config_class: type["GPTConfig"]) -> str | None:
-    """What makes models of this class other than GPT-2, as a phrase; None if nothing does.
+def change_from_gpt2(model_class: type["GPT"], config: "GPTConfig") -> str | None:
+    """What makes models of this class and configuration other than GPT-2, as a phrase; None if nothing does.
 
     A tiny model with random weights tells: its tensors need GPT-2's names, and its logits must be those of
     the paper's formulas. So a change of the code, such as RMSNorm, never passes for a GPT-2.
     """
-    config = config_class(block_size=8, vocab_size=17, n_layer=2, n_head=2, n_embd=8)
+    config = replace(config, block_size=8, vocab_size=17, n_layer=2, n_head=2, n_embd=8)
     generator = torch.Generator().manual_seed(0)
     idx = torch.arange(8).view(1, 8)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -197,10 +193,8 @@ def check_change(config_file: Path, change: str | None) -> None:
     """Raises InputError if the model was trained by changed code, and the code here is GPT-2's."""
     stored = json.loads(config_file.read_text(encoding="utf-8"))
     if stored.get("model_type") == CHANGED and change is None:
-        raise InputError(
-            f"{config_file}: not a GPT-2: {stored.get('change')}; load it with the train_gpt2.py "
-            "that trained it"
-        )
+        advice = "load it with the train_gpt2.py that trained it"
+        raise InputError(f"{config_file}: not a GPT-2: {stored.get('change')}; {advice}")
 
 
 # -----------------------------------------------------------------------------
@@ -244,6 +238,9 @@ def write_model(
         **special_tokens,
         "encoding": config.encoding,
     }
+    # Fields that were added to GPTConfig, for `read_config`.
+    known = {"block_size", "n_layer", "n_head", "n_embd", "vocab_size", "encoding"}
+    stored |= {name: value for name, value in asdict(config).items() if name not in known}
     if change:
         stored |= {"architectures": [], "model_type": CHANGED, "change": change}
     texts = {

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 Module = TypeVar("Module", bound=nn.Module)
-NO_ACTIVATION: tuple[str, list[float], str] = ("none", [], "")
 
 
 class PackedLinear(nn.Module):
@@ -24,7 +23,7 @@ class PackedLinear(nn.Module):
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, *NO_ACTIVATION)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", scalars=[], algorithm="")
 
 
 def pack_for_cpu(module: Module, names: tuple[str, ...] = ("c_attn", "c_proj", "c_fc", "lm_head")) -> Module:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from support.cli import first_line
+from support.cli import brief
 from support.machine.device import choose_compile, varying_shapes
 from support.machine.sharding import divided_modules, gathered
 from support.model.packed import pack_for_cpu, packing_pays
@@ -178,7 +178,7 @@ class CompiledStep:
         try:
             logits = self.read(self.model, token, self.caches)
         except Exception as error:  # any compiler error; uncompiled, a real fault recurs
-            print(f"torch.compile failed, sampling goes on without it ({first_line(error)})", file=sys.stderr)
+            print(f"torch.compile failed, sampling goes on without it ({brief(error)})", file=sys.stderr)
             torch.compiler.set_stance("force_eager")
             logits = self.read(self.model, token, self.caches)
         self.position += 1
