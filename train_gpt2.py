@@ -228,7 +228,7 @@ def choose_defaults(arguments: list[str]) -> TrainConfig:
 
 def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPTConfig:
     """The architecture that the flags ask for. InputError where they contradict --init_from or the data."""
-    # A field of GPTConfig that is a flag too (n_layer, or one of yours) takes the flag's value, if it has one.
+    # A field of GPTConfig that is a flag too (n_layer, or one of yours) takes the value of the flag.
     flags = {field.name: getattr(config, field.name, None) for field in fields(GPTConfig)}
     given = {name: value for name, value in flags.items() if value is not None}
     shape = MODEL_SHAPES[config.model or "gpt2"]
@@ -804,8 +804,8 @@ def main(config: TrainConfig) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=(W == 1))  # DDP's gradients are views of its buffers
 
-        # With a fused optimizer, this is the step's only host-device sync. A GPU is busy with the update, which
-        # counts in the time of the next step.
+        # With a fused optimizer, this is the step's only host-device sync. A GPU is busy with the update then;
+        # its time counts in the next step.
         train_loss, stop_requested, save_overdue, grad_norm = read_values()
         stop_requested, save_overdue = stop_requested > 0, save_overdue > 0  # set if any rank set it
         check_finite(step, train_loss, grad_norm, scaler, world, own_loss=loss_sum)
