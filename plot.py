@@ -69,7 +69,7 @@ def main(config: Run | Positions | Watch) -> None:
         if not config.folders:
             raise InputError("name at least one run folder")
         out = config.out or (config.folders[0] / "loss.png" if len(config.folders) == 1 else Path("runs.png"))
-        for note in draw_runs(list(config.folders), out, refuse_empty=True):
+        for note in draw_runs(config.folders, out):
             print(f"note: {note}", file=sys.stderr)
     else:
         from train_gpt2 import GPT

@@ -172,6 +172,7 @@ ONLY_WHAT_IS_KNOWN = [  # facts, what the card must not say, what it must
     ({"dataset": "someone/other"}, ["language:", "3.2924"], ["- someone/other"]),
     ({"init_from": "gpt2"}, ["from scratch"], ["base_model: openai-community/gpt2"]),
     ({"init_from": "log/checkpoint_00001"}, ["base_model", "checkpoint_00001"], ["of an earlier run"]),
+    ({"init_from": "mine"}, ["base_model", "mine"], ["of an earlier run"]),
     ({"step": 19_073 * 3, "max_steps": 19_073 * 4}, [], ["read its training text 3.0 times", "until step"]),
     ({"grad_clip": 0.0}, ["clipped"], ["no clipping"]),
     ({"optimizer": "AdamW"}, ["Muon", "word for word"], ["| AdamW; "]),
@@ -184,21 +185,11 @@ ONLY_WHAT_IS_KNOWN = [  # facts, what the card must not say, what it must
 def test_only_what_is_known(facts, missing, present, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("log/checkpoint_00001")
+    os.makedirs("mine")
     text, data = card_of(**facts)
     assert "license" not in data.to_dict()
     assert not [words for words in missing if words in text]
     assert all(words in text for words in present)
-
-
-@pytest.mark.parametrize(("flag", "name"), [("adamw", "AdamW"), ("muon", "Muon for the blocks' matrices")])
-def test_the_optimizer_of_an_older_run(flag, name):
-    """Its run.json has the flag, not the optimizer's name."""
-    facts = facts_of()
-    del facts["optimizer"], facts["changed"]
-    facts["train_config"]["optimizer"] = flag
-    text = run_card(facts, 19073, SPENT, EVENTS, samples=None, picture=False)
-    assert f"| optimizer | {name}" in text
-    assert "A GPT-2 of" in text
 
 
 def test_a_model_that_is_no_gpt2_says_so():

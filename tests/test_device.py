@@ -53,7 +53,7 @@ def test_the_limit_of_memory(monkeypatch):
 
 
 def test_a_trial_leaves_some_memory_of_a_gpu_free(monkeypatch):
-    """Of 80 GB, 60 are free and 10 are reserved by this process: the cap is 93% of 70, or of what is given."""
+    """Of 80 GB, 60 are free and 10 are this process's: the cap is 93% of 70, or of what is given."""
     caps, cuda = [], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 10 * 2**30)

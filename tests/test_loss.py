@@ -41,7 +41,7 @@ def test_the_loss_in_chunks_and_recomputed_blocks_have_the_plain_gradients(dtype
 
 
 def test_an_evaluation_in_chunks_makes_no_gradient(monkeypatch):
-    """The head's would be as large as the embedding."""
+    """The head's would be as large as the embedding, and two thirds of the work."""
     model, x = GPT(SMALL), torch.randint(0, 300, (2, 16))
     model.loss_chunks = 4
     monkeypatch.setattr(torch, "zeros_like", lambda *_: pytest.fail("a gradient"))

@@ -871,6 +871,19 @@ def test_another_recipe_is_refused_with_the_difference(flags, tmp_path, undistur
     }
 
 
+def test_a_setting_that_may_change_by_now_is_not_compared(tmp_path):
+    """An older version compared it."""
+    folder = run_folder(tmp_path)
+    folder.open(GPTConfig(), NO_SHARDS)
+    folder.trainer = {"recipe": folder.recipe | {"dtype": "bfloat16"}}
+    folder.compare_recipes()
+    folder.trainer["recipe"] |= {"max_steps": 5}
+    with pytest.raises(
+        InputError, match=f"max_steps was 5, is 19073; to train .* --init_from {tmp_path} --log"
+    ):
+        folder.compare_recipes()
+
+
 def back_to_step_8(undisturbed, folder):
     """A copy of the undisturbed run, as if it had been killed after its second checkpoint."""
     shutil.copytree(undisturbed, folder)

@@ -8,20 +8,23 @@ import threading
 import time
 import types
 from dataclasses import asdict, replace
-from types import SimpleNamespace
+from pathlib import Path
 
 from conftest import CPU, TINY, call, run, run_folder
 from hellaswag import Score
 from support import cli
 from support.data.encodings import get_encoding
+from support.data.shards import Shards
 from support.run import report
 from support.run.curves import read_log
 from train_gpt2 import TrainConfig, choose_model_config
 
 import pytest
 
+NO_SHARDS = Shards(Path(), {}, {}, "gpt2", {}, "")
 RUN = (*TINY, "--max_steps=6", "--val_every=3", "--sample_every=0")
 FAIR = {
+    "device": "a GPU",
     "precision": "bfloat16, torch.compile on",
     "run_id": "1234",
     "interruptions": 2,
@@ -54,7 +57,8 @@ def begin(monkeypatch, tmp_path):
         monkeypatch.setattr(made, "show", made.said.append)
         run = run_folder(tmp_path)
         run.trainer = trainer or {}
-        made.begin(run, facts_of(**changes) | (facts or {}))
+        monkeypatch.setattr(report, "facts_of", lambda *_, **__: facts_of(**changes) | (facts or {}))
+        made.start(run, None, None, None, None, n_items=0)
         return made
 
     return make
@@ -139,21 +143,21 @@ def table_of(max_steps, train_tokens, first_step=0, schedule="cosine", **facts):
     model = dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), 1)
     words = dict.fromkeys(("device", "precision", "attention", "memory"), "")
     numbers = dict.fromkeys(("parameters", "world_size", "micro_batch_size", "val_tokens"), 1)
-    config = facts_of(max_steps=max_steps, warmup_steps=10, schedule=schedule)
-    made = {**config, **words, **numbers, "hellaswag_items": 0,
+    config = TrainConfig(max_steps=max_steps, warmup_steps=10, schedule=schedule)
+    made = {**FAIR, **words, **numbers, "hellaswag_items": 0,
             "grad_accum_steps": 512, "model_config": {**model, "encoding": "gpt2"},
             "data": {"train_tokens": train_tokens, "train_shards": 1},
             "warm_up_step_seconds": None}  # fmt: skip
-    return report.opening_table(made | facts, 0.0, first_step)
+    return report.opening_table(made | facts, config, 0.0, first_step)
 
 
 def test_what_may_surprise_is_noted():
     assert "note:" not in table_of(100, 10_000_000)
     assert "more than 20 epochs" in table_of(100, 2_000_000)
     assert "less than 1,000,000 tokens" in table_of(20, 999_999)
-    assert "the learning rate still rises when the run ends: the warm-up takes 10 steps" in table_of(9, 10**7)
+    assert "the warm-up takes 10 steps, and after 9 the rate falls or the run ends" in table_of(9, 10**7)
     assert "note:" not in table_of(0, 10**7)
-    assert "the warm-up takes 10 steps, the cooldown begins at step 8" in table_of(20, 10**7, 0, "trapezoid")
+    assert "the warm-up takes 10 steps, and after 8 the rate" in table_of(20, 10**7, 0, "trapezoid")
     assert "note:" not in table_of(25, 10**7, 0, "trapezoid")
 
 
@@ -162,6 +166,12 @@ def test_a_run_that_a_cpu_can_not_finish_says_so_at_once():
     assert "about 4,415 days of training, plus evaluation (estimated from the warm-up); on a CPU" in hopeless
     assert "time:" not in table_of(100, 10**7)
     assert "about 33 min" in table_of(100, 10**7, 80, warm_up_step_seconds=100.0)  # 20 steps are left
+
+
+def test_a_table_has_the_rows_with_a_value():
+    rows = {"one": "eins zwei drei", "two": None, "three": "vier"}
+    assert report.table(rows, 7) == "one:   eins zwei drei\nthree: vier"
+    assert report.table(rows, 7, width=16) == "one:   eins zwei\n       drei\nthree: vier"
 
 
 def test_a_models_text_is_readable():
@@ -222,6 +232,9 @@ def test_the_closing_table_compares_where_it_is_fair():
     other_recipe = facts | {"default_recipe": False}
     assert "3.0512 (OpenAI's GPT-2 3.2924)" in report.closing_table(other_recipe)
     assert "OpenAI" not in report.closing_table(facts | {"encoding": "bytes"})
+    other_data = report.closing_table(facts | {"data": {"dataset": None}})
+    assert "3.0512\n" in other_data
+    assert "on 10,042 items (OpenAI's GPT-2 0.2955)" in other_data
     assert json.loads(json.dumps(result)) == result
     nothing = report.result_of(facts, 5, spent, float("nan"), None)
     assert "validation" not in report.closing_table(facts | {"result": nothing})
@@ -258,8 +271,8 @@ def test_a_thread_may_print_too(capsys, monkeypatch):
 )
 def test_which_runs_compare_with_published_ones(changes, default, tmp_path):
     run = run_folder(tmp_path, **changes)
-    shape = choose_model_config(run.config, get_encoding("gpt2"))
-    assert report.is_default_recipe(run, SimpleNamespace(config=shape)) == default
+    run.open(choose_model_config(run.config, get_encoding("gpt2")), NO_SHARDS)
+    assert report.is_default_recipe(run) == default
 
 
 # ------------------------------------------------------------------ trackers
@@ -288,9 +301,13 @@ def test_a_tracker_gets_the_values(tmp_path, text_shards, monkeypatch):
     logged = [(step, kind.split("/")[0]) for step, values in calls[1:-1] for kind in values]
     assert [step for step, kind in logged if kind == "val"] == [0, 3, 6]
     assert sorted({step for step, kind in logged if kind == "train"}) == [0, 1, 2, 3, 4, 5]
-    losses = [values["train/loss"] for _, values in calls[1:-1] if "train/loss" in values]
-    in_log = [loss for _, loss in read_log(tmp_path / "a_run/log.txt")["train"]]
-    assert losses == pytest.approx(in_log, abs=1e-6)
+    steps = [values for _, values in calls[1:-1] if "train/loss" in values]
+    events = read_log(tmp_path / "a_run/log.txt")
+    assert [values["train/loss"] for values in steps] == pytest.approx(
+        [x for _, x in events["train"]], abs=1e-6
+    )
+    assert all(values.keys() >= {"train/lr", "train/norm", "tokens_per_second"} for values in steps)
+    assert events.keys() == {"train", "val", "hella"}  # the others go to the tracker alone
 
 
 def test_a_tracker_that_fails_is_not_worth_a_run(tmp_path, text_shards, monkeypatch):

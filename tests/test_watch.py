@@ -65,17 +65,19 @@ def test_a_long_curve_keeps_its_peaks():
 
 def test_any_other_value_has_a_curve_and_a_number(tmp_path):
     noise = [(step, math.sin(step)) for step in range(400)]
-    more = [f"{step} {kind} {value}" for step, value in noise for kind in ("ema", "val")]
-    folder = make_run(tmp_path / "a_run", more=[*more, "25 b/acc 1e-9", "9 hella nan", "hello"])
+    more = [f"{step} {kind} {value}" for step, value in noise for kind in ("ema", "val", "hella")]
+    folder = make_run(tmp_path / "a_run", more=[*more, "25 b/acc 1e-9", "400 hella nan", "hello"])
     data = watch.Watcher(folder).data()
     curves = data["curves"]
     assert list(curves) == ["train", "val", "hella", "ema", "b/acc"]
     assert [(step, least) for step, _, least, _ in curves["ema"]] == noise
     assert [mean for _, mean, _, _ in curves["ema"]] == smooth([value for _, value in noise], 5)
-    assert [(step, value) for step, value, _, _ in curves["val"]] == noise  # each was an evaluation
+    for kind in ("val", "hella"):
+        assert [(step, value) for step, value, _, _ in curves[kind]] == noise  # each was an evaluation
     assert curves["b/acc"] == [(25, 1e-9, 1e-9, 1e-9)]
     assert data["steps"] == 399
-    assert data["notes"] == ["the curves leave out 1 unreadable line and 1 non-finite value of log.txt"]
+    left_out = "the curves leave out 1 unreadable line and 1 non-finite value of"
+    assert data["notes"] == [f"{left_out} {folder / 'log.txt'}"]
     numbers = dict(data["numbers"])
     assert (numbers["ema (step 399)"], numbers["b/acc (step 25)"]) == (f"{math.sin(399):.4g}", "1e-09")
     json.dumps(data, allow_nan=False)
@@ -83,35 +85,32 @@ def test_any_other_value_has_a_curve_and_a_number(tmp_path):
 
 def test_a_log_is_followed(tmp_path):
     """Half a line waits for its end; what --resume cuts, and what it then writes anew, is seen."""
-    reader = watch.LogReader(tmp_path / "log.txt")
+    watcher, log = watch.Watcher(tmp_path), tmp_path / "log.txt"
 
-    def events(**expected):
-        reader.read()
-        return reader.log.events == {"train": [], "val": [], "hella": [], **expected}
+    def points():
+        curves = watcher.data()["curves"]
+        return {kind: [row[:2] for row in rows] for kind, rows in curves.items() if rows}
 
-    assert events()
-    reader.file.write_text("0 val 5.0\n0 train 4.5\n1 tra")
-    assert events(val=[(0, 5.0)], train=[(0, 4.5)])
-    with open(reader.file, "a") as file:
+    assert points() == {}
+    log.write_text("0 val 5.0\n0 train 4.5\n1 tra")
+    assert points() == {"val": [(0, 5.0)], "train": [(0, 4.5)]}
+    with open(log, "a") as file:
         file.write("in 4.25\n2 train nan\nhello\n3 other 1\n\0\0\n")
-    for _ in range(2):
-        assert events(val=[(0, 5.0)], train=[(0, 4.5), (1, 4.25)], other=[(3, 1.0)])
-        assert reader.log.unreadable == 2
-    reader.file.write_text("0 val 5.0\n0 train 4.5\n")
-    assert events(val=[(0, 5.0)], train=[(0, 4.5)])
-    assert reader.log.unreadable == 0
-    reader.file.write_text("0 val 5.0\n0 train 4.4\n1 train 4.3\n2 ema 4.2\n")  # longer, and not the same run
-    assert events(val=[(0, 5.0)], train=[(0, 4.4), (1, 4.3)], ema=[(2, 4.2)])
-    reader.file.unlink()
-    assert events()
+    assert points() == {"val": [(0, 5.0)], "train": [(0, 4.5), (1, 4.25)], "other": [(3, 1.0)]}
+    assert "2 unreadable lines and 1 non-finite value" in watcher.data()["notes"][0]
+    log.write_text("0 val 5.0\n0 train 4.5\n")
+    assert points() == {"val": [(0, 5.0)], "train": [(0, 4.5)]}
+    assert watcher.data()["notes"] == []
+    log.unlink()
+    assert points() == {}
 
 
 def test_published_lines_only_where_they_compare(tmp_path):
     lines = watch.Watcher(make_run(tmp_path / "fair")).data()["published"]
-    assert lines["loss"] == [("OpenAI's GPT-2 (124M)", 3.2924)]
-    assert [value for _, value in lines["hella"]] == [0.2955, 0.337, 0.25]
+    assert lines["val"] == [("OpenAI's GPT-2 (124M)", 3.2924, "right")]
+    assert [value for _, value, _ in lines["hella"]] == [0.2955, 0.337, 0.25]
     lines = watch.Watcher(make_run(tmp_path / "bytes", encoding="bytes")).data()["published"]
-    assert lines == {"loss": [], "hella": [("chance", 0.25)]}
+    assert lines == {"val": [], "hella": [("chance", 0.25, "right")]}
 
 
 def test_a_run_that_leaves_only_a_log(tmp_path):
@@ -193,12 +192,14 @@ def test_what_can_not_be_watched_is_named(tmp_path):
 def begin(tmp_path, monkeypatch):
     """A function that begins a report in tmp_path, with a clock of its own: the run costs a cent a second."""
     monkeypatch.setattr(report, "opening_table", lambda *_: "the table")
+    monkeypatch.setattr(report, "facts_of", lambda *_, **__: dict(facts))
     clock = [1000.0]
     for name in ("monotonic", "perf_counter"):
         monkeypatch.setattr(report.time, name, lambda: clock[0])
     config = TrainConfig(log_dir=tmp_path, total_batch_size=1000, max_steps=101, dollars_per_hour=36.0)
     facts = {
         "train_config": {"max_steps": 101, "total_batch_size": 1000},
+        "device": "a GPU",
         "precision": "bfloat16",
         "flops_per_token": 1,
         "val_tokens": 1024,
@@ -209,7 +210,7 @@ def begin(tmp_path, monkeypatch):
         run = RunFolder(config, World(), print)
         run.interruptions = interruptions
         made = report.Report(config, World())
-        made.begin(run, dict(facts))
+        made.start(run, None, None, None, None, n_items=0)
         made.clock = clock
         return made
 
@@ -228,6 +229,11 @@ def test_time_and_money_left(begin, tmp_path):
     assert rows["training left"] == "11 min"  # 81 steps of 8 s: 648 s
     assert rows["cost"] == "$2.00"  # 200 s at a cent a second
     assert rows["cost of the training left"] == "$6.48"
+    running.clock[0] += 10
+    running.step(100, 4.0, 1e-3, 1.0, seconds=8.0)
+    running.close("done")
+    assert "cost" in numbers_of(tmp_path)
+    assert not [name for name in numbers_of(tmp_path) if "left" in name]
 
 
 def test_events_and_samples_outlive_an_interruption(begin, tmp_path):
@@ -399,7 +405,7 @@ def test_a_taken_port_is_one_line(tmp_path):
         port = taken.getsockname()[1]
         done = call("plot.py", "watch", tmp_path, f"--port={port}", check=False)
     assert done.returncode == 2
-    assert done.stderr == f"error: --port {port}: another program uses it; name another\n"
+    assert done.stderr == f"error: --port {port}: name another (Address already in use)\n"
     done = call("plot.py", "watch", tmp_path, "--port=99999", check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("error: --port 99999: ")
@@ -456,15 +462,18 @@ def test_a_browser_draws_a_run_and_tells_it_to_a_screen_reader(tmp_path, text_sh
         page = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
     losses = read_log(folder / "log.txt")["val"]
     assert "<title>finished: 40, a_run</title>" in page
-    labels = re.findall(r'<svg role="img" aria-label="(.*?)"', page)
-    assert f"validation {losses[-1][1]:.3f}" in labels[0]
-    assert labels[1:] == ["Curve of ema: 0.25", "Curve of __proto__: 7"]
+    labels = re.findall(r'role="img" aria-label="(.*?)"', page)
+    assert labels[0].endswith(f"validation: {float(f'{losses[-1][1]:.4g}')}")
+    assert labels[1:] == ["__proto__. last value: 7", "ema. last value: 0.25"]
     assert "<h2>ema</h2>" in page
-    dots = [float(y) for y in re.findall(r'<circle [^>]*cy="(.*?)"', page)]
+    dots = [float(y) for y in re.findall(r"([-\d.]+)h\.001", page)]
     assert len(dots) == len(losses) + 3 == 8
-    assert all(10 <= y <= 200 - 44 for y in dots[-3:])  # within the axes, also what is below 0
+    assert all(0 <= y <= 100 for y in dots[-3:])  # within the axes, also what is below 0
+    assert dots[-2] > dots[-1]  # upwards, from -2.5 to 0.25
+    assert "its range behind it<" in page
+    assert re.search(r"<span[^>]*></span>validation</p>", page)
     assert not re.search("NaN|undefined|Infinity", page.split("<script>")[0])
     assert f"validation loss (step 40)</dt><dd>{losses[-1][1]:.4f}</dd>" in page
     assert "Samples at step" in page
     assert "done: 40 steps" in page
-    assert re.search(r'id="trouble"[^>]*>the curves leave out 1 unreadable line of log.txt</p>', page)
+    assert re.search(r'id="trouble"[^>]*>the curves leave out 1 unreadable line of .*log.txt</p>', page)

@@ -41,7 +41,7 @@ def chunked_cross_entropy(
     """The same, with the logits of one of `n_chunks` chunks of tokens in memory at a time.
 
     Args:
-        hidden: hidden states, (N, n_embd).
+        hidden: hidden states, (N, n_embd). If they need no gradient, none is computed.
         weight: the head's, (columns, n_embd); columns from `vocab_size` on only pad the vocabulary.
         targets: (N,) int64; -100 is ignored.
     """
@@ -76,7 +76,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         # float16 ends at 65,504: a frequent token's sum over a chunk must stay below
         shrink = 1 / 16 if dtype == torch.float16 else 1.0
-        wanted = any(ctx.needs_input_grad)
+        wanted = ctx.needs_input_grad[0]  # not in an evaluation, where the weight still asks for a gradient
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight) if wanted else None
         ctx.gradients = grad_hidden, grad_weight, count * shrink
         chunks = zip(*(tensor.chunk(n_chunks) for tensor in (hidden, targets, grad_hidden)), strict=True)

@@ -6,7 +6,6 @@ claimed; a language is named only for datasets whose language is known. Its text
 are those of run.json and those computed here.
 """
 
-import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ from typing import Any
 from support import VERSION
 from support.cli import duration, plural, printable
 from support.model.huggingface import how_to_use, limits, metadata, model_name
-from support.run.curves import GPT2_HELLASWAG, GPT2_VAL_LOSS, Points, comparable_hellaswag, comparable_loss
+from support.run import curves
 
-PICTURE = "loss.png"  # beside the card; both are for people: no program here reads them back
+PICTURE = "loss.png"  # lies beside the card; people read both, no program here does
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-TABLE_ROWS = 10  # at most, of the evaluations
-OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}  # the names of what older runs know by its flag
-# Language and license of the datasets whose cards on the Hub we know.
+TABLE_ROWS = 10  # The table shows at most so many evaluations.
+# Language and license of datasets, from their cards on the Hub.
 KNOWN_DATASETS = {
     "HuggingFaceFW/fineweb-edu": ("en", "ODC-By 1.0"),
     "HuggingFaceFW/fineweb": ("en", "ODC-By 1.0"),
@@ -31,7 +29,7 @@ def run_card(
     facts: dict[str, Any],
     step: int,
     spent: dict[str, float],
-    events: dict[str, Points],
+    events: dict[str, curves.Points],
     samples: tuple[int, list[str]] | None,
     picture: bool,
 ) -> str:
@@ -45,29 +43,19 @@ def run_card(
         samples: the step of the latest samples, and their texts.
         picture: whether loss.png lies beside the card.
     """
-    config = facts["train_config"]
-    encoding = facts["encoding"]
+    config, encoding, changed = facts["train_config"], facts["encoding"], facts["changed"]
     block_size = facts["model_config"]["block_size"]
-    dataset = facts["data"]["dataset"]
-    commit = facts["versions"]["commit"]
-    changed = facts.get("changed")
-    name = model_name(facts["parameters"])
-    if changed:
-        name = f"Changed {name}"
+    dataset, commit = facts["data"]["dataset"], facts["versions"]["commit"]
     tokens = step * config["total_batch_size"]
     epochs = tokens / facts["data"]["train_tokens"]
-    base = hub_model(config["init_from"])
-    origin = "from scratch"
-    if config["init_from"] is not None:  # a folder's name means nothing elsewhere
+    base, origin = None, "from scratch"
+    if (start := config["init_from"]) is not None:  # a folder's name means nothing elsewhere
+        name = start if "/" in start else f"openai-community/{start}"
+        base = name if is_on_hub(name) and not Path(start).exists() else None
         origin = f"from the weights of {hub_link(base)}" if base else "from the weights of an earlier run"
     source = hub_link(dataset, "datasets/") if is_on_hub(dataset) else dataset
     language, data_license = KNOWN_DATASETS.get(dataset, (None, None))
-    remarks = f" It is not a GPT-2: {changed}." if changed else ""
-    if step < config["max_steps"]:
-        remarks += f" Training was to go on until step {config['max_steps']:,}."
-    optimizer = facts.get("optimizer") or OPTIMIZERS[config["optimizer"]]
-    if optimizer == "Muon":
-        optimizer = "Muon for the blocks' matrices, AdamW for the rest"
+    name = ("Changed " if changed else "") + model_name(facts["parameters"])
     known = {
         "model_name": name,
         "base_model": base,
@@ -75,6 +63,7 @@ def run_card(
         "language": language,
         "eval_results": measured_at(step, facts, events),
     }
+    muon = facts["optimizer"] == "Muon"
     computed = {
         "metadata": metadata(encoding, loadable=not changed, **known),
         "name": name,
@@ -83,10 +72,11 @@ def run_card(
         "dataset": source or "text whose source its shards do not record",
         "tokens": tokens,
         "steps": plural(step, "step"),
-        "remarks": remarks,
+        "change": f" It is not a GPT-2: {changed}." if changed else "",
+        "rest": f" Training was to go on until step {config['max_steps']:,}." * (step < config["max_steps"]),
         "results": results_section(facts, events, picture),
         "epochs": epochs,
-        "optimizer": optimizer,
+        "optimizer": "Muon for the blocks' matrices, AdamW for the rest" if muon else facts["optimizer"],
         "clipping": f"gradients clipped at {config['grad_clip']:g}" if config["grad_clip"] else "no clipping",
         "processes": plural(facts["world_size"], "process"),
         "part": " (of the part after the last interruption)" if facts["interruptions"] else "",
@@ -108,68 +98,56 @@ def is_on_hub(name: str | None) -> bool:
     return name is not None and HUB_NAME.fullmatch(name) is not None and not Path(name).exists()
 
 
-def hub_model(init_from: str | None) -> str | None:
-    """The full name on the Hub of the model that a run began with; None if it was none of the Hub's."""
-    if init_from is None or Path(init_from).exists():
-        return None
-    name = init_from if "/" in init_from else f"openai-community/{init_from}"
-    return name if is_on_hub(name) else None
-
-
 def hub_link(name: str, folder: str = "") -> str:
     return f"[{name}](https://huggingface.co/{folder}{name})"
 
 
-def measured_at(step: int, facts: dict[str, Any], events: dict[str, Points]) -> list[Any]:
+def measured_at(step: int, facts: dict[str, Any], events: dict[str, curves.Points]) -> list[Any]:
     """What was measured of the weights of this very step, as the Hub's `EvalResult`s."""
     from huggingface_hub import EvalResult
 
-    result = functools.partial(EvalResult, task_type="text-generation", task_name="Text generation")
-    dataset, results = facts["data"]["dataset"], []
-    if (loss := dict(events["val"]).get(step)) is not None:
-        evaluation = result(
-            dataset_type=dataset if is_on_hub(dataset) else "text",
-            dataset_name=dataset or "text of unrecorded source",
-            metric_type="loss",
-            metric_name=f"validation loss, {unit_of(facts)}, on {facts['val_tokens']:,} tokens held out",
-            metric_value=loss,
-        )
-        results.append(evaluation)
-    if (score := dict(events["hella"]).get(step)) is not None:
-        evaluation = result(
-            dataset_type="Rowan/hellaswag",
-            dataset_name="HellaSwag",
-            dataset_split="validation",
-            metric_type="acc_norm",
-            metric_name=f"accuracy by loss per token (acc_norm), {facts['hellaswag_items']:,} items",
-            metric_value=score,
-        )
-        results.append(evaluation)
-    return results
+    dataset = facts["data"]["dataset"]
+    loss: dict[str, Any] = {
+        "dataset_type": dataset if is_on_hub(dataset) else "text",
+        "dataset_name": dataset or "text of unrecorded source",
+        "metric_type": "loss",
+        "metric_name": f"validation loss, nats per {curves.unit_of(facts)}, "
+        f"on {facts['val_tokens']:,} tokens held out",
+    }
+    accuracy: dict[str, Any] = {
+        "dataset_type": "Rowan/hellaswag",
+        "dataset_name": "HellaSwag",
+        "dataset_split": "validation",
+        "metric_type": "acc_norm",
+        "metric_name": f"accuracy by loss per token (acc_norm), {facts['hellaswag_items']:,} items",
+    }
+    return [
+        EvalResult(task_type="text-generation", task_name="Text generation", metric_value=value, **about)
+        for kind, about in (("val", loss), ("hella", accuracy))
+        for at, value in events[kind]
+        if at == step
+    ]
 
 
-def unit_of(facts: dict[str, Any]) -> str:
-    return f"nats per {'byte' if facts['encoding'] == 'bytes' else 'token'}"
-
-
-def results_section(facts: dict[str, Any], events: dict[str, Points], picture: bool) -> str:
+def results_section(facts: dict[str, Any], events: dict[str, curves.Points], picture: bool) -> str:
     """The run's evaluations as a table, evenly picked, beside published values; and the picture."""
     losses, scores = dict(events["val"]), dict(events["hella"])
     steps = sorted(losses | scores)
     if not steps:
         return ""
     n, batch = min(TABLE_ROWS, len(steps)), facts["train_config"]["total_batch_size"]
-    picked = [steps[round((i + 1) * len(steps) / n) - 1] for i in range(n)]  # the last one is among them
-    rows = [["step", "tokens", f"validation loss, {unit_of(facts)}", "HellaSwag, acc_norm"], ["---"] * 4]
+    picked = [steps[round((i + 1) * len(steps) / n) - 1] for i in range(n)]  # the last step is among them
+    columns = ["step", "tokens", f"validation loss, nats per {curves.unit_of(facts)}", "HellaSwag, acc_norm"]
+    rows = [columns, ["---"] * 4]
     for step in picked:
         values = [f"{measured[step]:.4f}" if step in measured else "" for measured in (losses, scores)]
         rows.append([f"{step:,}", f"{step * batch:,}", *values])
     published = [
-        f"{GPT2_VAL_LOSS}" if losses and comparable_loss(facts) else "",
-        f"{GPT2_HELLASWAG}" if scores and comparable_hellaswag(facts) else "",
+        f"{curves.GPT2_VAL_LOSS}" if losses and curves.comparable_loss(facts) else "",
+        f"{curves.GPT2_HELLASWAG}" if scores and curves.comparable_hellaswag(facts) else "",
     ]
     if any(published):
-        rows.append(["OpenAI's GPT-2 (124M)", "", *published])
+        rows.append([curves.GPT2, "", *published])
     table = "\n".join(f"| {' | '.join(row if scores else row[:3])} |" for row in rows)
     image = f"![The losses of the run, by tokens trained on]({PICTURE})\n\n" if picture else ""
     notes = f"The validation loss is the mean over {facts['val_tokens']:,} tokens held out from training."

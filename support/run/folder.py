@@ -16,11 +16,9 @@ Training waits only while a checkpoint is copied to host memory: a thread writes
 """
 
 import contextlib
-import functools
 import json
 import os
 import platform
-import re
 import shutil
 import subprocess
 import time
@@ -40,19 +38,23 @@ from support.machine.processes import World
 from support.machine.sharding import collect, is_sharded, shard_states
 from support.model.huggingface import CARD, list_checkpoints, step_of
 from support.run.card import PICTURE, run_card
-from support.run.curves import draw_runs, read_log, read_run
+from support.run.curves import draw_runs, read_event, read_log, read_run
 
 import safetensors
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_leaves
 
 if TYPE_CHECKING:
     from train_gpt2 import GPT, GPTConfig, TrainConfig
 
-SAVE_AT_LEAST_EVERY = 15 * 60  # seconds: the most work that a slow machine may lose
-# What reading a damaged checkpoint raises.
+SAVE_AT_LEAST_EVERY = 15 * 60  # seconds of work that a slow machine may lose
+# Reading a damaged checkpoint raises one of these.
 DAMAGE = (FileNotFoundError, ValueError, RuntimeError, EOFError, AttributeError, UnpicklingError)
-LOG_LINE = re.compile(rb"(\d+) (\S+) [-+.\w]+\n")  # step, kind, value
+HINTS = {  # advice for settings that differ
+    "max_steps": "to train longer, start a new run: your other flags, --init_from {path} --log_dir NEW",
+    "data": "data is the fingerprint of the shards: others, or shards.json was written or removed since",
+}
 
 
 class RunFolder:
@@ -62,17 +64,18 @@ class RunFolder:
         self.config, self.world, self.print, self.path = config, world, print, config.log_dir
         self.unwritten = b""  # log.txt lines that a full disk has delayed
         self.saved_at = time.monotonic()
-        self.writer = ThreadPoolExecutor(1)  # Python ends only when its thread has: an error loses no save
+        self.writer = ThreadPoolExecutor(1)  # Python waits for its thread at exit: an error loses no save
         self.saving: Future[None] | None = None  # the save that the thread was last given
-        self.recipe: dict[str, Any] = {}  # all settings that affect the run's numbers
-        self.checkpoint: Path | None = None  # to resume from; None in other processes than the main one
-        self.trainer: dict[str, Any] = {}  # the contents of its trainer.pt
+        self.recipe: dict[str, Any] = {}  # all settings that decide the run's numbers
+        self.defaults: dict[str, Any] = {}  # the recipe of a default run, without the data
+        self.checkpoint: Path | None = None  # where to resume; only the main process knows
+        self.trainer: dict[str, Any] = {}  # the contents of the checkpoint's trainer.pt
         self.first_step = 0
         self.run_id = uuid.uuid4().hex[:8]  # the same after every --resume
         self.interruptions = 0
-        self.before: dict[str, Any] = {}  # run.json, of a run that is resumed
+        self.before: dict[str, Any] = {}  # the interrupted run's run.json
         self.facts: dict[str, Any] = {}  # the contents of run.json
-        self.samples: tuple[int, list[str]] | None = None  # the latest ones: their step, their texts
+        self.samples: tuple[int, list[str]] | None = None  # step and texts of the latest samples
 
     # ------------------------------------------------------------------ opening
 
@@ -83,12 +86,11 @@ class RunFolder:
         that is not to be resumed, has another recipe, or has only damaged checkpoints.
         """
         self.recipe = self.config.recipe_fields() | asdict(model_config) | {"data": shards.fingerprint}
-        # A setting that a checkpoint does not mention yet had its default.
-        defaults = type(self.config)().recipe_fields() | asdict(type(model_config)())
-        self.first_step = self.world.from_main(lambda: self.open_here(defaults))
+        self.defaults = type(self.config)().recipe_fields() | asdict(type(model_config)())
+        self.first_step = self.world.from_main(self.open_here)
         return self.first_step
 
-    def open_here(self, defaults: dict[str, Any]) -> int:
+    def open_here(self) -> int:
         """`open`, in the main process."""
         begun = self.holds_a_run()
         if begun and not self.config.resume:
@@ -98,7 +100,7 @@ class RunFolder:
             )
         self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
         if begun:
-            with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # run.json may be damaged
                 before = read_run(self.path)
                 self.run_id, self.interruptions = before["run_id"], before["interruptions"]
                 self.before = before
@@ -110,8 +112,8 @@ class RunFolder:
                 "to start over, or choose another --log_dir"
             )
         if self.checkpoint:
-            self.compare_recipes(self.trainer["recipe"], defaults)
-        for name in damaged:  # moved aside, so that the step can be saved again
+            self.compare_recipes()
+        for name in damaged:  # make room: the run will save these steps again
             aside = self.path / f"{name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.path / name).rename(aside)
@@ -119,12 +121,16 @@ class RunFolder:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return self.trainer.get("step", 0)
 
+    def read_lines(self) -> list[bytes]:
+        """The lines of log.txt with their ends; none if there is no such file."""
+        log = self.path / "log.txt"
+        return log.read_bytes().splitlines(keepends=True) if log.exists() else []
+
     def holds_a_run(self) -> bool:
         """Whether there is a run to resume, or to lose. A run stopped before its first step does not count:
         it leaves at most the log lines of its first evaluation."""
-        log = self.path / "log.txt"
-        lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
-        harmless = all(LOG_LINE.fullmatch(line) and b" train " not in line for line in lines)
+        events = [read_event(line) for line in self.read_lines()]
+        harmless = all(event and event[1] != "train" for event in events)
         return bool(list_checkpoints(self.path)) or not harmless or "result" in read_run(self.path)
 
     def find_checkpoint(self) -> list[str]:
@@ -137,59 +143,38 @@ class RunFolder:
                 trainer = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
                 if not trainer.keys() >= {"step", "optimizer", "scaler", "rng", "recipe", "loss"}:
                     raise ValueError("trainer.pt lacks entries")
-            except (
-                FileNotFoundError,
-                ValueError,
-                RuntimeError,
-                EOFError,
-                AttributeError,
-                UnpicklingError,
-            ) as e:
-                reason = (str(e).splitlines() or [type(e).__name__])[0]
-                self.print(f"DAMAGED: {folder}: {reason}; skipping it")
+            except DAMAGE as error:
+                self.print(f"DAMAGED: {folder}: {in_words(error).splitlines()[0]}; skipping it")
                 damaged.append(folder.name)
-                continue
-            self.checkpoint, self.trainer = folder, trainer
-            break
+            else:
+                self.checkpoint, self.trainer = folder, trainer
+                break
         return damaged
 
-    def compare_recipes(self, then: dict[str, Any], defaults: dict[str, Any]) -> None:
+    def compare_recipes(self) -> None:
         """Raises InputError, listing every difference, unless the run in the folder has the same recipe. What
-        may change by now is not compared."""
-        now, may_change = self.recipe, asdict(self.config).keys() - self.recipe.keys()
-        then = {name: value for name, value in {**defaults, **then}.items() if name not in may_change}
-        different = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-        if not different:
-            return
-        changes = "; ".join(f"{name} was {then.get(name)}, is {now.get(name)}" for name in different)
-        hint = ""
-        if "max_steps" in different:
-            hint += (
-                f"; to train longer, start a new run: your other flags, --init_from {self.path} --log_dir NEW"
-            )
-        if "data" in different:
-            hint += (
-                "; data is the fingerprint of the shards: they are others, or shards.json was written or "
-                "removed since"
-            )
-        raise InputError(f"{self.path} can't be resumed with another recipe: {changes}{hint}")
+        may change by now is not compared; a setting that the checkpoint does not know had its default."""
+        before, now = self.defaults | self.trainer["recipe"], self.recipe
+        may_change = asdict(self.config).keys() - now.keys()
+        names = [name for name in before | now if name not in may_change]
+        different = [name for name in names if before.get(name) != now.get(name)]
+        if different:
+            changes = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in different]
+            hints = [HINTS[name].format(path=self.path) for name in different if name in HINTS]
+            text = "; ".join(changes + hints)
+            raise InputError(f"{self.path} can't be resumed with another recipe: {text}")
 
     def fitted_before(self) -> tuple[int, int] | None:
         """The micro-batch that the interrupted run found, as (rows, chunks of the loss), if it was made on
         the same device, with the same flags that matter for memory."""
-
-        def read() -> tuple[int, int] | None:
-            flags = ("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size")
-            here = [device_name(self.world.device), self.world.size]
-            here += [getattr(self.config, name) for name in flags]
-            with contextlib.suppress(KeyError, TypeError):  # run.json may be another version's, or damaged
-                then = [self.before["device"], self.before["world_size"]]
-                then += [self.before["train_config"][name] for name in flags]
-                if then == here:
-                    return int(self.before["micro_batch_size"]), int(self.before["loss_chunks"])
-            return None
-
-        return self.world.from_main(read)
+        flags = ("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size")
+        now = [device_name(self.world.device), self.world.size, *(getattr(self.config, f) for f in flags)]
+        found = None
+        with contextlib.suppress(KeyError, TypeError):  # run.json may be another version's, or damaged
+            device, size, then = (self.before[name] for name in ("device", "world_size", "train_config"))
+            if [device, size, *(then[flag] for flag in flags)] == now:
+                found = int(self.before["micro_batch_size"]), int(self.before["loss_chunks"])
+        return self.world.from_main(lambda: found)
 
     def restore(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
         """Restore the training state from the checkpoint, and cut log.txt back to its step.
@@ -206,14 +191,14 @@ class RunFolder:
         else:
             if world.is_main:
                 for group in self.trainer["optimizer"]["param_groups"]:
-                    if "fused" in group:  # as suits this device, not the one that saved
+                    if "fused" in group:  # this device decides, not the one that saved
                         group["fused"] = optimizer.defaults["fused"]
                 optimizer.load_state_dict(self.trainer["optimizer"])
             if world.size > 1:
                 broadcast_states(optimizer, parameters, world)
         if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if the scaler was off
             scaler.load_state_dict(scaler_state)
-        self.trainer.pop("optimizer", None)  # 8 bytes a parameter that nobody reads again
+        self.trainer.pop("optimizer", None)  # frees 8 bytes a parameter
         torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
         self.print(f"resuming at step {self.first_step} from {self.checkpoint}")
 
@@ -223,12 +208,12 @@ class RunFolder:
         """Keep only the lines of log.txt for steps before `step`: later steps run again. What a power cut
         damaged is dropped too: a line without an end, and zeros. Any other line is somebody's, and stays."""
         if self.world.is_main:
-            log, kept = self.path / "log.txt", b""
-            for line in log.read_bytes().splitlines(keepends=True) if log.exists() else []:
-                match = LOG_LINE.fullmatch(line)
+            kept = b""
+            for line in self.read_lines():
+                event = read_event(line)
                 damaged = b"\0" in line or not line.endswith(b"\n") or line.isspace()
-                kept += line if not damaged and (match is None or int(match[1]) < step) else b""
-            write_file(log, lambda file: file.write(kept))
+                kept += line if not damaged and (event is None or event[0] < step) else b""
+            write_file(self.path / "log.txt", lambda file: file.write(kept))
 
     def append(self, step: int, kind: str, value: str) -> None:
         """Add a line to log.txt: step, kind, value. A full disk only delays it."""
@@ -245,7 +230,7 @@ class RunFolder:
                 if self.unwritten and file.write(self.unwritten) < len(self.unwritten):
                     raise OSError("log.txt could not be written")
             except OSError:
-                file.truncate(size)  # no half lines
+                file.truncate(size)  # leave no half line
                 raise
         self.unwritten = b""
 
@@ -302,24 +287,23 @@ class RunFolder:
             weights, trainer = collect((weights, trainer), keep=self.world.is_main)
         if not self.world.is_main:
             return
-        states = [value for state in optimizer.state.values() for value in state.values()]
-        tensors = [t for t in (*weights.values(), *states) if isinstance(t, torch.Tensor)]
-        size = sum(t.numel() * t.element_size() for t in tensors)
+        size = sum(t.nbytes for t in tree_leaves((weights, trainer)) if isinstance(t, torch.Tensor))
+        # A copy needs twice its size: the thread transposes, and training may still grow. Where less is free,
+        # training waits while its own tensors are written: the system kills a process that takes too much.
+        in_place = not sharded and free_host_memory() < 2 * size
         with self.failure_reported(step):
             needed = size + 10_000_000
             if (free := shutil.disk_usage(self.path).free) < needed:
                 raise OSError(f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed")
             self.write_log()
             card = self.make_card(step, state)
-            # Twice the copy: the thread needs memory too, to transpose, and training may still grow. If less
-            # is free, training waits while its own tensors are written: the system kills what takes too much.
-            if not sharded and free_host_memory() < 2 * size:
-                self.write_checkpoint(step, raw_model, weights, trainer, card=card)
-                return
-            if not sharded:
-                weights, trainer = to_host(weights), to_host(trainer)
-            write = functools.partial(self.write_checkpoint, card=card)
-            self.saving = self.writer.submit(write, step, raw_model, weights, trainer)
+            if not sharded and not in_place:
+                weights, trainer = to_host((weights, trainer))
+            self.saving = self.writer.submit(
+                self.write_checkpoint, step, raw_model, weights, trainer, card=card
+            )
+        if in_place:
+            self.finish_save()
 
     @contextlib.contextmanager
     def failure_reported(self, step: int) -> Iterator[None]:
@@ -338,10 +322,9 @@ class RunFolder:
         try:
             picture = self.path / PICTURE
             files = {PICTURE: picture.read_bytes()} if picture.exists() else {}
-            events = read_log(self.path / "log.txt")
-            card = functools.partial(run_card, samples=self.samples, picture=bool(files))
-            text = card(self.facts, step, state["spent"], events)
-            return {CARD: text.encode(), **files}
+            log = read_log(self.path / "log.txt")
+            card = run_card(self.facts, step, state["spent"], log, samples=self.samples, picture=bool(files))
+            return {CARD: card.encode(), **files}
         except Exception as error:
             self.print(f"step {step}: the model card could not be written: {error}")
             return {}
@@ -377,7 +360,7 @@ class RunFolder:
     def finish_save(self) -> None:
         """Wait until the save that the thread was given is complete, or has failed."""
         if self.saving:
-            self.saving.result()  # raises what nobody expected
+            self.saving.result()  # raises an error that nobody expected
 
     def overdue(self) -> bool:
         """Whether the last attempt to save was more than SAVE_AT_LEAST_EVERY seconds ago. Only the main
@@ -387,30 +370,22 @@ class RunFolder:
     def wait_for_save(self, step: int) -> None:
         """Wait for the save in flight. Raises RunFault, in every process, unless `step` has a checkpoint: the
         end of a run must not be lost silently."""
-
-        def wait() -> None:
-            self.finish_save()
-            if not (self.path / f"checkpoint_{step:05d}").exists():
-                raise RunFault(
-                    f"the end of the run, step {step}, could not be saved; free some disk space, then "
-                    "run it again with --resume"
-                )
-
-        self.world.from_main(wait)
+        self.finish_save()
+        if not self.world.from_main((self.path / f"checkpoint_{step:05d}").exists):
+            raise RunFault(
+                f"the end of the run, step {step}, could not be saved; free some disk space, then run it "
+                "again with --resume"
+            )
 
 
 def broadcast_states(
     optimizer: torch.optim.Optimizer, parameters: list[torch.nn.Parameter], world: World
 ) -> None:
     """Give every process the main process's optimizer state: tensors of a parameter's shape, and scalars."""
-
-    def names_in(state: dict[str, torch.Tensor]) -> list[tuple[str, bool]]:
-        return [(name, value.dim() == 0) for name, value in state.items() if value is not None]
-
-    names_of = world.from_main(lambda: [names_in(optimizer.state[p]) for p in parameters])
-    for parameter, names in zip(parameters, names_of, strict=True):
-        for name, is_scalar in names:
-            like = torch.zeros((), device=parameter.device) if is_scalar else parameter
+    states = [{name: t.dim() for name, t in optimizer.state[p].items() if t is not None} for p in parameters]
+    for parameter, dims in zip(parameters, world.from_main(lambda: states), strict=True):
+        for name, dim in dims.items():
+            like = parameter if dim else torch.zeros((), device=parameter.device)
             dist.broadcast(optimizer.state[parameter].setdefault(name, torch.zeros_like(like)), src=0)
 
 
@@ -418,8 +393,8 @@ def check_sums(folder: Path) -> None:
     """Raises ValueError or OSError, naming the file, unless every file matches SHA256SUMS. The model card
     and its picture may change: their reader may edit them."""
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
-    expected = {name: digest for digest, name in (line.split("  ") for line in lines)}
-    expected = {name: digest for name, digest in expected.items() if name not in (CARD, PICTURE)}
+    pairs = (line.split("  ") for line in lines)
+    expected = {name: digest for digest, name in pairs if name not in (CARD, PICTURE)}
     for name in ("model.safetensors", "config.json", "trainer.pt", *expected):
         if name not in expected or sha256(folder / name) != expected[name]:
             raise ValueError(f"{name} is not what SHA256SUMS says")
