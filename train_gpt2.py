@@ -804,8 +804,8 @@ def main(config: TrainConfig) -> None:
             optimizer.step()
         optimizer.zero_grad(set_to_none=(W == 1))  # DDP's gradients are views of its buffers
 
-        # With a fused optimizer, this is the step's only host-device sync. A GPU is busy with the update then;
-        # its time counts in the next step.
+        # With a fused optimizer, this is the step's only host-device sync. Meanwhile a GPU is busy with the
+        # update, which counts in the time of the next step.
         train_loss, stop_requested, save_overdue, grad_norm = read_values()
         stop_requested, save_overdue = stop_requested > 0, save_overdue > 0  # set if any rank set it
         check_finite(step, train_loss, grad_norm, scaler, world, own_loss=loss_sum)

@@ -68,7 +68,7 @@ def test_a_value_is_one_call(change, flags, tmp_path, monkeypatch):
     wandb.log = lambda values, step: logged.append((step, values))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     step = "        report.step(step, train_loss, lr, grad_norm, time.perf_counter() - started)\n"
-    script = change((step, f"{step}        report.log(step, twice=2 * train_loss)\n"))
+    script = change((step, f"{step}        report.log(step, twice=torch.tensor(2 * train_loss))\n"))
     flags = (*flags, "--tracker=wandb")
     call(script, *flags)
     events = read_log(tmp_path / "log/log.txt")

@@ -316,6 +316,7 @@ class Report:
     def log(self, step: int, tracked: dict[str, float] | None = None, /, **values: float) -> None:
         """Log values of `step` under their names: to log.txt, status.json and the tracker. The pictures draw
         them, and --resume keeps them. Any name will do. `tracked` go to the tracker alone."""
+        values = {name: float(value) for name, value in values.items()}  # of a tensor, its number
         for name, value in values.items():
             self.run.append(step, name, format(value, FORMATS.get(name, ".6g")))
             self.status["values"][name] = [step, value if math.isfinite(value) else None]
