@@ -41,10 +41,12 @@ def chunked_cross_entropy(
     """The same, with the logits of one of `n_chunks` chunks of tokens in memory at a time.
 
     Args:
-        hidden: hidden states, (N, n_embd). If they need no gradient, none is computed.
+        hidden: hidden states, (N, n_embd).
         weight: the head's, (columns, n_embd); columns from `vocab_size` on only pad the vocabulary.
         targets: (N,) int64; -100 is ignored.
     """
+    if not torch.is_grad_enabled():
+        weight = weight.detach()  # it would ask for a gradient in an evaluation, too
     compute = ChunkedCrossEntropy.apply
     if torch.compiler.is_compiling():  # the compiler would keep the logits of all chunks
         compute = torch.compiler.disable(compute)
@@ -76,7 +78,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
         # float16 ends at 65,504: a frequent token's sum over a chunk must stay below
         shrink = 1 / 16 if dtype == torch.float16 else 1.0
-        wanted = ctx.needs_input_grad[0]  # not in an evaluation, where the weight still asks for a gradient
+        wanted = any(ctx.needs_input_grad)
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight) if wanted else None
         ctx.gradients = grad_hidden, grad_weight, count * shrink
         chunks = zip(*(tensor.chunk(n_chunks) for tensor in (hidden, targets, grad_hidden)), strict=True)
