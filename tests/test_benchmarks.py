@@ -179,6 +179,7 @@ def test_other_versions_are_not_mixed(asked, config):
         gpu.main(config)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_or_hangs_is_a_failure():
     assert gpu.in_a_process(os._exit, {"status": 3}, 60) == {"error": "the process ended with exit status 3"}
     start = time.monotonic()
@@ -191,6 +192,7 @@ def hang():
         time.sleep(1)
 
 
+@pytest.mark.slow
 def test_a_program_ends_in_time_with_all_that_it_started(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

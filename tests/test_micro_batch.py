@@ -145,6 +145,7 @@ def test_nothing_fits_is_one_line(tmp_path, text_shards):
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_resumed_run_tries_first_what_fitted_before(tmp_path, text_shards):
     """8 rows are too many, 4 fit with the loss in chunks: the second time nothing else is tried."""
     flags = (*RUN, "--checkpoint_every=2", f"--data_dir={text_shards}", f"--log_dir={tmp_path / 'log'}")

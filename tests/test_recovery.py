@@ -122,7 +122,7 @@ def kill_trials(kills, seed, tmp_path, text_shards, timeout, *flags):
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_killed_at_a_random_moment_it_ends_the_same(optimizer, tmp_path, text_shards):
     result = kill_trials(1, 1, tmp_path, text_shards, 120, f"--optimizer={optimizer}")
     assert result["kills"] == 1
@@ -265,7 +265,7 @@ def test_a_signal_finishes_the_step_and_saves(number, status, flags, tmp_path, u
     assert_same_end(tmp_path / "log", undisturbed)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGHUP, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_pipe_whose_reader_ends_with_it(number, flags, tmp_path):
     """As in `python train_gpt2.py 2>&1 | tee run.out`: tee gets the signal too."""
     steps = tmp_path / "steps"
@@ -946,6 +946,7 @@ def test_nan_on_one_rank_stops_all_before_the_update(flags, tmp_path):
     call("train_gpt2.py", *flags, "--resume")
 
 
+@pytest.mark.slow
 def test_nan_in_the_gradient_alone(flags, tmp_path):
     done = faulty(f"nan_gradient=5 step_file={tmp_path / 'steps'}", *flags, check=False)
     assert done.returncode == 1

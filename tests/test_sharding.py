@@ -16,7 +16,7 @@ from support.machine import micro_batch, sharding
 from support.machine.micro_batch import Trials, check_memory, least_bytes, most_rows
 from support.machine.processes import World
 from support.model.huggingface import list_checkpoints
-from support.run.curves import read_log
+from support.run.curves import read_log, read_run
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
 
 import pytest
@@ -107,7 +107,21 @@ def test_a_few_steps_are_those_of_one_process(processes, tmp_path):
         assert own == pytest.approx(3 * 4 * sum(p.numel() for p in model.parameters()) / processes, rel=0.1)
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_a_divided_run_has_the_losses_of_one_process(flags, tmp_path):
+    """The short version of the next one: losses, the validation, and each process's share of the bytes."""
+    flags = (*flags, "--max_steps=4", "--val_every=2", "--checkpoint_every=0", "--sample_every=0")
+    divided = train(2, flags, tmp_path / "shard", "--shard", faults=f"bytes={tmp_path / 'bytes'}")
+    assert "divided among" in divided.stdout
+    call("train_gpt2.py", *flags, f"--log_dir={tmp_path / 'one'}")
+    assert losses(tmp_path / "shard") == pytest.approx(losses(tmp_path / "one"), abs=3e-6)
+    assert losses(tmp_path / "shard", "val") == pytest.approx(losses(tmp_path / "one", "val"), abs=1e-4)
+    whole = 4 * 4 * read_run(tmp_path / "one")["parameters"]  # weights, gradients, two moments
+    for rank in range(2):
+        assert int((tmp_path / f"bytes{rank}").read_text()) == pytest.approx(whole / 2, rel=0.2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_it_trains_as_ddp_does(processes, flags, tmp_path):
     """20 losses within 1e-6, validation and samples, the checkpoint's files and tensors, and each process
     holds its share of the bytes; then SIGKILL's effect: what was lost is trained again to the same bits."""
