@@ -235,7 +235,7 @@ else:
 def test_an_evaluation_takes_no_more_memory_at_its_end_than_at_its_beginning(what, tmp_path):
     """What is freed is kept for the next batch. A small tensor kept from each batch used to split it up: a
     validation grew by 5 GB in 200 batches."""
-    make_shards(tmp_path, [16 * 64 * 24 + 1, 1000], vocab_size=50_257)
+    make_shards(tmp_path, [16 * 64 * 14 + 1, 1000], vocab_size=50_257)
     for line in run("-c", MEMORY_OF_EVALUATION, tmp_path, what).stdout.splitlines():
         early, middle, late = map(float, line.split())
         assert late < early + 0.2
