@@ -192,7 +192,7 @@ def test_dropout_works_in_training_alone(change, flags, tmp_path):
     assert resumes_to_the_same_bits(script, flags, tmp_path / "log")
 
 
-def test_masks_depend_on_seed_step_and_rank_alone(change, flags, tmp_path):
+def test_masks_depend_on_seed_step_and_rank_alone(change, flags, tmp_path, monkeypatch):
     """The trial of micro-batches uses none of the random numbers up; a new start from the weights keeps the
     flag; another value is refused by --resume."""
     script = change(*DROPOUT)
@@ -201,8 +201,11 @@ def test_masks_depend_on_seed_step_and_rank_alone(change, flags, tmp_path):
     call(script, *flags, f"--log_dir={found}")
     call(script, *flags, f"--log_dir={told}", f"--micro_batch_size={read_run(found)['micro_batch_size']}")
     assert (told / "log.txt").read_bytes() == (found / "log.txt").read_bytes()
-    call(script, *flags, f"--init_from={found}", f"--log_dir={tmp_path / 'tuned'}")
-    assert read_run(tmp_path / "tuned")["model_config"]["dropout"] == 0.3
+    seeds, seed = [], World.seed
+    monkeypatch.setattr(World, "seed", lambda self, *s: (seeds.append(s), seed(self, *s)))
+    call(script, *flags, f"--init_from={found}", f"--log_dir={tmp_path / 'tuned'}", "--dropout=0.2")
+    assert read_run(tmp_path / "tuned")["model_config"]["dropout"] == 0.2
+    assert seeds == [(1337, 0), (1337, 1), (1337, 2)]
     done = call(script, *flags, f"--log_dir={found}", "--dropout=0.1", "--resume", check=False)
     assert "dropout was 0.3, is 0.1" in done.stderr
     numbers = []
