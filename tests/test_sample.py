@@ -118,9 +118,10 @@ def test_generation_packs_and_leaves_the_model_alone(model_folder, monkeypatch):
     plain = model.generate(idx, 40, temperature=0)
     packings = []
 
-    def count(model):
+    def count(model, names):
         packings.append(model)
-        return pack_for_cpu(model)
+        assert names == ("c_attn", "c_proj", "c_fc", "lm_head")
+        return pack_for_cpu(model, names)
 
     monkeypatch.setattr(sampling, "packing_pays", lambda *_: True)
     monkeypatch.setattr(sampling, "pack_for_cpu", count)
@@ -139,6 +140,12 @@ def test_generation_packs_and_leaves_the_model_alone(model_folder, monkeypatch):
             parameter.add_(torch.randn_like(parameter))
     now = model.generate(idx, 40, temperature=0)
     assert not torch.equal(now, plain)
+    monkeypatch.setattr(sampling, "packing_pays", lambda layer, *_: layer is model.lm_head)
+    monkeypatch.setattr(
+        sampling, "pack_for_cpu", lambda _, names: pack_for_cpu(model, packings.append(names) or names)
+    )
+    assert torch.equal(model.generate(idx, 40, temperature=0), now)
+    assert packings[-1] == ("lm_head",)  # each kind of layer has its own trial
     monkeypatch.setattr(sampling, "packing_pays", lambda *_: False)
     assert torch.equal(model.generate(idx, 40, temperature=0), now)
 
