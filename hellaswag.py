@@ -41,7 +41,6 @@ from support.machine.device import (
 from support.machine.processes import World
 from support.machine.sharding import gathered
 from support.model.huggingface import find_model
-from support.model.packed import pack_for_cpu, packing_pays
 from support.model.sampling import KVCache
 
 import numpy as np
@@ -435,8 +434,6 @@ def main(config: ScoreConfig) -> None:
         model = GPT.from_pretrained(name).to(device).eval()
         encoding = get_encoding(model.config.encoding, model.config.vocab_size)
         with autocast_to(device, dtype):
-            if packing_pays(model.lm_head, LIMITS["cpu"].logits, times=len(items)):
-                model = pack_for_cpu(model, ("lm_head",))
             score = evaluate(model, items, encoding, progress=True, protocol=config.protocol)
         print(f"{name:{width}}  HellaSwag {score}", flush=True)
     if config.save_predictions:

@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hellaswag import LIMITS, Item, evaluate, load_items
+from hellaswag import Item, evaluate, load_items
 from support.data.encodings import get_encoding
 from support.machine.device import choose_device, device_name
-from support.model.packed import pack_for_cpu, packing_pays
 from train_gpt2 import GPT, GPTConfig
 
 import torch
@@ -75,9 +74,6 @@ def measure(config: Config) -> dict[str, Any]:
     items, encoding = load_items(config.data), get_encoding("gpt2")
     some = load_items(config.data, config.limit)
     dtype = getattr(torch, config.dtype)
-    float32 = config.dtype == "float32"
-    pays = float32 and packing_pays(model.lm_head, LIMITS["cpu"].logits, times=len(some))
-    packed = pack_for_cpu(model, ("lm_head",)) if pays else model  # as hellaswag.py does
     result = {
         "device": device_name(device),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -92,7 +88,7 @@ def measure(config: Config) -> dict[str, Any]:
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         for _ in range(config.n + 1):
             start = time.perf_counter()
-            evaluate(packed, some, encoding)
+            evaluate(model, some, encoding)
             middle = time.perf_counter()
             one_at_a_time(model, some)
             seconds["ours"].append(middle - start)
@@ -106,7 +102,7 @@ def measure(config: Config) -> dict[str, Any]:
         result |= {"seconds": seconds, "ratio": statistics.median(ratios)}
         if config.all:
             start = time.perf_counter()
-            score = evaluate(packed, items, encoding)
+            score = evaluate(model, items, encoding)
             result["all_seconds"] = time.perf_counter() - start
             middle = time.perf_counter()
             theirs = one_at_a_time(model, items)

@@ -4,8 +4,7 @@ same prompt, the most likely token each time, and the same text in the end.
 
     python -m benchmarks.sampling [--n 5] [--device cuda] [--out results.json]
 
-"generate" is GPT.generate as it stands: on a CPU it packs the weights each time, if a trial of one layer says
-so. "packed" finds them packed, "plain" never packs. On a GPU, "compiled" replays CUDA graphs.
+"generate" is GPT.generate. On a GPU, "compiled" replays CUDA graphs.
 """
 
 import functools
@@ -15,14 +14,11 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from support.machine.device import choose_device, device_name
-from support.model.packed import pack_for_cpu
 from train_gpt2 import GPT, GPTConfig
 
 import torch
@@ -43,12 +39,6 @@ class Config:
     out: Path | None = None  # write the figures here as JSON
 
 
-def unpacked(write: Callable[[GPT], torch.Tensor], model: GPT) -> torch.Tensor:
-    """What `write` does with the model as it is."""
-    with mock.patch("support.model.sampling.packing_pays", return_value=False):
-        return write(model)
-
-
 def measure(config: Config) -> dict[str, Any]:
     """Print the figures and return them, raw."""
     import transformers
@@ -60,6 +50,7 @@ def measure(config: Config) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         theirs = transformers.GPT2LMHeadModel.from_pretrained(folder).eval().to(device, dtype)
+        model = GPT.from_pretrained(folder).eval()
     theirs.generation_config.eos_token_id, theirs.generation_config.pad_token_id = None, 0
     model = model.to(device, dtype)
     print(f"{device_name(device)}, PyTorch {torch.__version__}, transformers {transformers.__version__}, "
@@ -69,10 +60,7 @@ def measure(config: Config) -> dict[str, Any]:
         prompt = torch.randint(0, 50257, (batch_size, 16), device=device)
         write = functools.partial(GPT.generate, idx=prompt, max_new_tokens=config.new_tokens, temperature=0)
         ways = {"generate": functools.partial(write, model)}
-        if device.type == "cpu":
-            ways["packed"] = functools.partial(unpacked, write, pack_for_cpu(model))
-            ways["plain"] = functools.partial(unpacked, write, model)
-        else:
+        if device.type != "cpu":
             ways["compiled"] = functools.partial(write, model, compile=True)
         options = {"max_new_tokens": config.new_tokens, "do_sample": False, "use_cache": True}
         ways["transformers"] = functools.partial(theirs.generate, prompt, **options)

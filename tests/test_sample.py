@@ -11,10 +11,8 @@ from hub import serve
 from sample import SampleConfig, main
 from support.cli import InputError, RunFault
 from support.data.encodings import get_encoding
-from support.machine.device import autocast_to
-from support.model import packed, sampling
+from support.model import sampling
 from support.model.huggingface import find_model
-from support.model.packed import PackedLinear, pack_for_cpu, packing_pays
 from train_gpt2 import GPT, GPTConfig
 
 import pytest
@@ -96,85 +94,18 @@ def test_a_text_ends_at_the_end_of_text_token(model_folder, tmp_path):
         assert "1 text of up to 1 tokens" in done.stderr
 
 
-def test_weights_packed_for_a_cpu_give_the_same_logits(model_folder):
-    """...in a model that shares the rest with the one it was made of, which stays as it was."""
-    model = GPT.from_pretrained(model_folder)
-    before = list(model.modules())
-    idx = torch.randint(0, 257, (3, 20))
-    with torch.no_grad():
-        packed = pack_for_cpu(model)
-        assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 5
-        assert list(model.modules()) == before
-        assert torch.allclose(packed(idx), model(idx), atol=1e-5)
-        assert packed.transformer.wte.weight is model.transformer.wte.weight
-        only_head = pack_for_cpu(model, ("lm_head",))
-        assert [name for name, m in only_head.named_modules() if isinstance(m, PackedLinear)] == ["lm_head"]
-
-
-def test_generation_packs_and_leaves_the_model_alone(model_folder, monkeypatch):
-    """...finished, closed or failed; a model trained after that is packed anew."""
+def test_generation_leaves_the_model_alone(model_folder):
+    """...finished, closed or failed."""
     model, idx = GPT.from_pretrained(model_folder), torch.randint(0, 257, (3, 20))
-    modules, names = list(model.modules()), list(model.state_dict())
-    plain = model.generate(idx, 40, temperature=0)
-    packings = []
-
-    def count(model, names):
-        packings.append(model)
-        assert names == ("c_attn", "c_proj", "c_fc", "lm_head")
-        return pack_for_cpu(model, names)
-
-    monkeypatch.setattr(sampling, "packing_pays", lambda *_: True)
-    monkeypatch.setattr(sampling, "pack_for_cpu", count)
-    assert torch.equal(model.generate(idx, 40, temperature=0), plain)
+    before = list(model.modules()), list(model.state_dict())
+    model.generate(idx, 40, temperature=0)
     texts = sampling.stream(model, idx, 40)
     next(texts)
     texts.close()
     with pytest.raises(IndexError):
         model.generate(torch.full((1, 3), 999), 40)  # not a token
-    assert packings == [model] * 3
-    assert list(model.modules()) == modules
-    assert list(model.state_dict()) == names
+    assert (list(model.modules()), list(model.state_dict())) == before
     assert all(parameter.requires_grad for parameter in model.parameters())
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter))
-    now = model.generate(idx, 40, temperature=0)
-    assert not torch.equal(now, plain)
-    monkeypatch.setattr(sampling, "packing_pays", lambda layer, *_: layer is model.lm_head)
-    monkeypatch.setattr(
-        sampling, "pack_for_cpu", lambda _, names: pack_for_cpu(model, packings.append(names) or names)
-    )
-    assert torch.equal(model.generate(idx, 40, temperature=0), now)
-    assert packings[-1] == ("lm_head",)  # each kind of layer has its own trial
-    monkeypatch.setattr(sampling, "packing_pays", lambda *_: False)
-    assert torch.equal(model.generate(idx, 40, temperature=0), now)
-
-
-@pytest.mark.parametrize(("plain", "packed_too", "to_pack"), [(3.0, 2.0, 150.0), (2.0, 3.0, 0.0)])
-def test_a_trial_says_whether_packing_pays(plain, packed_too, to_pack, monkeypatch):
-    """What a layer saves each time it is read, against what packing it takes; never a table."""
-    linear, tried = torch.nn.Linear(8, 24), []
-
-    def timeit(work, number):
-        tried.append(work())
-        if isinstance(tried[-1], PackedLinear):
-            return to_pack
-        return packed_too if len(tried) % 2 else plain
-
-    monkeypatch.setattr(packed, "timeit", timeit)
-    assert packing_pays(linear, 3, 200) == (plain > packed_too)
-    assert {result.shape for result in tried[1:]} == {(3, 24)}
-    tried.clear()
-    assert not packing_pays(linear, 3, 100)  # too few for what packing takes, or slower anyway
-
-
-def test_what_can_not_be_packed(monkeypatch):
-    monkeypatch.setattr(packed, "timeit", lambda _: pytest.fail("not to be tried"))
-    linear = torch.nn.Linear(8, 24)
-    assert not packing_pays(linear.bfloat16(), 1, 10**9)
-    assert not packing_pays(torch.nn.Linear(8, 24, device="meta"), 1, 10**9)
-    with autocast_to(torch.device("cpu"), torch.bfloat16):
-        assert not packing_pays(linear.float(), 1, 10**9)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING
 
 from support.cli import brief
 from support.machine.device import choose_compile, varying_shapes
-from support.machine.sharding import divided_modules, gathered
-from support.model.packed import pack_for_cpu, packing_pays
+from support.machine.sharding import gathered
 
 import tiktoken
 import torch
@@ -135,10 +134,6 @@ def stream(
     length = min(tokens.size(1) + max_new_tokens, block_size)
     enough = length - tokens.size(1) >= COMPILE_FROM
     compiled, _ = choose_compile(compile and enough, idx.device)
-    if not divided_modules(model):
-        tried = {("c_attn", "c_proj", "c_fc"): model.transformer.h[0].mlp.c_fc, ("lm_head",): model.lm_head}
-        pays = [names for names, layer in tried.items() if packing_pays(layer, len(idx), max_new_tokens)]
-        model = pack_for_cpu(model, sum(pays, ())) if pays else model
     caches, step = model.new_caches(length), None
     for n in range(max_new_tokens):
         if compiled and n == 1:  # the prompt has been read
