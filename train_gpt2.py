@@ -16,7 +16,6 @@ folders of support/: data, model, machine, run. You can read this file without t
 """
 
 import argparse
-import functools
 import math
 import signal
 import sys
@@ -26,14 +25,14 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-# Our own imports come before torch's: support/__init__.py sets two variables that torch reads.
+# Our own imports come before torch's: support/__init__.py sets variables that torch reads.
 from hellaswag import evaluate as score_hellaswag
 from hellaswag import items_for_training
 from support import cli
 from support.cli import InputError
 from support.data.demo import write_demo_shards
 from support.data.encodings import get_encoding
-from support.data.shards import Shards, load_shards, read_record
+from support.data.shards import Shards, encoding_of, load_mix
 from support.machine import device as devices
 from support.machine import micro_batch, sharding
 from support.machine.divergence import check_finite
@@ -109,7 +108,8 @@ class TrainConfig:
 
     # -- the run
     demo: bool = False  # a small GPT on the text of Python's own documentation: minutes on a CPU
-    data_dir: Path = Path("edu_fineweb10B")  # token shards, as fineweb.py writes them
+    data_dir: tuple[Path, ...] = (Path("edu_fineweb10B"),)  # token shards, as fineweb.py writes them; several
+    # are mixed in proportion to their sizes, or by shares: --data_dir A:0.3 B:0.7
     log_dir: Path = Path("log")  # the run's folder: log, picture, checkpoints
     resume: bool = False  # continue from the newest checkpoint in log_dir; start if there is none
     verify: bool = False  # read every shard at the start and compare its checksum with shards.json
@@ -196,7 +196,7 @@ FAST = TrainConfig(
 DEMO = replace(
     FAST,
     demo=True,
-    data_dir=Path("demo_data"),
+    data_dir=(Path("demo_data"),),
     log_dir=Path("log/demo"),
     model="demo",
     sequence_length=128,
@@ -246,7 +246,7 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
     if loaded.encoding != encoding.name:
         raise InputError(
             f"--init_from {config.init_from} uses the encoding {loaded.encoding!r}, the data in "
-            f"{config.data_dir} {encoding.name!r}"
+            f"{' '.join(map(str, config.data_dir))} {encoding.name!r}"
         )
     get_encoding(loaded.encoding, loaded.vocab_size)  # raises InputError if they don't fit together
     if config.sequence_length > loaded.block_size:
@@ -514,20 +514,12 @@ def get_lr(step: int, config: TrainConfig) -> float:
 # data
 
 
-@functools.lru_cache(maxsize=8)  # an order serves a whole epoch, or a whole shard
-def permutation(n: int, *seed: int) -> np.ndarray:
-    """The numbers 0 .. n - 1 in the random order that `seed` stands for."""
-    return np.random.default_rng(seed).permutation(np.arange(n))
-
-
 class TokenLoader:
     """Rows of `sequence_length` tokens and their targets, in an order that depends on (seed, step) alone.
 
-    A window is `sequence_length + 1` consecutive tokens of one shard, starting at a multiple of
-    `sequence_length`. Epoch e visits the shards, and each shard's windows, in orders drawn from (seed, e) and
-    (seed, e, shard). Step s takes the next windows after those of step s - 1, as many as it has rows; they
-    are dealt out by micro-step, then by rank. With 8 rows a step, 2 processes and micro-batches of 2 rows,
-    step 0 is
+    Step s takes the next windows of `WindowOrder` after those of step s - 1, as many as it has rows; in a mix
+    by shares, every part's share of them. They are dealt out by micro-step, then by rank. With 8 rows a step,
+    2 processes and micro-batches of 2 rows, step 0 is
 
         micro-step 0: rank 0 takes windows 0 1, rank 1 takes 2 3
         micro-step 1: rank 0 takes windows 4 5, rank 1 takes 6 7
@@ -540,39 +532,44 @@ class TokenLoader:
 
     def __init__(self, shards: Shards, split: str, config: TrainConfig, world: World | None = None):
         """Raises InputError if no shard of the split ("train" or "val") has a window."""
-        self.shards, self.tokens, self.files = shards, shards.tokens[split], shards.files[split]
+        self.tokens, self.files = shards.tokens[split], shards.files[split]
         self.sequence_length = T = config.sequence_length
         self.rows_per_step = config.total_batch_size // T
-        self.seed, self.shuffle = config.seed, config.shuffle and split == "train"
         self.world = world or World()
         self.vocab_size = get_encoding(shards.encoding).n_vocab
-        lengths = np.array([len(tokens) for tokens in self.tokens])
-        self.windows_per_shard = np.maximum(0, lengths - 1) // T
-        self.n_windows = int(self.windows_per_shard.sum())  # in an epoch
-        if self.n_windows == 0:
+        seed = config.seed if config.shuffle and split == "train" else None
+        self.orders = shards.orders(split, T, seed)  # one; in a mix by shares, one for each part
+        self.first_shards = np.cumsum([0, *(len(order.lengths) for order in self.orders)])
+        self.shares_up_to = np.cumsum(shards.shares or (1.0,))  # of part 0, of parts 0 and 1, ...
+        self.shares_up_to[-1] = 1.0
+        if shards.shares and min(shards.shares) * self.rows_per_step < 2:
             raise InputError(
-                f"{shards.folder}: no shard of the {split} split has {T + 1} tokens, which one row of "
-                f"--sequence_length {T} needs"
+                f"--data_dir: a share of {min(shards.shares):.3g} is less than 2 of a step's "
+                f"{self.rows_per_step} rows; raise it, or --total_batch_size"
             )
+        self.in_cache: set[tuple[int, int, int]] = set()  # parts, epochs and groups that were read ahead
+        self.n_windows = sum(order.n_windows for order in self.orders)
         if split == "val":
             self.n_windows = min(max(1, config.val_tokens // T), self.n_windows)
 
-    def order(self, n: int, *place: int) -> np.ndarray:
-        """The order of an epoch's shards, or of the windows in one of its shards."""
-        return permutation(n, self.seed, *place) if self.shuffle else np.arange(n)
+    def taken(self, step: int) -> np.ndarray:
+        """How many windows of each part the steps before `step` take: (parts,) int64."""
+        ends = np.floor(step * self.rows_per_step * self.shares_up_to).astype(np.int64)
+        return np.diff(ends, prepend=0)
 
     def locate(self, index: int) -> tuple[int, int]:
-        """Window `index` of the run (epochs follow one another): its shard, and the offset where it
-        starts."""
-        epoch, position = divmod(index, self.n_windows)
-        shards = self.order(len(self.tokens), epoch)
-        ends = np.cumsum(self.windows_per_shard[shards])  # windows up to the end of each shard, in this order
-        i = int(np.searchsorted(ends, position, side="right"))
-        shard = int(shards[i])
-        n = int(self.windows_per_shard[shard])
-        first = int(ends[i]) - n  # windows in the shards before
-        window = self.order(n, epoch, shard)[position - first]
-        return shard, int(window) * self.sequence_length
+        """Window `index` of the run: its shard, and the offset where it starts."""
+        part = 0
+        if (
+            len(self.orders) > 1
+        ):  # of a step's rows, the first are those of part 0, the last those of the last
+            step, row = divmod(index, self.rows_per_step)
+            taken = self.taken(step + 1)
+            ends = np.cumsum(taken - self.taken(step))
+            part = int(np.searchsorted(ends, row, side="right"))
+            index = int(taken[part] - (ends[part] - row))
+        shard, start = self.orders[part].locate(index)
+        return int(self.first_shards[part]) + shard, start
 
     def windows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows first .. first + count - 1 of the run as inputs and targets, (count, T) int64 each.
@@ -599,10 +596,21 @@ class TokenLoader:
         first = (micro_step * self.world.size + self.world.rank) * B
         return self.windows(step * self.rows_per_step + first, B)
 
+    def read_ahead(self, step: int) -> None:
+        """Once for each group, let a thread read its shards from the disk, which is faster than fetching
+        windows one by one."""
+        for part, index in enumerate(self.taken(step)):
+            epoch, group, _ = self.orders[part].find_group(int(index))
+            if (part, epoch, group) not in self.in_cache:
+                self.in_cache.add((part, epoch, group))
+                shards = self.orders[part].groups(epoch)[group][0] + self.first_shards[part]
+                self.world.read_ahead([self.files[shard] for shard in shards])
+
     def batches(self, step: int, B: int) -> Iterator[list[torch.Tensor]]:
         """This rank's inputs and targets, (B, T) each, one micro-step after another from `step` on, without
         end; each is on its way to the device when it is returned."""
         while True:
+            self.read_ahead(step)
             for micro_step in range(self.rows_per_step // (B * self.world.size)):
                 yield devices.to_device(self.world.device, *self.batch(step, micro_step, B))
             step += 1
@@ -611,8 +619,8 @@ class TokenLoader:
 def open_shards(config: TrainConfig, world: World) -> Shards:
     """The shards in --data_dir; the demo writes its own first."""
     if config.demo and config.data_dir == DEMO.data_dir:  # another folder holds one's own text
-        world.from_main(lambda: write_demo_shards(config.data_dir))
-    return load_shards(config.data_dir, config.verify)
+        world.from_main(lambda: write_demo_shards(*config.data_dir))
+    return load_mix(config.data_dir, config.verify)
 
 
 # -----------------------------------------------------------------------------
@@ -649,9 +657,7 @@ def list_tensors(config: TrainConfig) -> str:
     """The state dictionary of the model that the flags describe, as a table."""
     if config.init_from:
         return tensor_table(GPT.from_pretrained(config.init_from).state_dict())
-    name = "bytes" if config.demo else "gpt2"
-    if (record := config.data_dir / "shards.json").is_file():
-        name = read_record(record)["encoding"]
+    name = encoding_of(config.data_dir[0]) or ("bytes" if config.demo else "gpt2")
     return tensor_table(GPT(choose_model_config(config, get_encoding(name))).state_dict())
 
 
@@ -675,7 +681,7 @@ def main(config: TrainConfig) -> None:
     shards = open_shards(config, world)
     encoding = get_encoding(shards.encoding)
     train_loader = TokenLoader(shards, "train", config, world)
-    val_loader = TokenLoader(shards, "val", config, world)
+    val_loaders = [TokenLoader(part, "val", config, world) for part in shards.parts or [shards]]
     hellaswag_items = world.from_main(lambda: items_for_training(config))
     model_config = choose_model_config(config, encoding)
     dtype = devices.choose_dtype(config.dtype, device, model_config.n_embd)
@@ -726,7 +732,7 @@ def main(config: TrainConfig) -> None:
     optimizer: Any = configure_optimizer(raw_model, config, world, dtype)
     fused = optimizer.defaults.get("fused")
     run.restore(optimizer, scaler)
-    report.start(run, raw_model, optimizer, fit, val_loader, n_items=len(hellaswag_items))
+    report.start(run, raw_model, optimizer, fit, val_loaders, n_items=len(hellaswag_items))
 
     batches = train_loader.batches(first_step, B)
     x, y = next(batches)
@@ -742,8 +748,9 @@ def main(config: TrainConfig) -> None:
         model.eval()
         if config.due(config.val_every, step):
             on_part = report.progress_of("validation")
-            val_loss = estimate_val_loss(model, val_loader, B, autocast, on_part)
-            report.validation(step, val_loss)
+            losses = [estimate_val_loss(model, loader, B, autocast, on_part) for loader in val_loaders]
+            val_loss = float(np.dot(losses, shards.proportions()))
+            report.validation(step, val_loss, dict(zip(shards.names(), losses, strict=True)))
         if config.due(config.hellaswag_every, step) and hellaswag_items:
             on_part = report.progress_of("HellaSwag")
             with autocast:

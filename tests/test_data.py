@@ -5,7 +5,8 @@ import shutil
 
 from conftest import make_shards
 from support.cli import InputError
-from support.data.shards import load_shards
+from support.data import order
+from support.data.shards import load_mix, load_shards
 from support.machine.processes import World
 from train_gpt2 import TokenLoader, TrainConfig
 
@@ -85,7 +86,7 @@ def test_unshuffled_on_one_process_is_the_tutorials_sequence(shards):
 def test_the_last_window_of_a_shard_has_a_token_after_it(tmp_path):
     """64 tokens hold 8 rows of 8 inputs, but the last one lacks its last target."""
     loader = train_loader(load_shards(make_shards(tmp_path, [50, 64, 65])), shuffle=False)
-    assert loader.windows_per_shard.tolist() == [7, 8]
+    assert loader.orders[0].windows_per_shard.tolist() == [7, 8]
     x, y = loader.windows(0, loader.n_windows)
     assert x.shape == y.shape == (15, T)
 
@@ -105,13 +106,129 @@ def test_the_order_is_the_one_of_published_runs(shards):
     """Pins the generator: a run resumed under another version of NumPy must see the same tokens."""
     loader = train_loader(shards, seed=1337)
     assert [loader.locate(i) for i in (0, 1, 2, 29, 30, 31)] == [
-        (2, 40),
-        (2, 48),
         (2, 0),
-        (1, 56),
-        (0, 80),
-        (0, 40),
+        (0, 64),
+        (1, 64),
+        (2, 56),
+        (2, 48),
+        (1, 64),
     ]
+
+
+@pytest.mark.parametrize("group", [100, 180, 2**31])
+def test_windows_are_mixed_within_groups_of_shards(group, monkeypatch):
+    """The contract, computed anew: groups of shards in random order; a group's windows in one order."""
+    monkeypatch.setattr(order, "GROUP", group)
+    lengths, seed = [100, 73, 75, 5, 120, 9], 11
+    visited = order.WindowOrder(lengths, T, seed)
+    expected = []
+    for epoch in range(2):
+        groups = [[]]
+        for shard in np.random.default_rng((seed, epoch)).permutation(6):
+            if groups[-1] and sum(lengths[i] for i in (*groups[-1], shard)) > group:
+                groups.append([])
+            groups[-1].append(shard)
+        for number, shards in enumerate(groups):
+            windows = [(i, w * T) for i in shards for w in range((lengths[i] - 1) // T)]
+            expected += [
+                windows[j] for j in np.random.default_rng((seed, epoch, number + 1)).permutation(len(windows))
+            ]
+    assert [visited.locate(i) for i in range(len(expected))] == expected
+    assert len(expected) == 2 * visited.n_windows
+
+
+def test_a_step_holds_windows_of_all_shards(tmp_path):
+    """Sixteen shards of one topic each: a step sees them all, where one shard after another gave it one."""
+    loader = train_loader(load_shards(make_shards(tmp_path, [50] + [801] * 16)), rows=200)
+    for step in range(8):
+        assert len({loader.locate(200 * step + row)[0] for row in range(200)}) == 16
+
+
+# ------------------------------------------------------------------ mixing
+
+
+def make_mix(tmp_path, *shares):
+    """Three data sets, each with a token of its own: 1 in a, 2 in b, 3 in c."""
+    folders = []
+    for token, n_tokens in enumerate([4 * T + 1, 30 * T + 1, 66 * T + 1], 1):
+        folder = tmp_path / "abc"[token - 1]
+        if not folder.exists():
+            make_shards(folder, [50, n_tokens // 2 + 1, n_tokens // 2 + 1])
+            for file in folder.glob("*.npy"):
+                np.save(file, np.full_like(np.load(file), token))
+        folders.append(folder.with_name(f"{folder.name}:{shares[token - 1]}") if shares else folder)
+    return load_mix(folders)
+
+
+def counts(loader, step, rows):
+    """The rows of a step that each data set of `make_mix` has."""
+    return np.bincount(loader.windows(step * rows, rows)[0][:, 0], minlength=4)[1:]
+
+
+def test_data_sets_are_mixed_by_their_shares(tmp_path):
+    """Every step has each share, to a row; all steps together have it to a row as well; windows of a small
+    data set come again when all were visited; the layout changes nothing."""
+    mix, rows, shares = make_mix(tmp_path, 1, 2, 1), 50, np.array([0.25, 0.5, 0.25])
+    loader = train_loader(mix, rows)
+    total = np.zeros(3)
+    for step in range(30):
+        n = counts(loader, step, rows)
+        assert n.sum() == rows
+        assert (abs(n - rows * shares) < 1.001).all()
+        total += n
+        assert (abs(total - (step + 1) * rows * shares) < 1.001).all()
+    seen = [loader.locate(i) for i in range(30 * rows)]
+    for part, (first, n_windows) in enumerate([(0, 4), (2, 30), (4, 66)]):
+        mine = [window for window in seen if window[0] - first in (0, 1)]
+        assert len(set(mine[:n_windows])) == n_windows, part  # an epoch of each visits every window once
+    steps = [step_windows(mix, step, 1, rows, rows) for step in range(3)]
+    assert [step_windows(mix, step, 2, 5, rows) for step in range(3)] == steps
+
+
+def test_without_shares_the_sizes_decide(tmp_path):
+    loader = train_loader(make_mix(tmp_path), 100)
+    assert counts(loader, 0, 100).tolist() == [4, 30, 66]  # an epoch is one step
+    assert counts(loader, 7, 100).tolist() == [4, 30, 66]
+
+
+def test_a_mix_knows_its_parts(tmp_path):
+    mix = make_mix(tmp_path, 1, 2, 1)
+    assert mix.names() == ["a", "b", "c"]
+    assert mix.proportions() == [0.25, 0.5, 0.25]
+    fingerprints = {m.fingerprint for m in (mix, make_mix(tmp_path), make_mix(tmp_path, 1, 1, 1))}
+    assert len(fingerprints | {part.fingerprint for part in mix.parts}) == 6
+    assert make_mix(tmp_path, 2, 4, 2).fingerprint == mix.fingerprint
+    assert make_mix(tmp_path).proportions() == pytest.approx([0.04, 0.3, 0.66], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"),
+    [
+        (["a:0.5", "b"], "give each of them a share"),
+        (["a:0", "b:1"], "above 0"),
+        (["a:nan", "b:1"], "above 0"),
+        (["a", "a"], "named twice"),
+        (["a:1", "a:2"], "named twice"),
+        (["a", "nowhere"], "nowhere does not exist"),
+        ([], "name folders"),
+    ],
+)
+def test_a_mix_that_can_not_be(folders, message, tmp_path):
+    make_mix(tmp_path)
+    with pytest.raises(InputError, match=message):
+        load_mix([tmp_path / folder for folder in folders])
+
+
+def test_a_mix_needs_rows_for_every_part(tmp_path):
+    with pytest.raises(InputError, match="--total_batch_size"):
+        train_loader(make_mix(tmp_path, 1, 98, 1), 100)
+    train_loader(make_mix(tmp_path, 2, 96, 2), 100)
+
+
+def test_a_mix_has_one_encoding(text_shards, tmp_path):
+    make_mix(tmp_path)
+    with pytest.raises(InputError, match="differ in their encoding"):
+        load_mix([tmp_path / "a", text_shards])
 
 
 def test_llm_c_shards_load(tmp_path):

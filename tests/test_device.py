@@ -167,7 +167,7 @@ def test_another_kind_of_device_is_a_row(monkeypatch, text_shards, tmp_path):
     monkeypatch.setattr(device, "DEVICES", {"toy": toy, **device.DEVICES})
     assert device.choose_device("auto").type == "cpu"
     config = TrainConfig(
-        data_dir=text_shards,
+        data_dir=(text_shards,),
         log_dir=tmp_path / "log",
         device="toy",
         n_layer=1,

@@ -248,7 +248,7 @@ def compiled_run(monkeypatch, text_shards, log_dir, **changes):
     for name in ("print", "show"):  # events, and the tables
         monkeypatch.setattr(train_gpt2.Report, name, lambda _, text: said.append(text))
     config = TrainConfig(
-        data_dir=text_shards,
+        data_dir=(text_shards,),
         log_dir=log_dir,
         n_layer=2,
         n_head=2,

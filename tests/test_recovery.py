@@ -884,6 +884,22 @@ def test_a_setting_that_may_change_by_now_is_not_compared(tmp_path):
         folder.compare_recipes()
 
 
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_a_run_of_the_first_order_of_tokens_is_not_resumed(shuffle, tmp_path):
+    """It visited the shards one after another, and its recipe does not mention the order. The tutorial's
+    order, without shuffling, is as it was."""
+    folder = run_folder(tmp_path, shuffle=shuffle)
+    folder.open(GPTConfig(), NO_SHARDS)
+    recipe = {name: value for name, value in folder.recipe.items() if name != "order_of_tokens"}
+    folder.trainer = {"recipe": recipe}
+    if shuffle:
+        message = r"order_of_tokens was 1, is 2; .* resume with the version that began the run$"
+        with pytest.raises(InputError, match=message):
+            folder.compare_recipes()
+    else:
+        folder.compare_recipes()
+
+
 def back_to_step_8(undisturbed, folder):
     """A copy of the undisturbed run, as if it had been killed after its second checkpoint."""
     shutil.copytree(undisturbed, folder)

@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 
-from conftest import CPU, ROOT, TINY, call, run
+from conftest import CPU, ROOT, TINY, call, run, write_texts
 from support import VERSION
 from support.data.encodings import get_encoding
 from support.data.shards import load_shards
@@ -356,6 +356,27 @@ def test_the_demo_on_ones_own_text(tmp_path, text_shards, monkeypatch):
     assert not Path("my_byte").exists()
     done = call("train_gpt2.py", *flags, f"--data_dir={text_shards}")
     assert "done: 1 step;" in done.stdout
+
+
+def test_a_mix_of_data_sets(text_shards, tmp_path):
+    """The validation loss of each, and of the mix; the shares are compared on --resume."""
+    texts = [f"{i} bottles of beer on the wall; take one down, pass it around. " * 20 for i in range(99)]
+    other = tmp_path / "beer"
+    other.mkdir()
+    write_texts(texts, other, 20_000)
+    mix = [*TINY, f"--log_dir={tmp_path / 'log'}", "--sample_every=0", "--val_every=4", "--data_dir"]
+    done = call("train_gpt2.py", *mix, f"{text_shards}:1", f"{other}:3", "--max_steps=4")
+    assert re.search(r"mix: +text_shards0 25.0%, beer 75.0%", done.stdout)
+    log = read_log(tmp_path / "log/log.txt")
+    rhyme, beer, both = (dict(log[kind])[4] for kind in ("val_text_shards0", "val_beer", "val"))
+    assert both == pytest.approx(rhyme / 4 + 3 * beer / 4, abs=1e-4)
+    assert f"validation loss {both:.4f} on" in done.stdout
+    assert f", val_beer {beer:.4f}" in done.stdout
+    card = (tmp_path / "log/checkpoint_00004/README.md").read_text()
+    assert "trained from scratch on 25.0% a rhyme; 75.0% text of unrecorded source" in card
+    done = call("train_gpt2.py", *mix, f"{text_shards}:1", f"{other}:2", "--resume", check=False)
+    assert done.returncode == 2
+    assert "data was" in done.stderr
 
 
 def test_importing_the_files_does_nothing(tmp_path):

@@ -5,6 +5,7 @@ A shard is a 1-D uint16 `.npy` file of token ids, or one of llm.c's `.bin` files
 records what its shards were made from, and their checksums; shards without it load too.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -21,6 +22,7 @@ from typing import Any, NotRequired, TypedDict
 from support.cli import InputError, RunFault, in_words, plural
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
+from support.data.order import WindowOrder
 from support.data.tokens import encode_stream
 from support.files import sha256, to_json, write_file
 
@@ -321,9 +323,53 @@ class Shards:
     encoding: str
     source: dict[str, Any]  # what shards.json says of the text: "dataset" and "config" if from the Hub
     fingerprint: str  # changes whenever the shards do
+    parts: "tuple[Shards, ...]" = ()  # the data sets of a mix
+    shares: tuple[float, ...] = ()  # of each part in every step; none: in proportion to their sizes
 
     def count(self, split: str) -> int:
         return sum(len(tokens) for tokens in self.tokens[split])
+
+    def proportions(self) -> list[float]:
+        """Of each part (or of these shards, which are one), its part in the tokens that a run trains on."""
+        total = self.count("train")
+        return list(self.shares) or [part.count("train") / total for part in self.parts or (self,)]
+
+    def orders(self, split: str, T: int, seed: int | None) -> list[WindowOrder]:
+        """The order of all shards of a split; of a mix by shares, the order of each part. Raises InputError
+        if there is not one window of T + 1 tokens."""
+        parts = self.parts if self.shares else (self,)
+        orders = [WindowOrder([len(tokens) for tokens in part.tokens[split]], T, seed) for part in parts]
+        for part, order in zip(parts, orders, strict=True):
+            if order.n_windows == 0:
+                raise InputError(
+                    f"{part.folder}: no shard of the {split} split has {T + 1} tokens, which one row of "
+                    f"--sequence_length {T} needs"
+                )
+        return orders
+
+    def describe(self) -> str | None:
+        """In words, the text that they were made from; None if there is no record of that."""
+        if self.parts:
+            texts = [part.describe() or "text of unrecorded source" for part in self.parts]
+            shares = [f"{share:.1%}" for share in self.proportions()]
+            return "; ".join(f"{share} {text}" for share, text in zip(shares, texts, strict=True))
+        if files := self.source.get("files"):
+            return describe_files([name for name, _ in files])
+        dataset: str | None = self.source.get("dataset")
+        return dataset
+
+    def names(self) -> list[str]:
+        """A name for each part: its folder's, or its path if two folders have the same name."""
+        folders = [part.folder for part in self.parts or (self,)]
+        names = [folder.resolve().name for folder in folders]
+        names = names if len(set(names)) == len(names) else [folder.as_posix() for folder in folders]
+        return ["_".join(name.split()) for name in names]
+
+
+def describe_files(names: Sequence[str]) -> str:
+    """In words, the text of these files."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return f"the text of {plural(len(names), 'file')} ({', '.join(names[:3])}{more})"
 
 
 def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np.ndarray:
@@ -407,6 +453,62 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
     digest.update(json.dumps([entry["sha256"] for entry in record["shards"]] if record else []).encode())
     encoding, source = (record["encoding"], record["source"]) if record else ("gpt2", {})
     return Shards(folder, splits, tokens, encoding, source, fingerprint=digest.hexdigest())
+
+
+# -----------------------------------------------------------------------------
+# mixing
+
+
+def split_share(folder: Path) -> tuple[Path, float | None]:
+    """The folder and the share in FOLDER:SHARE; the share is None without one."""
+    name, _, share = folder.as_posix().rpartition(":")
+    if name and not folder.exists():
+        with contextlib.suppress(ValueError):
+            return Path(name), float(share)
+    return folder, None
+
+
+def encoding_of(folder: Path) -> str | None:
+    """The encoding in the record of a folder, which may have a share; None if it has no record."""
+    file = split_share(folder)[0] / "shards.json"
+    return read_record(file)["encoding"] if file.is_file() else None
+
+
+def load_mix(folders: Sequence[Path], verify: bool = False) -> Shards:
+    """`load_shards` of one folder, or of several, which are mixed: in proportion to their sizes, or by shares
+    (FOLDER:SHARE each), which are divided by their sum.
+
+    Raises InputError if only some have a share, if a share is not positive, if a folder is named twice, or if
+    their encodings differ.
+    """
+    named = [split_share(folder) for folder in folders]
+    shares = [share for _, share in named if share is not None]
+    if not folders or (shares and len(shares) < len(named)):
+        raise InputError("--data_dir: name folders, or give each of them a share, as in A:0.3 B:0.7")
+    if any(not 0 < share < math.inf for share in shares):
+        raise InputError(f"--data_dir: a share must be above 0: {' '.join(map(str, folders))}")
+    if len({folder.resolve() for folder, _ in named}) < len(named):
+        raise InputError(f"--data_dir: a folder is named twice: {' '.join(map(str, folders))}")
+    parts = tuple(load_shards(folder, verify) for folder, _ in named)
+    if len(parts) == 1:
+        return parts[0]
+    if len({part.encoding for part in parts}) > 1:
+        kinds = ", ".join(f"{part.folder} {part.encoding}" for part in parts)
+        raise InputError(f"--data_dir: the folders differ in their encoding: {kinds}")
+    shares = [share / sum(shares) for share in shares]
+    digest = hashlib.sha256(json.dumps([[part.fingerprint for part in parts], shares]).encode())
+    return Shards(
+        folder=parts[0].folder,
+        files={split: [file for part in parts for file in part.files[split]] for split in ("train", "val")},
+        tokens={
+            split: [array for part in parts for array in part.tokens[split]] for split in ("train", "val")
+        },
+        encoding=parts[0].encoding,
+        source={},  # each part has its own
+        fingerprint=digest.hexdigest(),
+        parts=parts,
+        shares=tuple(shares),
+    )
 
 
 # -----------------------------------------------------------------------------

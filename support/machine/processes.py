@@ -7,13 +7,15 @@ import signal
 import stat
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 from support.cli import CommandError, InputError, RunFault, brief
 from support.machine.device import choose_device, is_out_of_memory, keep_freed_memory, memory_limit, type_of
+from support.machine.page_cache import read_into_cache
 
 import numpy as np
 import torch
@@ -87,6 +89,11 @@ class World:
             values = values.to(self.collective_device)
             dist.all_reduce(values)
         return values
+
+    def read_ahead(self, files: Sequence[Path]) -> None:
+        """`read_into_cache`, in one process of each host."""
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            read_into_cache(files)
 
     def disconnect(self) -> None:
         """Wait for all processes, so that none leaves while another still communicates; then close the

@@ -69,7 +69,7 @@ def run_card(
         "name": name,
         "kind": "model" if changed else "GPT-2",
         "origin": origin,
-        "dataset": source or "text whose source its shards do not record",
+        "dataset": source or facts["data"].get("text") or "text whose source its shards do not record",
         "tokens": tokens,
         "steps": plural(step, "step"),
         "change": f" It is not a GPT-2: {changed}." if changed else "",
@@ -109,7 +109,7 @@ def measured_at(step: int, facts: dict[str, Any], events: dict[str, curves.Point
     dataset = facts["data"]["dataset"]
     loss: dict[str, Any] = {
         "dataset_type": dataset if is_on_hub(dataset) else "text",
-        "dataset_name": dataset or "text of unrecorded source",
+        "dataset_name": dataset or facts["data"].get("text") or "text of unrecorded source",
         "metric_type": "loss",
         "metric_name": f"validation loss, nats per {curves.unit_of(facts)}, "
         f"on {facts['val_tokens']:,} tokens held out",

@@ -31,6 +31,7 @@ from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 from support.cli import InputError, RunFault, in_words
+from support.data import order
 from support.data.shards import Shards
 from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
 from support.machine.device import device_name, free_host_memory, to_host
@@ -54,6 +55,7 @@ DAMAGE = (FileNotFoundError, ValueError, RuntimeError, EOFError, AttributeError,
 HINTS = {  # advice for settings that differ
     "max_steps": "to train longer, start a new run: your other flags, --init_from {path} --log_dir NEW",
     "data": "data is the fingerprint of the shards: others, or shards.json was written or removed since",
+    "order_of_tokens": "the order of tokens has changed since: resume with the version that began the run",
 }
 
 
@@ -66,6 +68,7 @@ class RunFolder:
         self.saved_at = time.monotonic()
         self.writer = ThreadPoolExecutor(1)  # Python waits for its thread at exit: an error loses no save
         self.saving: Future[None] | None = None  # the save that the thread was last given
+        self.shards: Shards | None = None  # what the run trains on
         self.recipe: dict[str, Any] = {}  # all settings that decide the run's numbers
         self.defaults: dict[str, Any] = {}  # the recipe of a default run, without the data
         self.checkpoint: Path | None = None  # where to resume; only the main process knows
@@ -85,7 +88,12 @@ class RunFolder:
         Raises InputError, in every process, if another process trains in the folder, or if it holds a run
         that is not to be resumed, has another recipe, or has only damaged checkpoints.
         """
-        self.recipe = self.config.recipe_fields() | asdict(model_config) | {"data": shards.fingerprint}
+        self.shards = shards
+        tokens = {
+            "data": shards.fingerprint,
+            "order_of_tokens": order.VERSION if self.config.shuffle else 1,  # the tutorial's has no versions
+        }
+        self.recipe = self.config.recipe_fields() | asdict(model_config) | tokens
         self.defaults = type(self.config)().recipe_fields() | asdict(type(model_config)())
         self.first_step = self.world.from_main(self.open_here)
         return self.first_step
@@ -153,8 +161,9 @@ class RunFolder:
 
     def compare_recipes(self) -> None:
         """Raises InputError, listing every difference, unless the run in the folder has the same recipe. What
-        may change by now is not compared; a setting that the checkpoint does not know had its default."""
-        before, now = self.defaults | self.trainer["recipe"], self.recipe
+        may change by now is not compared; a setting that the checkpoint does not know had its default, and
+        the order of tokens, its first version."""
+        before, now = self.defaults | {"order_of_tokens": 1} | self.trainer["recipe"], self.recipe
         may_change = asdict(self.config).keys() - now.keys()
         names = [name for name in before | now if name not in may_change]
         different = [name for name in names if before.get(name) != now.get(name)]

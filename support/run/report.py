@@ -56,11 +56,12 @@ def facts_of(
     raw_model: "GPT",
     optimizer: torch.optim.Optimizer,
     fit: Fit,
-    val_loader: "TokenLoader",
+    val_loaders: "list[TokenLoader]",
     n_items: int,
 ) -> Facts:
     """What run.json records before the first step."""
-    config, world, shards, shape = run.config, run.world, val_loader.shards, raw_model.config
+    config, world, shards, shape = run.config, run.world, run.shards, raw_model.config
+    assert shards is not None  # the run is open
     dtype = devices.choose_dtype(config.dtype, world.device, shape.n_embd)
     compiler = devices.choose_compile(config.compile, world.device)[1]
     if fit.compiler_fault:
@@ -74,7 +75,7 @@ def facts_of(
         "parameters": sum(p.numel() for p in raw_model.parameters()) - padding * shape.n_embd,
         "changed": raw_model.change_from_gpt2(),
         "flops_per_token": shape.flops_per_token(config.sequence_length),
-        "val_tokens": val_loader.n_windows * config.sequence_length,
+        "val_tokens": sum(loader.n_windows for loader in val_loaders) * config.sequence_length,
         "hellaswag_items": n_items,
         "encoding": shards.encoding,
         "data": {
@@ -83,6 +84,8 @@ def facts_of(
             "fingerprint": shards.fingerprint,
             "train_tokens": shards.count("train"),
             "train_shards": len(shards.files["train"]),
+            "text": shards.describe(),
+            "parts": dict(zip(shards.names(), shards.proportions(), strict=True)),
         },
         "device": devices.device_name(world.device),
         "world_size": world.size,
@@ -103,7 +106,10 @@ def facts_of(
 def is_default_recipe(run: RunFolder) -> bool:
     """Whether a run's losses compare with published ones, given the same data: only the seed and the order
     of the data may differ."""
-    return all(run.recipe[name] == run.defaults[name] for name in run.defaults.keys() - {"seed", "shuffle"})
+    return all(
+        run.recipe[name] == run.defaults[name]
+        for name in run.defaults.keys() - {"seed", "shuffle", "order_of_tokens"}
+    )
 
 
 def table(rows: dict[str, str | None], indent: int, width: int = sys.maxsize) -> str:
@@ -117,7 +123,7 @@ def opening_table(facts: Facts, config: "TrainConfig", dollars_so_far: float | N
     data, model, processes = facts["data"], facts["model_config"], plural(facts["world_size"], "process")
     tokens = config.max_steps * config.total_batch_size
     seconds = (facts["warm_up_step_seconds"] or 0) * (config.max_steps - first_step)
-    price = config.dollars_per_hour
+    price, mixed = config.dollars_per_hour, data.get("parts", {})
     rows = {
         "device": f"{facts['device']}; {processes}",
         "precision": facts["precision"],
@@ -126,8 +132,9 @@ def opening_table(facts: Facts, config: "TrainConfig", dollars_so_far: float | N
         "model": f"{facts['parameters']:,} parameters: {model['n_layer']} layers, {model['n_head']} heads, "
         f"width {model['n_embd']}, block size {model['block_size']}, vocabulary {model['vocab_size']:,} "
         f"({model['encoding']})",
-        "data": f"{config.data_dir}: {data['train_tokens']:,} training tokens, "
+        "data": f"{' '.join(map(str, config.data_dir))}: {data['train_tokens']:,} training tokens, "
         + plural(data["train_shards"], "shard"),
+        "mix": ", ".join(f"{name} {part:.1%}" for name, part in mixed.items()) if len(mixed) > 1 else None,
         "recipe": f"{config.recipe}: {facts['optimizer']}, {config.schedule}, at most {config.max_lr:.2g}",
         "training": f"{plural(config.max_steps, 'step')}, {tokens:,} tokens, "
         f"{tokens / data['train_tokens']:.2f} epochs",
@@ -167,7 +174,7 @@ def note_on(config: "TrainConfig", train_tokens: int) -> str | None:
         )
     if steps * config.total_batch_size > MANY_EPOCHS * train_tokens:
         return f"more than {MANY_EPOCHS} epochs: the model may memorize the text; lower --max_steps"
-    if train_tokens < LITTLE_DATA:
+    if train_tokens < LITTLE_DATA and not config.init_from:
         return f"less than {LITTLE_DATA:,} tokens: too little to learn a language from"
     return None
 
@@ -281,13 +288,13 @@ class Report:
         raw_model: "GPT",
         optimizer: torch.optim.Optimizer,
         fit: Fit,
-        val_loader: "TokenLoader",
+        val_loaders: "list[TokenLoader]",
         *,
         n_items: int,
     ) -> None:
         """Print the table, write run.json, and set up the tracker and the bar. `n_items`: HellaSwag's."""
         self.run = run
-        self.facts = facts = facts_of(run, raw_model, optimizer, fit, val_loader, n_items=n_items)
+        self.facts = facts = facts_of(run, raw_model, optimizer, fit, val_loaders, n_items=n_items)
         run.write_facts(facts)
         # FLOP/s of each device; None for float32, because the known peaks are those of 16-bit types
         self.peak = None if facts["precision"].startswith("float32") else devices.peak_flops(facts["device"])
@@ -367,10 +374,13 @@ class Report:
         if len(self.step_seconds) == 5 or seconds > 30:  # the first steps are slow: they allocate
             self.estimate(min(self.step_seconds), left)
 
-    def validation(self, step: int, loss: float) -> None:
-        """Report a validation loss, in nats per token; warn once if the loss of a default-recipe run is too
-        high."""
-        self.evaluated(step, f"validation loss {loss:.4f} on {self.facts['val_tokens']:,} tokens", val=loss)
+    def validation(self, step: int, loss: float, parts: dict[str, float] | None = None) -> None:
+        """Report a validation loss, in nats per token, and of a mix the loss of each part; warn once if the
+        loss of a default-recipe run is too high."""
+        text = f"validation loss {loss:.4f} on {self.facts['val_tokens']:,} tokens"
+        mixed = {f"val_{name}": part for name, part in parts.items()} if parts and len(parts) > 1 else {}
+        text += "".join(f", {name} {part:.4f}" for name, part in mixed.items())
+        self.evaluated(step, text, val=loss, **mixed)
         healthy = HEALTHY_LOSS.get(step)
         fair = healthy and self.facts["default_recipe"] and curves.comparable_loss(self.facts)
         if healthy and fair and not self.warned and not loss <= (1 + TOLERANCE) * healthy:

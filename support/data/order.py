@@ -1,0 +1,68 @@
+"""
+The order in which a run visits its tokens: a function of the seed and of a number, without a state to save.
+"""
+
+import functools
+
+import numpy as np
+
+GROUP = 2**31  # tokens of the shards that are mixed, 4 GB: most machines hold them in memory
+VERSION = 2  # of this order; version 1 visited the shards one after another
+
+
+@functools.lru_cache(maxsize=4)
+def permutation(n: int, *seed: int) -> np.ndarray:
+    """The numbers 0 .. n - 1 in the random order that `seed` stands for: (n,) uint32, 8 MB for a group's
+    windows of 1,024 tokens."""
+    return np.random.default_rng(seed).permutation(np.arange(n, dtype=np.uint32))
+
+
+class WindowOrder:
+    """The order in which the windows of some shards are visited, epoch after epoch.
+
+    A window is `T + 1` consecutive tokens of one shard, starting at a multiple of T. Neighbouring shards, and
+    neighbouring texts in a shard, are about the same things, and a step should see the mean of all. So every
+    epoch takes the shards in an order drawn from (seed, epoch), in groups of at most GROUP tokens, and visits
+    the windows of a group in one order drawn from (seed, epoch, group). Without a seed, shards and windows
+    are visited as they lie.
+    """
+
+    def __init__(self, lengths: list[int], T: int, seed: int | None = None):
+        """`lengths`: the tokens of each shard."""
+        self.lengths, self.T, self.seed = lengths, T, seed
+        self.windows_per_shard = np.maximum(0, np.array(lengths) - 1) // T
+        self.n_windows = int(self.windows_per_shard.sum())  # in an epoch
+        self.groups = functools.lru_cache(maxsize=2)(self.draw_groups)  # they serve a whole epoch
+
+    def draw_groups(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """An epoch's groups: the shards of each, and the windows up to the end of each of its shards."""
+        if self.seed is None:
+            groups = [list(range(len(self.lengths)))]
+        else:
+            groups, size = [[]], 0
+            for shard in permutation(len(self.lengths), self.seed, epoch).tolist():
+                size += self.lengths[shard]
+                if size > GROUP and groups[-1]:
+                    groups.append([])
+                    size = self.lengths[shard]
+                groups[-1].append(shard)
+        return [(np.array(group), np.cumsum(self.windows_per_shard[group])) for group in groups]
+
+    def find_group(self, index: int) -> tuple[int, int, int]:
+        """The epoch and the group of window `index` of the run, and the window's place in that group."""
+        epoch, place = divmod(index, self.n_windows)
+        group = 0
+        while place >= (n := int(self.groups(epoch)[group][1][-1])):
+            group, place = group + 1, place - n
+        return epoch, group, place
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Window `index` of the run: its shard, and the offset where it starts."""
+        epoch, group, window = self.find_group(index)
+        shards, ends = self.groups(epoch)[group]
+        if self.seed is not None:  # counted from 1: for NumPy, (seed, epoch) and (seed, epoch, 0) are equal
+            window = int(permutation(int(ends[-1]), self.seed, epoch, 1 + group)[window])
+        i = int(np.searchsorted(ends, window, side="right"))
+        shard = int(shards[i])
+        first = int(ends[i] - self.windows_per_shard[shard])  # windows in the shards before
+        return shard, (window - first) * self.T
