@@ -3,13 +3,13 @@ Text in, token shards out.
 
     python fineweb.py                           # FineWeb-Edu sample-10BT from the Hub: 100 shards, 20 GB
     python fineweb.py --max_tokens 300000000    # a trial: its first 300 million tokens
-    python fineweb.py --input my_text/ --output_dir my_shards --shard_size 1000000
+    python fineweb.py --input my_text/ --output_dir my_shards
     python fineweb.py --shards OWNER/NAME       # no text: fetch the ready token shards of a dataset
     python fineweb.py --check my_shards         # verify shards, made here or elsewhere
 
-A shard is a 1-D uint16 `.npy` file of token ids. All documents, in input order and each preceded by
-`<|endoftext|>`, form one stream of tokens, which is cut into shards. The first shard is the validation split;
-the rest are for training. `shards.json`, written last, records what they were made from.
+A shard is a 1-D uint16 `.npy` file of token ids. All documents, each preceded by `<|endoftext|>`, form one
+stream of tokens, which is cut into shards. The first shard is the validation split, with a part of each group
+of files; the rest are for training. `shards.json`, written last, records what they were made from.
 
 You may kill the job at any time: the same command resumes after the last finished shard, recorded in
 `shards.partial.json`, and produces the same bytes.
@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from support.cli import InputError, duration, file_size, plural, run_command
-from support.data.documents import File, Piece, local_files, read_documents, text_bytes
+from support.data.documents import File, Piece, check_columns, local_files, read_documents, text_bytes
 from support.data.encodings import get_encoding
 from support.data.hub import Downloads, dataset_files
 from support.data.ready_shards import fetch_shards
@@ -40,8 +40,10 @@ from support.data.shards import (
     Place,
     Record,
     ShardWriter,
+    Stream,
     check_folder,
     compare_records,
+    describe_files,
     drop_damaged,
     find_record,
     new_record,
@@ -52,6 +54,7 @@ from support.files import check_disk, lock_folder
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # for English text
+LARGEST_SHARD = 100_000_000  # tokens, the tutorial's
 LITTLE = 1_000_000  # bytes of text; less is too little to learn English from
 
 
@@ -73,7 +76,9 @@ class ShardConfig:
 
     # -- what is written
     output_dir: Path = Path("edu_fineweb10B")  # folder for the shards; made if missing
-    shard_size: int = 100_000_000  # tokens per shard (2 bytes each)
+    shard_size: int | None = None
+    """tokens per shard (2 bytes each); default: 100 million, or fewer if the input would not fill ten"""
+    val_size: int | None = None  # tokens of the validation split; default: as many as in a shard
     max_tokens: int | None = None
     """stop after this many tokens; with --shards, after the shard that holds the last of them"""
     encoding: Literal["gpt2", "bytes"] = "gpt2"  # gpt2: GPT-2's 50,257 tokens; bytes: one token per byte
@@ -93,7 +98,7 @@ class ShardConfig:
 
 def check_flags(config: ShardConfig) -> None:
     """Raises InputError for flags that make no sense."""
-    for name, smallest in (("shard_size", 2), ("workers", 1), ("max_tokens", 1)):
+    for name, smallest in (("shard_size", 2), ("val_size", 2), ("workers", 1), ("max_tokens", 1)):
         value = getattr(config, name)
         if value is not None and value < smallest:
             raise InputError(f"--{name} {value}: must be at least {smallest}")
@@ -102,11 +107,13 @@ def check_flags(config: ShardConfig) -> None:
         for name, default in vars(ShardConfig()).items():
             if name not in usable and getattr(config, name) != default:
                 raise InputError(f"--{name} does not go with --shards, whose files are tokens already")
-    elif config.max_tokens is not None and config.max_tokens <= config.shard_size:
-        raise InputError(
-            f"--max_tokens {config.max_tokens} with --shard_size {config.shard_size}: the first shard is the "
-            "validation split, so none would be left to train on; choose a smaller --shard_size"
-        )
+    else:
+        val_size = config.val_size or config.shard_size
+        if config.max_tokens is not None and val_size is not None and config.max_tokens <= val_size:
+            raise InputError(
+                f"--max_tokens {config.max_tokens}: the first {val_size} tokens are the validation split, so "
+                "none would be left to train on; choose a smaller --val_size"
+            )
     given = [argument.split("=")[0] for argument in sys.argv]
     if given.count("--input") > 1 or ("--input" in given and not all(config.input or [""])):
         raise InputError("--input: name one or more files behind one --input")
@@ -116,13 +123,24 @@ def check_flags(config: ShardConfig) -> None:
         raise InputError("--write_shards_json goes with --check FOLDER")
 
 
-def size_of_job(config: ShardConfig, files: list[File], n_tokens: int) -> str:
+def estimate_tokens(config: ShardConfig, files: list[File]) -> float:
+    """About how many tokens the files hold; at most --max_tokens."""
+    estimate = sum(text_bytes(file, config.text_column) for file in files) / BYTES_PER_TOKEN[config.encoding]
+    return min(estimate, config.max_tokens or estimate)
+
+
+def choose_shard_size(n_tokens: float) -> int:
+    """100 million tokens, the tutorial's shard; if that would make fewer than ten shards, the largest of 1,
+    2, 5, 10, 20, 50 ... that makes ten."""
+    sizes = [digit * 10**power for power in range(9) for digit in (1, 2, 5)]
+    return max(size for size in sizes if size <= min(max(n_tokens / 10, 2), LARGEST_SHARD))
+
+
+def size_of_job(config: ShardConfig, files: list[File], shard_size: int, n_tokens: int) -> str:
     """State in words how much will be written; `n_tokens` are there already. Raises InputError if the rest
     does not fit on the disk."""
-    text = sum(text_bytes(file, config.text_column) for file in files)
-    estimate = text / BYTES_PER_TOKEN[config.encoding]
-    estimate = max(min(estimate, config.max_tokens or estimate), n_tokens)
-    n_shards = plural(math.ceil(estimate / config.shard_size), "shard")
+    estimate = max(estimate_tokens(config, files), n_tokens)
+    n_shards = plural(math.ceil(estimate / shard_size), "shard")
     downloads = sorted(file.size for file in files if file.path is None)
     purpose = "the shards"
     if downloads:
@@ -130,21 +148,41 @@ def size_of_job(config: ShardConfig, files: list[File], n_tokens: int) -> str:
     if not config.keep_downloads:
         downloads = downloads[-2:]
     need = check_disk(config.output_dir, sum(downloads) + 2 * (estimate - n_tokens), purpose)
-    return f"about {estimate:,.0f} tokens in {n_shards}; {need}"
+    return f"about {estimate:,.0f} tokens in {n_shards} of {shard_size:,}; {need}"
 
 
 def read_files(
-    files: list[File], column: str, ends_at: Place | None, downloads: Downloads | None = None
+    files: list[File], column: str, place: Place, downloads: Downloads | None = None
 ) -> Iterator[Piece]:
-    """The documents of all files, from the one that `ends_at` (of the last finished shard) names."""
-    start, first = 0, 0
-    if ends_at:
-        start, first = [file.name for file in files].index(ends_at["file"]), ends_at["document"]
+    """The documents of the files, from the one at `place`."""
+    start, first = [file.name for file in files].index(place["file"]), place["document"]
     for i, file in enumerate(files[start:], start):
         path = downloads.path(i) if downloads else file.path
         assert path is not None, "a file on the Hub is downloaded"
         yield from read_documents(file, path, column, first)
         first = 0
+
+
+def streams_of(
+    files: list[File], column: str, writer: ShardWriter, downloads: Downloads | None = None
+) -> Iterator[Stream]:
+    """What goes into the shards that the writer's record lacks, in this order: for the validation split, the
+    beginning of each group of files, in proportion to its size; for training, the rest of each group."""
+    groups = [list(group) for _, group in itertools.groupby(files, key=lambda file: file.group)]
+    starts: list[Place] = [{"file": group[0].name, "document": 0, "token": 0} for group in groups]
+    shards, first = writer.record["shards"], 0
+    if shards:
+        starts, place = shards[0].get("groups_end_at") or starts, shards[-1]["ends_at"]
+        (first,) = (i for i, group in enumerate(groups) if place["file"] in {file.name for file in group})
+        starts = [*starts[:first], place, *starts[first + 1 :]]
+    elif len(groups) > 1:
+        sizes = list(itertools.accumulate(sum(text_bytes(f, column) for f in group) for group in groups))
+        ends = [round(writer.val_size * size / (sizes[-1] or 1)) for size in sizes]
+        for group, start, (before, end) in zip(groups, starts, itertools.pairwise([0, *ends]), strict=True):
+            yield Stream(read_files(group, column, start), start, limit=end - before)
+        starts = writer.groups_end_at
+    for group, start in zip(groups[first:], starts[first:], strict=True):
+        yield Stream(read_files(group, column, start, downloads), start)
 
 
 class TokenProgress(JobProgress):
@@ -166,13 +204,17 @@ class TokenProgress(JobProgress):
 
 def closing_line(folder: Path, record: Record, n_new: int, seconds: float) -> str:
     """A summary of the finished job, with its remarks."""
-    held_out, last = record["shards"][0]["tokens"], record["shards"][-1]["tokens"]
+    validation, last = record["shards"][0], record["shards"][-1]["tokens"]
     remarks = "".join(f"; {REMARKS[name]}: {count:,}" for name, count in record["remarks"].items())
+    holds, held_out = validation.get("holds", {}), validation["tokens"]
+    of_what = ""
+    if holds:
+        of_what = f", {plural(sum(holds.values()), 'document')} of {describe_files(list(holds))}"
     return (
         f"{plural(record['documents'], 'document')}, {record['tokens']:,} tokens in "
         f"{plural(len(record['shards']), 'shard')} in {folder} (the first is the validation split, "
-        f"{held_out:,} tokens or {held_out / record['tokens']:.1%} of all; the last holds what was left, "
-        f"{last:,}: that is normal){remarks}; {duration(seconds)}, {n_new / seconds:,.0f} tokens/s"
+        f"{held_out:,} tokens or {held_out / record['tokens']:.1%} of all{of_what}; the last holds what was "
+        f"left, {last:,}: that is normal){remarks}; {duration(seconds)}, {n_new / seconds:,.0f} tokens/s"
     )
 
 
@@ -181,6 +223,7 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
     folder, from_hub = config.output_dir, not files
     settings: dict[str, Any] = {
         "shard_size": config.shard_size,
+        "val_size": config.val_size,
         "max_tokens": config.max_tokens,
         "text_column": config.text_column,
     }
@@ -191,6 +234,7 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
 
     record = find_record(folder)
     if record:
+        settings["shard_size"] = config.shard_size or record["settings"].get("shard_size")
         compare_records(folder, record, {"shards": None, "encoding": config.encoding, **source, **settings})
         if not drop_damaged(folder, record) and (folder / "shards.json").exists():
             n_shards = plural(len(record["shards"]), "shard")
@@ -204,14 +248,16 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
         commit, files = dataset_files(config.dataset, subset, commit)
         source = {"dataset": config.dataset, "config": subset, "revision": commit}
         name = f"{config.dataset} {subset or ''} at {commit[:8]}"
+    check_columns(files, config.text_column)
+    shard_size = settings["shard_size"] or choose_shard_size(estimate_tokens(config, files))
+    settings["shard_size"] = shard_size
     record = record or new_record(get_encoding(config.encoding), source, settings)
     n_tokens = sum(shard["tokens"] for shard in record["shards"])
-    ends_at = record["shards"][-1]["ends_at"] if record["shards"] else None
 
     size = file_size(sum(file.size for file in files))
     how = f"{config.encoding} encoding, {plural(config.workers, 'thread')}"
     print(f"{name}: {plural(len(files), 'file')}, {size}; {how}")
-    print(f"to {folder}: {size_of_job(config, files, n_tokens)}")
+    print(f"to {folder}: {size_of_job(config, files, shard_size, n_tokens)}")
     if n_tokens:
         print(f"resuming after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
 
@@ -219,12 +265,13 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
     if from_hub:
         keep, ahead = config.keep_downloads, config.max_tokens is None  # otherwise the next may not be needed
         downloads = Downloads(config.dataset, commit, files, folder / "downloads", keep=keep, ahead=ahead)
-        downloads.drop_before(ends_at["file"] if ends_at else files[0].name)
+        shards = record["shards"]
+        downloads.drop_before(shards[-1]["ends_at"]["file"] if shards else files[0].name)
     writer = ShardWriter(folder, record, downloads.drop_before if downloads else lambda file: None)
     progress = TokenProgress(files, config.max_tokens, record)
     started = time.monotonic()
-    documents = read_files(files, config.text_column, ends_at, downloads)
-    write_shards(documents, writer, config.workers, progress.on_piece)
+    streams = streams_of(files, config.text_column, writer, downloads)
+    write_shards(streams, writer, config.workers, progress.on_piece)
     progress.bar.close()
     if downloads and not config.keep_downloads:
         shutil.rmtree(folder / "downloads", ignore_errors=True)

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from fineweb import local_files, read_files
 from support.data.encodings import get_encoding
-from support.data.shards import ShardWriter, new_record, write_shards
+from support.data.shards import ShardWriter, Stream, new_record, write_shards
 from support.data.tokens import encode_stream
 from support.files import sha256, write_file
 
@@ -57,7 +57,7 @@ class Config:
 def shards(config: Config, folder: Path) -> int:
     record = new_record(get_encoding("gpt2"), {}, {"shard_size": SHARD_SIZE, "max_tokens": None})
     stream = read_files(local_files(config.input), "text", None)
-    return write_shards(stream, ShardWriter(folder, record), config.threads)["tokens"]
+    return write_shards([Stream(stream)], ShardWriter(folder, record), config.threads)["tokens"]
 
 
 def encode_in_process(text: str) -> np.ndarray:

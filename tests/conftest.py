@@ -14,7 +14,7 @@ from pathlib import Path
 
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
-from support.data.shards import ShardWriter, new_record, write_shards
+from support.data.shards import ShardWriter, Stream, new_record, write_shards
 from support.machine.processes import World
 from support.run.folder import RunFolder
 from train_gpt2 import GPTConfig, TrainConfig
@@ -128,8 +128,8 @@ def write_texts(texts, folder: Path, shard_size: int, max_tokens=None, source=No
     """Shard documents given as texts, in the bytes encoding; returns the contents of shards.json."""
     settings = {"shard_size": shard_size, "max_tokens": max_tokens}
     record = new_record(get_encoding("bytes"), source or {}, settings)
-    stream = (Piece("texts", i, text) for i, text in enumerate(texts))
-    return write_shards(stream, ShardWriter(folder, record), workers)
+    stream = Stream(Piece("texts", i, text) for i, text in enumerate(texts))
+    return write_shards([stream], ShardWriter(folder, record), workers)
 
 
 @pytest.fixture(scope="session")

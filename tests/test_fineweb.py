@@ -1,12 +1,14 @@
 """Text to shards, to the byte, through kills and a bad line."""
 
 import gzip
+import hashlib
 import itertools
 import json
 import random
 import re
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass
 from unittest.mock import Mock
 
@@ -15,10 +17,10 @@ from conftest import ROOT, bin_shard, call, kill_until_done, make_shards, run, w
 from hub import COMMIT, serve
 from support.cli import InputError, RunFault, run_command
 from support.data import documents
-from support.data.documents import PIECE, File, Piece, chunks_of, cut_document
+from support.data.documents import PIECE, File, Piece, chunks_of, cut_document, local_files
 from support.data.encodings import END_OF_TEXT, get_encoding
 from support.data.hub import Downloads
-from support.data.shards import ShardWriter, load_shards, new_record, read_record, write_shards
+from support.data.shards import ShardWriter, Stream, load_shards, new_record, read_record, write_shards
 from support.data.tokens import encode_piece, encode_task
 from support.files import sha256
 
@@ -134,10 +136,13 @@ def test_a_document_over_many_shards_is_continued_in_any_of_them(tmp_path, monke
     folder.mkdir()
     record = new_record(get_encoding("bytes"), {}, {"shard_size": 10, "max_tokens": None})
     for _ in range(100):
-        first = record["shards"][-1]["ends_at"]["document"] if record["shards"] else 0
-        pieces = (cut_document("texts", i, texts[i]) for i in range(first, len(texts)))
+        start = (
+            record["shards"][-1]["ends_at"] if record["shards"] else {"file": "", "document": 0, "token": 0}
+        )
+        pieces = (cut_document("texts", i, texts[i]) for i in range(start["document"], len(texts)))
         try:
-            write_shards(itertools.chain.from_iterable(pieces), ShardWriter(folder, record, stop))
+            stream = Stream(itertools.chain.from_iterable(pieces), start)
+            write_shards([stream], ShardWriter(folder, record, stop))
             break
         except Stopped:
             record = read_record(folder / "shards.partial.json")
@@ -191,7 +196,7 @@ def test_max_tokens_takes_the_beginning(tmp_path):
 
 def test_too_little_text_to_train_on_is_refused(tmp_path):
     for shard_size in (10**6, 149):  # 149: the first shard is exactly full
-        with pytest.raises(InputError, match=r"149 tokens all fit .* smaller --shard_size, for example 14"):
+        with pytest.raises(InputError, match=r"149 tokens all fit .* smaller --val_size, for example 14"):
             write_texts(TEXTS, tmp_path, shard_size)
     with pytest.raises(InputError, match="the input holds no text"):
         write_texts([], tmp_path, 10)
@@ -289,7 +294,7 @@ def test_every_kind_of_input_is_read(tmp_path):
     done = make(tmp_path / "out", "--input", *named, "--shard_size=10", "--text_column=body")
     expected = ["one", "three", "bad \ufffd byte", "fine", "four", "fi\ufffdve"]
     expected += ["lone \ufffd", "", "<|endoftext|>", "six\nsix \ufffd"]
-    assert tokens_in(tmp_path / "out") == stream_of(expected)
+    assert sorted(tokens_in(tmp_path / "out")) == sorted(stream_of(expected))  # in another order
     record = json.loads((tmp_path / "out/shards.json").read_text())
     assert record["documents"] == len(expected)
     assert record["remarks"] == {"null": 2, "replaced": 4, "empty": 1, "end_of_text": 1}
@@ -337,7 +342,8 @@ def test_a_folder_is_read_but_not_the_shards_in_it(tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"the text {name} " * 50)
     out, flags = tmp_path / "out", ("--shard_size=500", "--input", tmp_path)
     make(out, *flags, f"{tmp_path}/../{tmp_path.name}/a.txt")
-    expected = stream_of([f"the text {name} " * 50 for name in "abc"])
+    names = sorted("abc", key=lambda name: hashlib.sha256(f"{name}.txt".encode()).digest())
+    expected = stream_of([f"the text {name} " * 50 for name in names])
     assert tokens_in(out) == expected
     assert "is finished" in make(out, *flags).stdout
     before = (out / "shards.json").read_text()
@@ -352,6 +358,103 @@ def test_a_folder_is_read_but_not_the_shards_in_it(tmp_path):
     (out / "shards.json").unlink()
     (out / "shards.partial.json").write_text(before.replace('"ends_at"', '"begins_at"', 1))
     assert "shards.partial.json: damaged; remove it" in refusal(out, *flags)
+
+
+def test_another_text_file_changes_the_place_of_no_other(tmp_path):
+    """The order is that of a hash of each name, in whatever folder."""
+    for folder, names in (("one", "abcdefgh"), ("two", "abcdefghi")):
+        for name in names:
+            (tmp_path / folder).mkdir(exist_ok=True)
+            (tmp_path / folder / f"{name}.txt").write_text(name)
+    one, two = ([file.name for file in local_files([str(tmp_path / f)])] for f in ("one", "two"))
+    assert one == [name for name in two if name != "i.txt"]
+    assert one != sorted(one)
+
+
+def make_groups(tmp_path):
+    """Three groups of files: a folder of texts, lines of JSON beside them, and another folder. Every document
+    has a letter of its own."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for i in range(20):
+        (tmp_path / f"a/{i}.txt").write_text("x" * 50)
+    rows = "".join(json.dumps({"text": "y" * 83}) + "\n" for _ in range(40))
+    (tmp_path / "a/rows.jsonl").write_text(rows)
+    (tmp_path / "b/one.txt").write_text("z" * 2000)
+    return [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_the_validation_split_holds_a_part_of_every_group(tmp_path):
+    """In proportion to their sizes: 1,000, 4,000 and 2,000 bytes. Nothing is lost, and nothing in both."""
+    inputs = make_groups(tmp_path)
+    done = make(tmp_path / "out", "--val_size=700", "--shard_size=400", "--input", *inputs)
+    shards = load_shards(tmp_path / "out")
+    counts = Counter(shards.tokens["val"][0].tolist())
+    assert [counts[ord(letter)] for letter in "xyz"] == pytest.approx([100, 400, 200], abs=15)
+    everything = Counter(tokens_in(tmp_path / "out"))
+    assert [everything[ord(letter)] for letter in "xyz"] == [1000, 40 * 83, 2000]
+    assert everything[256] == 61
+    record = read_record(tmp_path / "out/shards.json")
+    holds = record["shards"][0]["holds"]
+    assert (holds["rows.jsonl"], holds["one.txt"], len(holds)) == (5, 1, 4)
+    assert record["documents"] == 61
+    assert re.search(r"split, 700 tokens or 11\.0% of all, 8 documents of 4 files \(\d+\.txt, ", done.stdout)
+    assert "from the text of" not in shards.describe()
+    assert shards.describe().startswith("the text of 22 files (")
+
+
+def test_a_job_with_groups_resumes_after_any_shard(tmp_path, monkeypatch):
+    """The bytes and the record of a job never stopped, however often it is."""
+    inputs = make_groups(tmp_path)
+    flags = ("--val_size=300", "--shard_size=250", "--input", *inputs)
+    make(tmp_path / "whole", *flags)
+    flags = {"encoding": "bytes", "val_size": 300, "shard_size": 250}
+    config = fineweb.ShardConfig(input=tuple(inputs), output_dir=tmp_path / "out", **flags)
+
+    class Stopped(Exception):
+        pass
+
+    finish_shard = ShardWriter.finish_shard
+
+    def stop(self):
+        finish_shard(self)
+        raise Stopped
+
+    stops = 0
+    monkeypatch.setattr(ShardWriter, "finish_shard", stop)
+    while True:
+        try:
+            fineweb.main(config)
+            break
+        except Stopped:
+            stops += 1
+            if stops == 30:
+                monkeypatch.setattr(ShardWriter, "finish_shard", finish_shard)
+    assert stops >= 20
+    assert tokens_in(tmp_path / "out") == tokens_in(tmp_path / "whole")
+    whole = (tmp_path / "whole/shards.json").read_text()
+    assert (tmp_path / "out/shards.json").read_text() == whole
+
+
+def test_the_size_of_a_shard_suits_the_input(tmp_path):
+    """Ten shards or more, of a round number of tokens; the tutorial's for FineWeb-Edu."""
+    sizes = {3e9: 10**8, 10**9: 10**8, 9.9e8: 5 * 10**7, 3e6: 2 * 10**5, 12_345: 1000, 5: 2, 0: 2}
+    assert {n: fineweb.choose_shard_size(n) for n in sizes} == sizes
+    (tmp_path / "x.txt").write_text("a word " * 1500)
+    said = make(tmp_path / "out", f"--input={tmp_path}/x.txt").stdout
+    assert "in 11 shards of 1,000" in said
+    assert "in 11 shards in" in said
+    assert "is finished" in make(tmp_path / "out", f"--input={tmp_path}/x.txt").stdout
+
+
+def test_a_line_without_the_column_is_found_before_work_begins(tmp_path):
+    """Once shards were there, the advice to name the column was refused: "made with other settings"."""
+    (tmp_path / "a.txt").write_text("a word " * 900)
+    (tmp_path / "b.jsonl").write_text('{"body": "a text"}\n')
+    said = refusal(tmp_path / "out", f"--input={tmp_path}", "--shard_size=500")
+    assert "b.jsonl, line 1: no key 'text' but ['body']; name the one" in said
+    assert not list(tmp_path.glob("out/*.npy"))
+    make(tmp_path / "out", f"--input={tmp_path}", "--shard_size=500", "--text_column=body")
 
 
 def test_a_full_disk_is_named_and_gone_on_from(tmp_path):
@@ -380,7 +483,7 @@ def test_bad_settings_get_one_line(tmp_path):
         (["--shard_size=1"], "--shard_size 1: must be at least 2"),
         (["--workers=0"], "--workers 0: must be at least 1"),
         (["--max_tokens=0"], "--max_tokens 0: must be at least 1"),
-        (["--max_tokens=100", "--shard_size=100"], "choose a smaller --shard_size"),
+        (["--max_tokens=100", "--shard_size=100"], "choose a smaller --val_size"),
         (["--input", "a.txt", "--input", "b.txt"], "--input: name one or more files behind one --input"),
         (["--input"], "--input: name one or more files"),
         (["--input", ""], "--input: name one or more files"),
@@ -395,12 +498,17 @@ def test_bad_settings_get_one_line(tmp_path):
         assert message in refusal(tmp_path / "out", *flags)
 
 
-def test_the_same_files_in_another_order_are_another_input(tmp_path):
+def test_the_same_files_in_another_order(tmp_path):
+    """Files of many documents are another input; whole texts have an order of their own."""
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text(f"the text {name} " * 99)
-    files = [tmp_path / "a.txt", tmp_path / "b.txt"]
-    make(tmp_path / "out", "--shard_size=700", "--input", *files)
-    assert "files differ in" in refusal(tmp_path / "out", "--shard_size=700", "--input", *reversed(files))
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"the text {name} " * 99}))
+    for kind in ("txt", "jsonl"):
+        files = [tmp_path / f"a.{kind}", tmp_path / f"b.{kind}"]
+        make(tmp_path / kind, "--shard_size=700", "--input", *files)
+    again = "--shard_size=700", "--input"
+    assert "is finished" in make(tmp_path / "txt", *again, tmp_path / "b.txt", tmp_path / "a.txt").stdout
+    assert "files differ in" in refusal(tmp_path / "jsonl", *again, *reversed(files))
 
 
 def test_text_in_the_output_folder_alone_is_no_input(tmp_path):
@@ -422,7 +530,7 @@ def test_a_disk_too_small_is_refused_before_the_work(tmp_path, monkeypatch):
     assert "needs up to 1 MB of disk space (the shards); 1 MB is free; choose another disk, or set" in said
     monkeypatch.undo()
     said = refusal(tmp_path / "out", f"--input={tmp_path}/x.txt", "--shard_size=1000000000000000")
-    assert "--shard_size 1000000000000000: each shard is built in memory" in said
+    assert "--shard_size 1000000000000000: a shard is built in memory" in said
 
 
 def test_the_systems_errors_are_not_damage(tmp_path, monkeypatch, capsys):
@@ -449,14 +557,14 @@ def test_the_disk_that_a_job_needs(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda _: Mock(free=10**12))
     files = [File(f"{i}.parquet", size * 10**9) for i, size in enumerate((3, 1, 4, 2))]
     for flags, n_tokens, expected in (
-        ({}, 0, "about 16,000,000,000 tokens in 160 shards; needs up to 39.0 GB of disk space (two down"),
-        ({}, 6 * 10**9, "160 shards; needs up to 27.0 GB"),
+        ({}, 0, "about 16,000,000,000 tokens in 160 shards of 100,000,000; needs up to 39.0 GB"),
+        ({}, 6 * 10**9, "160 shards of 100,000,000; needs up to 27.0 GB"),
         ({"keep_downloads": True}, 0, "needs up to 42.0 GB of disk space (all downloads and the shards)"),
-        ({"max_tokens": 10**9}, 0, "about 1,000,000,000 tokens in 10 shards; needs up to 9.0 GB"),
-        ({"encoding": "gpt2"}, 0, "about 3,636,363,636 tokens in 37 shards; needs up to 14.3 GB"),
+        ({"max_tokens": 10**9}, 0, "about 1,000,000,000 tokens in 10 shards of 100,000,000; needs up to 9"),
+        ({"encoding": "gpt2"}, 0, "about 3,636,363,636 tokens in 37 shards of 100,000,000; needs up to 14"),
     ):
         config = fineweb.ShardConfig(**{"encoding": "bytes", "output_dir": tmp_path, **flags})
-        assert expected in fineweb.size_of_job(config, files, n_tokens)
+        assert expected in fineweb.size_of_job(config, files, 10**8, n_tokens)
 
 
 def test_shards_made_elsewhere_are_not_written_over(tmp_path):
@@ -778,7 +886,7 @@ def test_the_next_file_comes_while_this_one_is_read(tmp_path):
         return tmp_path / file.name
 
     downloads.fetch = fetch
-    for piece in fineweb.read_files(files, "text", None, downloads):
+    for piece in fineweb.read_files(files, "text", {"file": "0.txt", "document": 0, "token": 0}, downloads):
         time.sleep(0.1)
         i = int(piece.file[0])
         present = sorted(path.name for path in tmp_path.iterdir())

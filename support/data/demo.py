@@ -11,7 +11,7 @@ from pathlib import Path
 
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
-from support.data.shards import ShardWriter, new_record, write_shards
+from support.data.shards import ShardWriter, Stream, new_record, write_shards
 
 
 def write_demo_shards(output_dir: Path) -> None:
@@ -29,7 +29,8 @@ def write_demo_shards(output_dir: Path) -> None:
         {"shard_size": 200_000, "max_tokens": None},
     )
     texts = enumerate(standard_library_prose())
-    write_shards((Piece("standard library", i, text) for i, text in texts), ShardWriter(temporary, record))
+    documents = Stream(Piece("standard library", i, text) for i, text in texts)
+    write_shards([documents], ShardWriter(temporary, record))
     temporary.rename(output_dir)
 
 

@@ -9,7 +9,9 @@ import codecs
 import contextlib
 import glob
 import gzip
+import hashlib
 import io
+import itertools
 import json
 import re
 import zlib
@@ -39,6 +41,7 @@ class File:
     size: int  # bytes
     path: Path | None = None
     sha256: str | None = None  # as listed on the Hub
+    group: int = 0  # of the files of one kind in one folder; the validation split holds a part of each group
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,34 +62,53 @@ class Piece:
 
 
 def local_files(patterns: Sequence[str], output_dir: Path | None = None) -> list[File]:
-    """The files that `patterns` name, in that order. Those of a folder or a glob are sorted, without those in
-    `output_dir`. Duplicates are left out; links to folders are not followed.
+    """The files that `patterns` name, without those in `output_dir`, in groups: the files of one kind in one
+    folder, glob, or list. Groups come in the order of the patterns. In a group, .txt files are ordered by a
+    hash of their names, so that neighbours are about different things; other files, of many documents each,
+    by name, or as they are listed. Duplicates are left out; links to folders are not followed.
 
     Raises InputError for a pattern that matches nothing, for a file of another type, and if none is left.
     """
-    paths: dict[Path, Path] = {}  # keyed by resolved path
+    found: dict[Path, tuple[str, Path, str]] = {}  # by resolved path: group, path, name within the group
     kinds = ", ".join(KINDS)
     for pattern in patterns:
-        found = [Path(pattern)]
-        if not found[0].exists():
-            found = sorted(map(Path, glob.glob(pattern, recursive=True)))
-        files = [file for path in found for file in files_in(path)]
+        paths = [Path(pattern)]
+        if not paths[0].exists():
+            paths = sorted(map(Path, glob.glob(pattern, recursive=True)))
+        files = [(file, path) for path in paths for file in files_in(path)]
         if not files:
-            there = f"no {kinds} files there" if found else "no such file"
+            there = f"no {kinds} files there" if paths else "no such file"
             raise InputError(f"--input {pattern}: {there}")
-        for file in files:
+        for file, path in files:
             is_output = output_dir and output_dir.resolve() in file.resolve().parents
             if is_output and (file.name in RECORDS or file != Path(pattern)):
                 continue
             if not file.name.endswith(KINDS):
                 raise InputError(f"--input {file}: ends in {file.suffix or 'nothing'}; supported are {kinds}")
-            paths.setdefault(file.resolve(), file)
-    if patterns and not paths:
+            place = str(
+                file.parent if file == Path(pattern) else pattern
+            )  # a shell lists what a glob matches
+            name = file.name if file == path else file.relative_to(path).as_posix()
+            found.setdefault(file.resolve(), (place, file, name))
+    if patterns and not found:
         raise InputError(f"--input {' '.join(patterns)}: all in --output_dir, which is left out")
-    names = [path.name for path in paths.values()]
-    if len(set(names)) < len(names):
-        names = [path.as_posix() for path in paths.values()]
-    return [File(name, path.stat().st_size, path) for name, path in zip(names, paths.values(), strict=True)]
+    groups: dict[tuple[str, str], list[tuple[str, Path]]] = {}
+    for place, path, name in found.values():
+        groups.setdefault((place, kind_of(path)), []).append((name, path))
+    for (_, kind), members in groups.items():
+        if kind == ".txt":
+            members.sort(key=lambda member: hashlib.sha256(member[0].encode(errors=ERRORS)).digest())
+    unique = len({path.name for _, path, _ in found.values()}) == len(found)
+    return [
+        File(path.name if unique else path.as_posix(), path.stat().st_size, path, group=number)
+        for number, members in enumerate(groups.values())
+        for _, path in members
+    ]
+
+
+def kind_of(path: Path) -> str:
+    """The kind of a file by its name: .parquet, .txt, or .jsonl for all that holds a JSON object a line."""
+    return path.suffix if path.suffix in (".parquet", ".txt") else ".jsonl"
 
 
 def files_in(path: Path) -> list[Path]:
@@ -104,6 +126,16 @@ def text_bytes(file: File, column: str) -> float:
         groups = [parquet.metadata.row_group(i) for i in range(parquet.num_row_groups)]
         columns = [group.column(i) for group in groups for i in range(group.num_columns)]
         return sum(part.total_uncompressed_size for part in columns if part.path_in_schema == column)
+
+
+def check_columns(files: Sequence[File], column: str) -> None:
+    """Raises InputError unless the first line of every file of JSON lines here has text in this column. (Of
+    parquet files, `text_bytes` reads the schema.)"""
+    for file in files:
+        if file.path and kind_of(file.path) == ".jsonl":
+            with open(file.path, "rb") as opened:
+                for number, row in itertools.islice(json_lines(opened), 1):
+                    text_of(row, column, f"{file.path}, line {number + 1}")
 
 
 # -----------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -54,6 +54,8 @@ class ShardEntry(TypedDict):
     ends_at: NotRequired[Place]  # where the next shard begins
     documents: NotRequired[int]  # documents that end in this shard
     remarks: NotRequired[dict[str, int]]
+    holds: NotRequired[dict[str, int]]  # of the validation split: its files, and how many documents of each
+    groups_end_at: NotRequired[list[Place]]  # of the validation split: where the rest of each group begins
 
 
 class Record(TypedDict):
@@ -198,51 +200,82 @@ class JobProgress:
 # writing
 
 
-class ShardWriter:
-    """Cuts the stream of tokens into shards in `folder`.
+@dataclass(frozen=True)
+class Stream:
+    """Documents for a ShardWriter, from the one at `start` on: their tokens from that place on, at most
+    `limit`."""
 
-    A shard has exactly `shard_size` tokens, even if that cuts a document; only the last is shorter.
-    shards.partial.json records each shard with the documents that end in it and the place where the next
-    begins; at the end it becomes shards.json. To continue a `record` with finished shards, the stream must
-    begin with the document that the last `ends_at` names.
+    documents: Iterable[Piece]
+    start: Place = field(default_factory=lambda: Place(file="", document=0, token=0))
+    limit: int | None = None
+
+
+class ShardWriter:
+    """Cuts streams of tokens into shards in `folder`.
+
+    The first shard, the validation split, has `val_size` tokens, every other exactly `shard_size`, even if
+    that cuts a document; only the last is shorter. shards.partial.json records each shard with the documents
+    that end in it and the place where the next begins; at the end it becomes shards.json. To continue a
+    `record` with finished shards, the first stream must start where the last one `ends_at`.
     """
 
     def __init__(self, folder: Path, record: Record, on_shard: Callable[[str], None] = lambda file: None):
         self.folder, self.record, self.on_shard = folder, record, on_shard
         settings, shards = record["settings"], record["shards"]
+        self.shard_size = settings["shard_size"]
+        self.val_size = settings.get("val_size") or self.shard_size
         self.left = (settings["max_tokens"] or sys.maxsize) - sum(shard["tokens"] for shard in shards)
+        largest = min(max(self.shard_size, self.val_size), self.left)
         try:
-            self.buffer = np.empty(min(settings["shard_size"], self.left), np.uint16)  # the shard in progress
+            self.buffer = np.empty(largest, np.uint16)  # the shard in progress
         except (MemoryError, ValueError) as error:
             raise InputError(
-                f"--shard_size {settings['shard_size']}: each shard is built in memory, and "
-                f"{settings['shard_size'] / 5e8:,.0f} GB could not be allocated"
+                f"--{'shard' if self.shard_size >= largest else 'val'}_size {largest}: a shard is built in "
+                f"memory, and {largest / 5e8:,.0f} GB could not be allocated"
             ) from error
-        self.filled, self.skip = 0, shards[-1]["ends_at"]["token"] if shards else 0
+        self.filled = self.skip = 0
+        self.limit = sys.maxsize  # tokens that are still to be taken of this stream
         self.ends_at: Place = {"file": "", "document": 0, "token": 0}  # where the next token comes from
+        self.groups_end_at: list[Place] = []  # where each stream with a limit ended
         self.documents = 0  # that end in the shard in progress
+        self.holds: Counter[str] = Counter()  # documents of each file in the shard in progress
+        self.new_to_shard = True  # whether the document in progress has not been counted there
         self.remarks: Counter[str] = Counter()
         self.document_remarks: set[str] = set()  # of the document in progress
         write_record(folder / PARTIAL, record)  # before the first shard, so that none lacks a record
         (folder / "shards.json").unlink(missing_ok=True)  # left by a finished job that lost a shard
 
+    def begin(self, stream: Stream) -> None:
+        """Get ready for the pieces of a stream."""
+        self.ends_at, self.skip = stream.start.copy(), stream.start["token"]
+        self.limit = sys.maxsize if stream.limit is None else stream.limit
+
     def add(self, piece: Piece, tokens: np.ndarray, remarks: set[str]) -> int:
-        """Add what `encode_stream` yields; returns how many of the tokens were new, up to max_tokens."""
+        """Add what `encode_stream` yields; returns how many of the tokens were taken."""
         before = self.left
         if piece.begins:
             self.ends_at = {"file": piece.file, "document": piece.document, "token": 0}
             self.document_remarks = set()
+            self.new_to_shard = True
         self.document_remarks |= remarks
         done = min(self.skip, len(tokens))  # already in a finished shard
         self.skip -= done
         self.ends_at["token"] += done
-        while done < len(tokens) and self.left:
-            if self.filled == len(self.buffer):
+        while done < len(tokens) and self.left and self.limit:
+            if self.filled == (self.shard_size if self.record["shards"] else self.val_size):
                 self.finish_shard()
-            n = min(len(tokens) - done, len(self.buffer) - self.filled, self.left)
+            capacity = self.shard_size if self.record["shards"] else self.val_size
+            n = min(len(tokens) - done, capacity - self.filled, self.left, self.limit)
             self.buffer[self.filled : self.filled + n] = tokens[done : done + n]
-            self.filled, self.left, done = self.filled + n, self.left - n, done + n
+            self.filled, self.left, self.limit, done = (
+                self.filled + n,
+                self.left - n,
+                self.limit - n,
+                done + n,
+            )
             self.ends_at["token"] += n
+            self.holds[piece.file] += self.new_to_shard
+            self.new_to_shard = False
         if piece.ends and done == len(tokens):
             self.ends_at = {"file": piece.file, "document": piece.document + 1, "token": 0}
             self.documents += piece.text is not None
@@ -267,9 +300,12 @@ class ShardWriter:
             "documents": self.documents,
             "remarks": dict(sorted(self.remarks.items())),
         }
+        if not shards:
+            entry |= {"holds": dict(self.holds), "groups_end_at": self.groups_end_at}
         shards.append(entry)
         write_record(self.folder / PARTIAL, self.record)
-        self.filled, self.documents, self.remarks = 0, 0, Counter()
+        self.filled, self.documents, self.remarks, self.holds = 0, 0, Counter(), Counter()
+        self.new_to_shard = True
         self.on_shard(self.ends_at["file"])
 
     def finish(self) -> None:
@@ -286,25 +322,29 @@ class ShardWriter:
                 raise InputError("the input holds no text")
             raise InputError(
                 f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation "
-                "split, and leave none to train on; choose a smaller --shard_size, for example "
+                "split, and leave none to train on; choose a smaller --val_size, for example "
                 f"{max(2, n_tokens // 10)}"
             )
         os.replace(self.folder / PARTIAL, self.folder / "shards.json")
 
 
 def write_shards(
-    stream: Iterable[Piece],
+    streams: Iterable[Stream],
     writer: ShardWriter,
     workers: int = 1,
     on_piece: Callable[[int, Piece], None] = lambda n_tokens, piece: None,
 ) -> Record:
-    """Tokenize `stream` into the writer's shards; returns the contents of shards.json. Calls `on_piece` with
-    the number of new tokens in each piece, and the piece."""
+    """Tokenize the streams, one after another, into the writer's shards; returns the contents of shards.json.
+    Calls `on_piece` with the number of tokens taken of each piece, and the piece."""
     encoding = get_encoding(writer.record["encoding"])
-    for piece, tokens, remarks in encode_stream(stream, encoding, workers):
-        on_piece(writer.add(piece, tokens, remarks), piece)
-        if not writer.left:
-            break
+    for stream in streams:
+        writer.begin(stream)
+        for piece, tokens, remarks in encode_stream(stream.documents, encoding, workers):
+            on_piece(writer.add(piece, tokens, remarks), piece)
+            if not (writer.left and writer.limit):
+                break
+        if stream.limit is not None:
+            writer.groups_end_at.append(writer.ends_at.copy())
     writer.finish()
     return writer.record
 
@@ -354,7 +394,7 @@ class Shards:
             shares = [f"{share:.1%}" for share in self.proportions()]
             return "; ".join(f"{share} {text}" for share, text in zip(shares, texts, strict=True))
         if files := self.source.get("files"):
-            return describe_files([name for name, _ in files])
+            return f"the text of {describe_files([name for name, _ in files])}"
         dataset: str | None = self.source.get("dataset")
         return dataset
 
@@ -367,9 +407,9 @@ class Shards:
 
 
 def describe_files(names: Sequence[str]) -> str:
-    """In words, the text of these files."""
+    """In words, how many files there are, and the first names."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return f"the text of {plural(len(names), 'file')} ({', '.join(names[:3])}{more})"
+    return f"{plural(len(names), 'file')} ({', '.join(names[:3])}{more})"
 
 
 def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np.ndarray:
