@@ -688,7 +688,7 @@ def main(config: TrainConfig) -> None:
     world.require_same(data=shards.fingerprint, dtype=str(dtype), shard=config.shard)
     micro_batch.check_batch(config, model_config, world)
     run = RunFolder(config, world, report.print)
-    first_step = run.open(model_config, shards)  # 0, or where the run was interrupted
+    first_step = run.open(model_config, shards, get_lr)  # 0, or where the run was interrupted
     if first_step == config.max_steps > 0:
         report.print(f"{config.log_dir} is finished: its model is {run.checkpoint}")
         world.disconnect()

@@ -15,6 +15,7 @@ import sys
 import termios
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from conftest import ROOT, STOP_SIGNALS, TINY, call, faulty, make_shards, run, run_folder, torchrun
@@ -25,7 +26,7 @@ from support.machine.processes import StopSignals
 from support.model.huggingface import list_checkpoints
 from support.run import folder as folder_module
 from support.run.curves import read_log
-from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
+from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr
 
 import numpy as np
 import pytest
@@ -371,10 +372,10 @@ def test_a_folder_is_taken_only_where_nothing_is_lost(holds, tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"result": {}} if holds == "result" else {"run_id": "1"}))
     folder = run_folder(tmp_path)
     if holds == "evaluations":
-        assert folder.open(GPTConfig(), NO_SHARDS) == folder.interruptions == 0
+        assert folder.open(GPTConfig(), NO_SHARDS, get_lr) == folder.interruptions == 0
     else:
         with pytest.raises(InputError, match="already holds a run; continue it with --resume"):
-            folder.open(GPTConfig(), NO_SHARDS)
+            folder.open(GPTConfig(), NO_SHARDS, get_lr)
 
 
 def test_a_damaged_record_does_not_stand_in_the_way(tmp_path):
@@ -384,7 +385,7 @@ def test_a_damaged_record_does_not_stand_in_the_way(tmp_path):
     folder = run_folder(tmp_path, resume=True)
     assert folder.holds_a_run()
     with pytest.raises(InputError, match="has no sound checkpoint, only damaged ones"):
-        folder.open(GPTConfig(), NO_SHARDS)
+        folder.open(GPTConfig(), NO_SHARDS, get_lr)
 
 
 @pytest.mark.parametrize("record", ["[]", "{}", '{"run_id": "1", "interruptions": 0, "train_config": 7}'])
@@ -392,7 +393,7 @@ def test_a_strange_record_names_no_micro_batch(record, tmp_path):
     (tmp_path / "run.json").write_text(record)
     (tmp_path / "log.txt").write_text("0 train 5.0\n")
     folder = run_folder(tmp_path, resume=True)
-    assert folder.open(GPTConfig(), NO_SHARDS) == 0
+    assert folder.open(GPTConfig(), NO_SHARDS, get_lr) == 0
     assert folder.fitted_before() is None
 
 
@@ -874,14 +875,91 @@ def test_another_recipe_is_refused_with_the_difference(flags, tmp_path, undistur
 def test_a_setting_that_may_change_by_now_is_not_compared(tmp_path):
     """An older version compared it."""
     folder = run_folder(tmp_path)
-    folder.open(GPTConfig(), NO_SHARDS)
-    folder.trainer = {"recipe": folder.recipe | {"dtype": "bfloat16"}}
+    folder.open(GPTConfig(), NO_SHARDS, get_lr)
+    folder.trainer = {"step": 1000, "recipe": folder.recipe | {"dtype": "bfloat16"}}
     folder.compare_recipes()
     folder.trainer["recipe"] |= {"max_steps": 5}
     with pytest.raises(
-        InputError, match=f"max_steps was 5, is 19073; to train .* --init_from {tmp_path} --log"
+        InputError, match=f"max_steps was 5, is 19073; a cosine's .* --init_from {tmp_path} --log"
     ):
         folder.compare_recipes()
+
+
+TRAPEZOID = {"schedule": "trapezoid", "max_steps": 100, "cooldown": 0.4, "warmup_steps": 10}
+CONSTANT = "the learning rates of the 50 steps done would have been others; to train longer"
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "refusal"),
+    [
+        ({}, {"max_steps": 1000}, None),  # falls at 600 instead of 60
+        ({}, {"max_steps": 84}, None),  # falls at 50.4: the end begins now
+        ({}, {"max_steps": 70, "cooldown": 2 / 7}, None),
+        ({}, {"cooldown": 0.1}, None),
+        ({}, {"max_steps": 80}, CONSTANT),  # would have fallen since 48
+        ({}, {"cooldown": 0.52}, CONSTANT),
+        ({"cooldown": 0.6}, {"cooldown": 0.4}, CONSTANT),  # has fallen since 40
+        ({"max_steps": 50}, {"max_steps": 200}, CONSTANT),  # is at its end
+        ({"grad_clip": 1.0}, {"max_steps": 1000, "grad_clip": 2.0}, "grad_clip was"),
+        (
+            {"schedule": "cosine"},
+            {"schedule": "cosine", "max_steps": 101},
+            "a cosine's rates depend on its end",
+        ),
+        ({"schedule": "cosine"}, {"schedule": "cosine", "cooldown": 0.1}, None),  # a cosine has none
+    ],
+)
+def test_the_length_may_change_while_no_rate_does(then, now, refusal, tmp_path):
+    """Compared step by step, over the 50 steps that are done."""
+    then, now = TRAPEZOID | then, TRAPEZOID | then | now
+    folder = run_folder(tmp_path, **now)
+    folder.open(GPTConfig(), NO_SHARDS, get_lr)
+    before = replace(folder.config, **then)
+    folder.trainer = {"step": 50, "recipe": folder.recipe | before.recipe_fields()}
+    same = [get_lr(step, before) for step in range(50)] == [get_lr(step, folder.config) for step in range(50)]
+    if refusal:
+        assert not same or now["max_steps"] == 1000  # where something else differs too
+        with pytest.raises(InputError, match=refusal):
+            folder.compare_recipes()
+        assert not folder.plans
+    else:
+        assert same
+        folder.compare_recipes()
+        plan = {"max_steps": folder.config.max_steps, "cooldown": folder.config.cooldown}
+        assert folder.plans == [{"step": 50, **plan}]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_run_whose_length_changed_has_the_bits_of_one_planned_so(optimizer, text_shards, tmp_path):
+    """Prolonged at step 8, and brought to its end at step 12, which a second resume does not disturb."""
+    trapezoid = *FLAGS, f"--data_dir={text_shards}", f"--optimizer={optimizer}", "--schedule=trapezoid"
+    short, long, end = (
+        [f"--max_steps={n}", f"--cooldown={share}"] for n, share in ((20, 0.5), (40, 0.5), (20, 0.4))
+    )
+    log = f"--log_dir={tmp_path / 'a'}"
+    call("train_gpt2.py", *trapezoid, *end, f"--log_dir={tmp_path / 'planned'}")
+    call("train_gpt2.py", *trapezoid, *short, log)
+    for step in (16, 20):
+        shutil.rmtree(tmp_path / f"a/checkpoint_{step:05d}")
+    steps = (tmp_path / "a/log.txt").read_text()
+    assert "20 val" in steps
+    done = faulty("nan=0:13", *trapezoid, *long, log, "--resume", check=False)
+    assert "a new plan from step 8 on: max_steps was 20, is 40" in done.stdout
+    assert done.returncode
+    for name, more in (("12 on: max_steps was 40, is 20; cooldown was 0.5, is 0.4", ()), ("", ("--verify",))):
+        done = call("train_gpt2.py", *trapezoid, *end, log, "--resume", *more)
+        assert (f"a new plan from step {name}" in done.stdout) == bool(name)
+    for name in ("model.safetensors", "config.json"):
+        ours, theirs = (tmp_path / folder / "checkpoint_00020" / name for folder in ("a", "planned"))
+        assert ours.read_bytes() == theirs.read_bytes()
+    lines = (tmp_path / "a/log.txt").read_text().splitlines()
+    plans = [line for line in lines if line.split()[1] in ("max_steps", "cooldown")]
+    assert plans == ["8 max_steps 40", "8 cooldown 0.5", "12 max_steps 20", "12 cooldown 0.4"]
+    planned = (tmp_path / "planned/log.txt").read_text().splitlines()
+    assert [line for line in lines if line not in plans] == planned
+    run = json.loads((tmp_path / "a/run.json").read_text())
+    assert [plan["step"] for plan in run["plans"]] == [8, 12]
+    assert run["train_config"]["max_steps"] == 20
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
@@ -889,7 +967,7 @@ def test_a_run_of_the_first_order_of_tokens_is_not_resumed(shuffle, tmp_path):
     """It visited the shards one after another, and its recipe does not mention the order. The tutorial's
     order, without shuffling, is as it was."""
     folder = run_folder(tmp_path, shuffle=shuffle)
-    folder.open(GPTConfig(), NO_SHARDS)
+    folder.open(GPTConfig(), NO_SHARDS, get_lr)
     recipe = {name: value for name, value in folder.recipe.items() if name != "order_of_tokens"}
     folder.trainer = {"recipe": recipe}
     if shuffle:

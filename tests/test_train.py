@@ -194,9 +194,10 @@ def test_a_run_leaves_its_folder(finished_run, text_shards):
     assert [step for step, _ in events["train"]] == list(range(60))
     assert [step for step, _ in events["val"]] == [0, 20, 40, 60]
     assert abs(events["val"][0][1] - math.log(257)) < 0.1
+    assert [step for step, _ in events["lr"]] == [step for step, _ in events["norm"]] == list(range(60))
     assert events["val"][-1][1] < 3.5
     lines = (folder / "log.txt").read_text().splitlines()
-    assert all(re.fullmatch(r"\d+ (train|val) \d+\.\d+", line) for line in lines)
+    assert all(re.fullmatch(r"\d+ (train|val|lr|norm) [\d.e-]+", line) for line in lines)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
     record = json.loads((folder / "run.json").read_text())
     assert record["model_config"]["encoding"] == record["encoding"] == "bytes"

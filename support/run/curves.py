@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 Points = list[tuple[int, float]]  # (step, value), by step
 
-USUAL_KINDS = ("train", "val", "hella")  # Every run logs these kinds of events.
+USUAL_KINDS = ("train", "val", "hella")  # These kinds of events share the large panels.
+TITLES = {"lr": "learning rate", "norm": "gradient norm"}  # of small panels; any other kind is its own title
+NOT_DRAWN = ("max_steps", "cooldown")  # A run whose length was changed logs its new plan.
 # A line of log.txt: step, kind, value. Any name in Python may be a kind. A step of at most 12 digits, times a
 # batch, fits 64 bits.
 EVENT = re.compile(r"\s*([0-9]{1,12})\s+([^\W\d][\w./-]*)\s+(\S+)\s*")
@@ -182,7 +184,8 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
     units = sorted({unit_of(run.facts) for run in runs})
     if len(units) > 1:
         notes.append("these losses can't be compared, some are per byte and some per token")
-    kinds = list(dict.fromkeys(kind for run in runs for kind in run.events if kind not in USUAL_KINDS))
+    logged = dict.fromkeys(kind for run in runs for kind in run.events)
+    kinds = [kind for kind in logged if kind not in USUAL_KINDS + NOT_DRAWN]
     has_scores = any(run.events["hella"] for run in runs)
     columns = max(1, min(len(kinds), 3 if has_scores else 2))  # small panels side by side, one for a kind
     rows = math.ceil(len(kinds) / columns)
@@ -200,7 +203,7 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
     for i, kind in enumerate(kinds):
         row, left = 1 + i // columns, width * (i % columns)
         axis = figure.add_subplot(grid[row, left : left + width], sharex=losses)
-        draw_panel(axis, runs, kind, [kind], text=9)
+        draw_panel(axis, runs, TITLES.get(kind, kind), [kind], text=9)
     captions = [caption(run.folder.resolve().name, run.facts) for run in runs]
     figure.supxlabel("\n".join(captions), fontsize=10, color="dimgray")
     save_picture(figure, out)
@@ -277,6 +280,18 @@ def smooth(values: Sequence[float], span: int) -> list[float]:
         first, end = i - min(span, i), min(len(values), i + min(span, i) + 1)
         out.append((sums[end] - sums[first]) / (end - first))
     return out
+
+
+def plan_of(config: dict[str, Any]) -> str | None:
+    """A train_config's course of the learning rate, in words; None if there is none."""
+    try:
+        end = config["max_steps"]
+        if config["schedule"] == "cosine":
+            return f"a cosine down to a tenth at step {end:,}"
+        falls = round((1 - config["cooldown"]) * end)
+        return f"constant until step {falls:,}, then down to 0 at step {end:,}"
+    except (KeyError, TypeError):
+        return None
 
 
 def caption(name: str, run: dict[str, Any]) -> str:

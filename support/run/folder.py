@@ -1,7 +1,7 @@
 """
 A run's folder: its contents, and how they survive crashes.
 
-    log.txt             one line per event: step, "train", "val" or "hella", value
+    log.txt             one line per event: step, kind, value; kinds are "train", "val", "hella", "lr", ...
     run.json            the run's settings and, once it is finished, its results
     status.json         how far it is, its last events and samples, for plot.py watch
     loss.png            its curves
@@ -25,7 +25,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -52,8 +52,9 @@ if TYPE_CHECKING:
 SAVE_AT_LEAST_EVERY = 15 * 60  # seconds of work that a slow machine may lose
 # Reading a damaged checkpoint raises one of these.
 DAMAGE = (FileNotFoundError, ValueError, RuntimeError, EOFError, AttributeError, UnpicklingError)
+PLAN = ("max_steps", "cooldown")  # settings that may change before they have changed a learning rate
 HINTS = {  # advice for settings that differ
-    "max_steps": "to train longer, start a new run: your other flags, --init_from {path} --log_dir NEW",
+    "plan": "{rates}; to train longer, start a new run: your other flags, --init_from {path} --log_dir NEW",
     "data": "data is the fingerprint of the shards: others, or shards.json was written or removed since",
     "order_of_tokens": "the order of tokens has changed since: resume with the version that began the run",
 }
@@ -76,19 +77,23 @@ class RunFolder:
         self.first_step = 0
         self.run_id = uuid.uuid4().hex[:8]  # the same after every --resume
         self.interruptions = 0
+        self.plans: list[dict[str, Any]] = []  # changes of the run's length: at which step, and to what
         self.before: dict[str, Any] = {}  # the interrupted run's run.json
         self.facts: dict[str, Any] = {}  # the contents of run.json
         self.samples: tuple[int, list[str]] | None = None  # step and texts of the latest samples
 
     # ------------------------------------------------------------------ opening
 
-    def open(self, model_config: "GPTConfig", shards: Shards) -> int:
-        """Create the folder, or find its newest sound checkpoint; returns the step to start at.
+    def open(
+        self, model_config: "GPTConfig", shards: Shards, get_lr: Callable[[int, "TrainConfig"], float]
+    ) -> int:
+        """Create the folder, or find its newest sound checkpoint; returns the step to start at. The length of
+        a run may change while `get_lr`, of a step and a configuration, is the same for all steps done.
 
         Raises InputError, in every process, if another process trains in the folder, or if it holds a run
         that is not to be resumed, has another recipe, or has only damaged checkpoints.
         """
-        self.shards = shards
+        self.shards, self.get_lr = shards, get_lr
         tokens = {
             "data": shards.fingerprint,
             "order_of_tokens": order.VERSION if self.config.shuffle else 1,  # the tutorial's has no versions
@@ -111,6 +116,7 @@ class RunFolder:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # run.json may be damaged
                 before = read_run(self.path)
                 self.run_id, self.interruptions = before["run_id"], before["interruptions"]
+                self.plans = before.get("plans", [])
                 self.before = before
             self.interruptions += 1
         damaged = self.find_checkpoint()
@@ -167,10 +173,21 @@ class RunFolder:
         may_change = asdict(self.config).keys() - now.keys()
         names = [name for name in before | now if name not in may_change]
         different = [name for name in names if before.get(name) != now.get(name)]
+        changes = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in different]
+        plan = {name: before[name] for name in different if name in PLAN}
+        step = self.trainer.get("step", 0)
+        if plan and len(plan) == len(different):
+            earlier = replace(self.config, **plan)
+            if all(self.get_lr(i, earlier) == self.get_lr(i, self.config) for i in range(step)):
+                self.plans.append({"step": step, **{name: now[name] for name in PLAN}})
+                self.print(f"a new plan from step {step} on: {'; '.join(changes)}")
+                return
         if different:
-            changes = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in different]
-            hints = [HINTS[name].format(path=self.path) for name in different if name in HINTS]
-            text = "; ".join(changes + hints)
+            rates = "a cosine's rates depend on its end from the first step on"
+            if now.get("schedule") != "cosine":
+                rates = f"the learning rates of the {step} steps done would have been others"
+            hints = [HINTS[name] for name in different if name in HINTS] + [HINTS["plan"]] * bool(plan)
+            text = "; ".join(changes + hints).format(path=self.path, rates=rates)
             raise InputError(f"{self.path} can't be resumed with another recipe: {text}")
 
     def fitted_before(self) -> tuple[int, int] | None:
@@ -207,6 +224,9 @@ class RunFolder:
                 broadcast_states(optimizer, parameters, world)
         if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if the scaler was off
             scaler.load_state_dict(scaler_state)
+        if self.plans and self.plans[-1]["step"] == self.first_step:
+            for name in PLAN:
+                self.append(self.first_step, name, str(self.plans[-1][name]))
         self.trainer.pop("optimizer", None)  # frees 8 bytes a parameter
         torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
         self.print(f"resuming at step {self.first_step} from {self.checkpoint}")

@@ -43,7 +43,13 @@ EVENTS_KEPT = 200  # status.json has at most so many.
 LITTLE_DATA = 1_000_000  # training tokens
 # The format of values in log.txt, and their names for trackers; another value keeps its name.
 FORMATS = {"train": ".6f", "val": ".4f", "hella": ".4f"}
-TRACKER_NAMES = {"train": "train/loss", "val": "val/loss", "hella": "hellaswag/acc_norm"}
+TRACKER_NAMES = {
+    "train": "train/loss",
+    "val": "val/loss",
+    "hella": "hellaswag/acc_norm",
+    "lr": "train/lr",
+    "norm": "train/norm",
+}
 Facts = dict[str, Any]  # run.json: all that one needs to understand or repeat the run, as plain values
 
 
@@ -100,6 +106,7 @@ def facts_of(
         "versions": versions(),
         "run_id": run.run_id,
         "interruptions": run.interruptions,
+        "plans": run.plans,
     }
 
 
@@ -349,17 +356,16 @@ class Report:
             "step_seconds": typical,
             "training_seconds_left": left * typical,
         }
-        tracked = {"train/lr": lr, "train/norm": norm, "tokens_per_second": rate}
-        self.log(step, tracked | ({"mfu": mfu} if mfu else {}), train=loss)
+        tracked = {"tokens_per_second": rate}
+        self.log(step, tracked | ({"mfu": mfu} if mfu else {}), train=loss, lr=lr, norm=norm)
         if self.on_terminal:
             every = self.config.val_every
             until = min(left, every - 1 - step % every) if every else 0
             wide = shutil.get_terminal_size().columns >= 110
             parts = [
-                f"loss {loss:.3f}",
-                f"lr {lr:.1e} norm {norm:.2f}" if wide else "",
-                f"{rate:,.0f} tok/s",
-                f"MFU {mfu:.0%}" if mfu else "",
+                f"loss {loss:.3f} lr {lr:.1e} norm {norm:.2f}",
+                f"{rate:,.0f} tok/s" if wide or rate < 10_000 else f"{rate / 1000:,.0f}k tok/s",
+                f"MFU {mfu:.0%}" if wide and mfu else "",
                 f"| evaluation in {duration(until * typical)}" if wide and until else "",
                 f"| left {duration(left * typical)}",
             ]

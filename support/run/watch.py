@@ -79,7 +79,11 @@ class Watcher:
             "tokens_per_step": config.get("total_batch_size"),
             "steps": steps,
             "max_steps": config.get("max_steps"),
-            "curves": {kind: thin(points, kind not in ("val", "hella")) for kind, points in events.items()},
+            "curves": {
+                curves.TITLES.get(kind, kind): thin(points, kind not in ("val", "hella"))
+                for kind, points in events.items()
+                if kind not in curves.NOT_DRAWN
+            },
             "published": curves.published_values([run]),
             **{key: status.get(key, []) for key in ("events", "samples", "samples_step")},
         }
@@ -113,12 +117,16 @@ def numbers(
     rows = {"step": f"{steps:,}" + (f" of {max_steps:,}, {steps / max_steps:.0%}" if max_steps else "")}
     if batch:
         rows["tokens"] = f"{steps * batch:,}"
+    if (plan := curves.plan_of(config)) and "result" not in run:
+        rows["learning rate"] = plan
     names = {"train": "training loss", "val": "validation loss", "hella": "HellaSwag"}
     for kind, (step, value) in last.items():
+        if kind in curves.NOT_DRAWN:
+            continue
         when = plural(min(20, steps), "step") if kind == "train" else f"step {step:,}"
         error = f" ± {curves.standard_error(value, n_items):.4f}" if kind == "hella" and n_items else ""
         number = f"{value:.4f}{error}" if kind in names else f"{value:.4g}"
-        rows[f"{names.get(kind, kind)} ({when})"] = number
+        rows[f"{names.get(kind, curves.TITLES.get(kind, kind))} ({when})"] = number
     if rate := status.get("tokens_per_second") or run.get("result", {}).get("tokens_per_second"):
         rows["speed"] = f"{rate:,.0f} tokens/s" + (f", MFU {status['mfu']:.0%}" if status.get("mfu") else "")
     times = {
