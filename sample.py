@@ -28,7 +28,8 @@ class SampleConfig:
 
     model: str = "gpt2"  # a Hub name (gpt2, gpt2-medium, ...), a checkpoint folder, or a run's folder
     prompt: str = PROMPT  # what the text begins with; -: read it from standard input; empty: a new document
-    num_samples: int | None = None  # texts, written at once; default: 5, with --stream 1
+    num_samples: int | None = None
+    """texts, written at once; default: 5, with --stream or --temperature 0, where all are alike, 1"""
     max_new_tokens: int | None = None  # tokens after the prompt; default: 30, of bytes 120
     top_k: int = 50  # sample among the k most likely tokens; 0: among all
     top_p: float = 1.0  # sample among the fewest tokens that have this probability together; 1: among all
@@ -52,7 +53,7 @@ def main(config: SampleConfig) -> None:
         raise InputError(f"--seed {config.seed}: must be from 0 to {2**63 - 1}")
     if not 0 < config.top_p <= 1:
         raise InputError(f"--top_p {config.top_p}: must be above 0 and at most 1")
-    n_texts = config.num_samples or (1 if config.stream else 5)
+    n_texts = config.num_samples or (1 if config.stream or not config.temperature else 5)
     if config.stream and n_texts > 1:
         raise InputError(f"--stream with --num_samples {n_texts}: it shows one text as it is written")
     device = choose_device(config.device)

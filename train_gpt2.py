@@ -441,7 +441,7 @@ class GPT(nn.Module):
 
     def save_pretrained(self, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write the model, or a copy of its `weights`, as a folder for Hugging Face's GPT2LMHeadModel:
-        float32, without the rows that pad the vocabulary, and for the gpt2 encoding with its tokenizer."""
+        float32, without the rows that pad the vocabulary, and with its tokenizer."""
         tensors = {}
         for name, tensor in (weights or dict(self.named_parameters())).items():  # the tied matrix comes once
             if name == "transformer.wte.weight":

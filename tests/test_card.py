@@ -133,7 +133,7 @@ def run_code_of(folder, monkeypatch):
 
 def test_the_cards_code_runs(finished, tmp_path, monkeypatch):
     """As it stands, in the folder: of a model of bytes, and of one with GPT-2's tokens."""
-    assert run_code_of(finished[-1], monkeypatch).startswith("Hello")
+    assert run_code_of(finished[-1], monkeypatch).startswith("Hello, I'm a language model,")
     GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
     assert run_code_of(tmp_path, monkeypatch).startswith("Hello, I'm a language model,")
 
@@ -224,7 +224,7 @@ def test_a_model_saved_outside_a_run_has_a_short_card(tmp_path):
     model.pad_vocabulary().save_pretrained(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     assert f"{model.config.n_parameters:,} parameters. Its training is not recorded" in card.text
-    assert card.data.to_dict() == {"pipeline_tag": "text-generation"}
+    assert card.data.to_dict() == {"library_name": "transformers", "pipeline_tag": "text-generation"}
     (tmp_path / "README.md").write_text("my own")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own"

@@ -170,11 +170,21 @@ def test_saved_tokenizer_is_gpt2s(tmp_path):
     assert (config["bos_token_id"], config["eos_token_id"]) == (50256, 50256)
 
 
-def test_the_encodings_name_travels(tmp_path):
+def test_everybody_may_read_what_config_json_lets_them_read(tmp_path):
+    GPT(replace(TINY, n_layer=1)).save_pretrained(tmp_path)
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
+def test_the_encoding_travels(tmp_path):
+    """...by its name, and with a tokenizer for other programs."""
     config = GPTConfig(block_size=16, vocab_size=257, n_layer=1, n_head=1, n_embd=8, encoding="bytes")
     GPT(config).save_pretrained(tmp_path)
     assert GPT.from_pretrained(tmp_path).config == config
-    assert not (tmp_path / "tokenizer.json").exists()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("h\u00e9llo  w\u00f6rld\n\t \u20ac", "", "\0 \x7f \U0001f600"):
+        assert tokenizer(text)["input_ids"] == list(text.encode())
+        assert tokenizer.decode(list(text.encode())) == text
+    assert tokenizer("<|endoftext|>")["input_ids"] == [256] == [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -94,6 +94,15 @@ def test_a_text_ends_at_the_end_of_text_token(model_folder, tmp_path):
         assert "1 text of up to 1 tokens" in done.stderr
 
 
+def test_the_likeliest_text_is_written_once(model_folder):
+    done = call("sample.py", f"--model={model_folder}", "--temperature=0", "--max_new_tokens=4")
+    assert "1 text of up to 4 tokens" in done.stderr
+    done = call(
+        "sample.py", f"--model={model_folder}", "--temperature=0", "--max_new_tokens=4", "--num_samples=3"
+    )
+    assert "3 texts of up to 4 tokens" in done.stderr
+
+
 def test_generation_leaves_the_model_alone(model_folder):
     """...finished, closed or failed."""
     model, idx = GPT.from_pretrained(model_folder), torch.randint(0, 257, (3, 20))

@@ -10,6 +10,7 @@ import functools
 import json
 import operator
 import os
+import shutil
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
@@ -204,8 +205,8 @@ def check_change(config_file: Path, change: str | None) -> None:
 def write_model(
     folder: Path, config: "GPTConfig", tensors: dict[str, torch.Tensor], change: str | None
 ) -> None:
-    """Write config.json, generation_config.json, model.safetensors, for the gpt2 encoding the tokenizer, and
-    a short model card unless there is one.
+    """Write config.json, generation_config.json, model.safetensors, the tokenizer's files, and a short model
+    card unless there is one.
 
     Args:
         tensors: float32, under transformers' names and in its layout.
@@ -247,24 +248,25 @@ def write_model(
         "config.json": to_json(stored),
         "generation_config.json": to_json({**special_tokens, "_from_model_config": True}),
     }
-    if config.encoding == "gpt2":
-        texts |= tokenizer_files(config.block_size)
+    texts |= tokenizer_files(config.encoding, config.block_size)
     if not (folder / CARD).exists():
         texts[CARD] = short_card(sum(tensor.numel() for tensor in tensors.values()), config, change)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors lets only you read it
 
 
 @functools.cache
-def tokenizer_files(model_max_length: int) -> dict[str, str]:
-    """GPT-2's tokenizer in the files (name to text) that `AutoTokenizer.from_pretrained` reads; the older
-    tokenizers read vocab.json and merges.txt."""
+def tokenizer_files(encoding: str, model_max_length: int) -> dict[str, str]:
+    """The tokenizer of an encoding in the files (name to text) that `AutoTokenizer.from_pretrained` reads;
+    the older tokenizers read vocab.json and merges.txt. That of bytes is GPT-2's without merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
     letter_of = letters()
-    ranks = get_encoding("gpt2")._mergeable_ranks  # token bytes to id
+    ranks = get_encoding(encoding)._mergeable_ranks  # token bytes to id
     vocabulary = {"".join(letter_of[byte] for byte in token): rank for token, rank in ranks.items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges()))
+    pairs = merges() if encoding == "gpt2" else []
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # its pattern is GPT-2's
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -277,7 +279,7 @@ def tokenizer_files(model_max_length: int) -> dict[str, str]:
         "add_prefix_space": False,
         "clean_up_tokenization_spaces": False,
     }
-    merge_lines = [" ".join(pair) for pair in merges()]
+    merge_lines = [" ".join(pair) for pair in pairs]
     stored = json.loads(tokenizer.to_str())
     stored["model"]["merges"] = merge_lines  # the only form that old releases read
     return {
@@ -291,24 +293,12 @@ def tokenizer_files(model_max_length: int) -> dict[str, str]:
 # -----------------------------------------------------------------------------
 # the model card of a model of whose training nothing is known; support/run/card.py has that of a run
 
-WITH_TOKENIZER = """\
+WITH_PIPELINE = """\
 ```python
 from transformers import pipeline
 
 write = pipeline("text-generation", ".")  # this folder; or the model's name on the Hub
 print(write("Hello, I'm a language model,", max_new_tokens=NEW)[0]["generated_text"])
-```
-"""
-WITH_BYTES = """\
-Its tokens are bytes: ids 0 to 255, and 256 ends a text. There is no tokenizer to load.
-
-```python
-import torch
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained(".")  # this folder; or the model's name on the Hub
-tokens = model.generate(torch.tensor([list(b"Hello")]), max_new_tokens=NEW, do_sample=True)[0].tolist()
-print(bytes(token for token in tokens if token < 256).decode(errors="replace"))
 ```
 """
 
@@ -318,24 +308,24 @@ def short_card(n_parameters: int, config: "GPTConfig", change: str | None) -> st
     if change:
         name, what = f"Changed {name}", f"A model of {n_parameters:,} parameters, not a GPT-2: {change}."
     return f"""\
-{metadata(config.encoding, loadable=not change)}
+{metadata(loadable=not change)}
 # {name}
 
 {what} Its training is not recorded here.
 
 ## How to use it
 
-{how_to_use(config.encoding, config.block_size, change)}
+{how_to_use(config.block_size, change)}
 ## Limits
 
 {limits(config.block_size)}"""
 
 
-def metadata(encoding: str, loadable: bool = True, **known: Any) -> str:
-    """The block at the top, which the Hub reads. transformers is named for what it can load and tokenize."""
+def metadata(loadable: bool = True, **known: Any) -> str:
+    """The block at the top, which the Hub reads. transformers is named for what it can load."""
     from huggingface_hub import ModelCardData
 
-    library = "transformers" if encoding == "gpt2" and loadable else None
+    library = "transformers" if loadable else None
     data = ModelCardData(library_name=library, pipeline_tag="text-generation", **known)
     return f"---\n{data.to_yaml()}\n---\n"
 
@@ -345,12 +335,12 @@ def model_name(n_parameters: int) -> str:
     return f"GPT-2, {f'{millions:,.0f}' if millions >= 10 else f'{millions:.2g}'}M parameters"
 
 
-def how_to_use(encoding: str, block_size: int, change: str | None = None) -> str:
+def how_to_use(block_size: int, change: str | None = None) -> str:
     """Code that runs as it stands in the folder; for a changed model, a sentence."""
     if change:
         return "transformers can't load it. `sample.py` beside the `train_gpt2.py` that trained it can.\n"
-    code = WITH_TOKENIZER if encoding == "gpt2" else WITH_BYTES
-    return code.replace("NEW", f"{min(100, block_size // 2)}")
+    prompt = 28  # tokens, if they are bytes
+    return WITH_PIPELINE.replace("NEW", f"{max(1, min(100, block_size - prompt))}")
 
 
 def limits(block_size: int, epochs: float = 0) -> str:

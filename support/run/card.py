@@ -43,7 +43,7 @@ def run_card(
         samples: the step of the latest samples, and their texts.
         picture: whether loss.png lies beside the card.
     """
-    config, encoding, changed = facts["train_config"], facts["encoding"], facts["changed"]
+    config, changed = facts["train_config"], facts["changed"]
     block_size = facts["model_config"]["block_size"]
     dataset, commit = facts["data"]["dataset"], facts["versions"]["commit"]
     tokens = step * config["total_batch_size"]
@@ -65,7 +65,7 @@ def run_card(
     }
     muon = facts["optimizer"] == "Muon"
     computed = {
-        "metadata": metadata(encoding, loadable=not changed, **known),
+        "metadata": metadata(loadable=not changed, **known),
         "name": name,
         "kind": "model" if changed else "GPT-2",
         "origin": origin,
@@ -85,7 +85,7 @@ def run_card(
         "training": duration(spent["training"]),
         "other": duration(spent["other"]),
         "samples": samples_section(*samples) if samples else "",
-        "how_to_use": how_to_use(encoding, block_size, changed),
+        "how_to_use": how_to_use(block_size, changed),
         "limits": limits(block_size, epochs),
         "data_license": f" The training data, {source}, is under {data_license}." if data_license else "",
     }
