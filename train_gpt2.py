@@ -517,9 +517,10 @@ def get_lr(step: int, config: TrainConfig) -> float:
 class TokenLoader:
     """Rows of `sequence_length` tokens and their targets, in an order that depends on (seed, step) alone.
 
-    Step s takes the next windows of `WindowOrder` after those of step s - 1, as many as it has rows; in a mix
-    by shares, every part's share of them. They are dealt out by micro-step, then by rank. With 8 rows a step,
-    2 processes and micro-batches of 2 rows, step 0 is
+    A window is `sequence_length + 1` consecutive tokens of one shard. Their order is support/data/order.py's:
+    random over many shards. Step s takes the next windows after those of step s - 1, as many as it has rows;
+    they are dealt out by micro-step, then by rank. With 8 rows a step, 2 processes and micro-batches of 2
+    rows, step 0 is
 
         micro-step 0: rank 0 takes windows 0 1, rank 1 takes 2 3
         micro-step 1: rank 0 takes windows 4 5, rank 1 takes 6 7
@@ -538,38 +539,10 @@ class TokenLoader:
         self.world = world or World()
         self.vocab_size = get_encoding(shards.encoding).n_vocab
         seed = config.seed if config.shuffle and split == "train" else None
-        self.orders = shards.orders(split, T, seed)  # one; in a mix by shares, one for each part
-        self.first_shards = np.cumsum([0, *(len(order.lengths) for order in self.orders)])
-        self.shares_up_to = np.cumsum(shards.shares or (1.0,))  # of part 0, of parts 0 and 1, ...
-        self.shares_up_to[-1] = 1.0
-        if shards.shares and min(shards.shares) * self.rows_per_step < 2:
-            raise InputError(
-                f"--data_dir: a share of {min(shards.shares):.3g} is less than 2 of a step's "
-                f"{self.rows_per_step} rows; raise it, or --total_batch_size"
-            )
-        self.in_cache: set[tuple[int, int, int]] = set()  # parts, epochs and groups that were read ahead
-        self.n_windows = sum(order.n_windows for order in self.orders)
+        self.order = shards.order(split, T, self.rows_per_step, seed)
+        self.n_windows = self.order.n_windows  # in an epoch
         if split == "val":
             self.n_windows = min(max(1, config.val_tokens // T), self.n_windows)
-
-    def taken(self, step: int) -> np.ndarray:
-        """How many windows of each part the steps before `step` take: (parts,) int64."""
-        ends = np.floor(step * self.rows_per_step * self.shares_up_to).astype(np.int64)
-        return np.diff(ends, prepend=0)
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """Window `index` of the run: its shard, and the offset where it starts."""
-        part = 0
-        if (
-            len(self.orders) > 1
-        ):  # of a step's rows, the first are those of part 0, the last those of the last
-            step, row = divmod(index, self.rows_per_step)
-            taken = self.taken(step + 1)
-            ends = np.cumsum(taken - self.taken(step))
-            part = int(np.searchsorted(ends, row, side="right"))
-            index = int(taken[part] - (ends[part] - row))
-        shard, start = self.orders[part].locate(index)
-        return int(self.first_shards[part]) + shard, start
 
     def windows(self, first: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Windows first .. first + count - 1 of the run as inputs and targets, (count, T) int64 each.
@@ -578,7 +551,7 @@ class TokenLoader:
         """
         rows = np.empty((count, self.sequence_length + 1), dtype=np.int64)
         for row, index in zip(rows, range(first, first + count), strict=True):
-            shard, start = self.locate(index)
+            shard, start = self.order.locate(index)
             row[:] = self.tokens[shard][start : start + self.sequence_length + 1]
             if row.max() >= self.vocab_size:
                 offset = start + int(row.argmax())
@@ -596,21 +569,12 @@ class TokenLoader:
         first = (micro_step * self.world.size + self.world.rank) * B
         return self.windows(step * self.rows_per_step + first, B)
 
-    def read_ahead(self, step: int) -> None:
-        """Once for each group, let a thread read its shards from the disk, which is faster than fetching
-        windows one by one."""
-        for part, index in enumerate(self.taken(step)):
-            epoch, group, _ = self.orders[part].find_group(int(index))
-            if (part, epoch, group) not in self.in_cache:
-                self.in_cache.add((part, epoch, group))
-                shards = self.orders[part].groups(epoch)[group][0] + self.first_shards[part]
-                self.world.read_ahead([self.files[shard] for shard in shards])
-
     def batches(self, step: int, B: int) -> Iterator[list[torch.Tensor]]:
         """This rank's inputs and targets, (B, T) each, one micro-step after another from `step` on, without
         end; each is on its way to the device when it is returned."""
         while True:
-            self.read_ahead(step)
+            for group in self.order.begun_by(step):  # a thread reads its shards into memory
+                self.world.read_ahead([self.files[shard] for shard in group])
             for micro_step in range(self.rows_per_step // (B * self.world.size)):
                 yield devices.to_device(self.world.device, *self.batch(step, micro_step, B))
             step += 1

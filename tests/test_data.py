@@ -1,12 +1,16 @@
 """Shards and the order of tokens: the same windows in every step, whatever the layout."""
 
+import io
 import json
 import shutil
+from collections import Counter
+from pathlib import Path
 
 from conftest import make_shards
 from support.cli import InputError
 from support.data import order
 from support.data.shards import load_mix, load_shards
+from support.machine import page_cache, processes
 from support.machine.processes import World
 from train_gpt2 import TokenLoader, TrainConfig
 
@@ -54,17 +58,17 @@ def test_an_epoch_visits_every_window_once_and_epochs_differ(shards):
     loader = train_loader(shards, seed=3)
     assert loader.n_windows == 30
     expected = sorted((shard, w * T) for shard, n in enumerate([12, 9, 9, 0]) for w in range(n))
-    epochs = [[loader.locate(e * 30 + i) for i in range(30)] for e in range(3)]
+    epochs = [[loader.order.locate(e * 30 + i) for i in range(30)] for e in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == expected
     assert epochs[0] != epochs[1] != epochs[2]
-    assert [train_loader(shards, seed=4).locate(i) for i in range(30)] != epochs[0]
+    assert [train_loader(shards, seed=4).order.locate(i) for i in range(30)] != epochs[0]
 
 
 def test_a_window_never_straddles_shards(shards):
     loader = train_loader(shards, seed=5)
     for i in range(60):
-        shard, start = loader.locate(i)
+        shard, start = loader.order.locate(i)
         assert start % T == 0
         x, y = loader.windows(i, 1)
         expected = shards.tokens["train"][shard][start : start + T + 1].astype(np.int64)
@@ -86,7 +90,7 @@ def test_unshuffled_on_one_process_is_the_tutorials_sequence(shards):
 def test_the_last_window_of_a_shard_has_a_token_after_it(tmp_path):
     """64 tokens hold 8 rows of 8 inputs, but the last one lacks its last target."""
     loader = train_loader(load_shards(make_shards(tmp_path, [50, 64, 65])), shuffle=False)
-    assert loader.orders[0].windows_per_shard.tolist() == [7, 8]
+    assert loader.order.parts[0].windows_per_shard.tolist() == [7, 8]
     x, y = loader.windows(0, loader.n_windows)
     assert x.shape == y.shape == (15, T)
 
@@ -105,7 +109,7 @@ def test_the_loader_has_no_state(shards):
 def test_the_order_is_the_one_of_published_runs(shards):
     """Pins the generator: a run resumed under another version of NumPy must see the same tokens."""
     loader = train_loader(shards, seed=1337)
-    assert [loader.locate(i) for i in (0, 1, 2, 29, 30, 31)] == [
+    assert [loader.order.locate(i) for i in (0, 1, 2, 29, 30, 31)] == [
         (2, 0),
         (0, 64),
         (1, 64),
@@ -141,7 +145,62 @@ def test_a_step_holds_windows_of_all_shards(tmp_path):
     """Sixteen shards of one topic each: a step sees them all, where one shard after another gave it one."""
     loader = train_loader(load_shards(make_shards(tmp_path, [50] + [801] * 16)), rows=200)
     for step in range(8):
-        assert len({loader.locate(200 * step + row)[0] for row in range(200)}) == 16
+        assert len({loader.order.locate(200 * step + row)[0] for row in range(200)}) == 16
+
+
+# ------------------------------------------------------------------ reading ahead
+
+
+def test_a_group_is_read_ahead_once_in_its_order(tmp_path, monkeypatch):
+    """When its first step begins; also by a run that begins in its middle."""
+    monkeypatch.setattr(order, "GROUP", 180)
+    calls = []
+    monkeypatch.setattr(World, "read_ahead", lambda self, files: calls.append([file.name for file in files]))
+    shards = load_shards(make_shards(tmp_path, [50, 100, 73, 75, 90]))
+    loader = train_loader(shards, rows=3, seed=2)  # 12 + 9 + 9 + 11 windows
+    groups = [[shards.files["train"][i].name for i in group] for group, _ in loader.order.parts[0].groups(0)]
+    assert [len(group) for group in groups] == [2, 2]
+    batches = loader.batches(0, 3)
+    for _ in range(13):  # 39 of 41 windows
+        next(batches)
+    assert calls == groups
+    next(train_loader(shards, rows=3, seed=2).batches(12, 3))
+    assert calls == [*groups, groups[1]]
+
+
+def test_files_are_read_within_the_free_memory(tmp_path, monkeypatch):
+    """Half of it at most, in order; a file that can't be read is left to those who need it."""
+    monkeypatch.setattr(page_cache, "CHUNK", 40)
+    files = [tmp_path / name for name in ("a", "missing", "b", "c")]
+    for file in (files[0], *files[2:]):
+        file.write_bytes(bytes(100))
+    sizes = []
+
+    class Opened(io.FileIO):
+        def readinto(self, buffer):
+            n = super().readinto(buffer)
+            sizes.append((Path(self.name).name, n))
+            return n
+
+    monkeypatch.setattr(page_cache, "open", lambda file, *_, **__: Opened(file), raising=False)
+    for free, expected in ((10**6, {"a": 100, "b": 100, "c": 100}), (300, {"a": 100, "b": 50}), (0, {})):
+        monkeypatch.setattr(page_cache, "free_host_memory", lambda free=free: free)
+        sizes.clear()
+        page_cache.read_into_cache(files).join()
+        read = Counter()
+        for name, n in sizes:
+            read[name] += n
+        assert dict(read) == expected
+        assert list(dict.fromkeys(name for name, _ in sizes)) == list(expected)
+
+
+def test_one_process_of_a_host_reads_ahead(monkeypatch):
+    calls = []
+    monkeypatch.setattr(processes, "read_into_cache", calls.append)
+    for rank, called in (("0", 1), ("1", 1)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        World(8 + int(rank), 16).read_ahead([])
+        assert len(calls) == called
 
 
 # ------------------------------------------------------------------ mixing
@@ -177,7 +236,7 @@ def test_data_sets_are_mixed_by_their_shares(tmp_path):
         assert (abs(n - rows * shares) < 1.001).all()
         total += n
         assert (abs(total - (step + 1) * rows * shares) < 1.001).all()
-    seen = [loader.locate(i) for i in range(30 * rows)]
+    seen = [loader.order.locate(i) for i in range(30 * rows)]
     for part, (first, n_windows) in enumerate([(0, 4), (2, 30), (4, 66)]):
         mine = [window for window in seen if window[0] - first in (0, 1)]
         assert len(set(mine[:n_windows])) == n_windows, part  # an epoch of each visits every window once

@@ -3,6 +3,7 @@ The order in which a run visits its tokens: a function of the seed and of a numb
 """
 
 import functools
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -66,3 +67,46 @@ class WindowOrder:
         shard = int(shards[i])
         first = int(ends[i] - self.windows_per_shard[shard])  # windows in the shards before
         return shard, (window - first) * self.T
+
+
+class Order:
+    """The order in which the steps of a run take the windows of a split.
+
+    There is one part, all shards; or the parts of a mix, of which every step takes its share: its first rows
+    from part 0, its last from the last. Each part has its own epochs.
+    """
+
+    def __init__(self, parts: list[WindowOrder], rows_per_step: int, shares: Sequence[float] = (1.0,)):
+        """`shares` of the parts, of sum 1."""
+        self.parts, self.rows_per_step = parts, rows_per_step
+        self.shares_up_to = np.cumsum(shares)  # of part 0, of parts 0 and 1, ...
+        self.shares_up_to[-1] = 1.0
+        self.first_shards = np.cumsum([0, *(len(part.lengths) for part in parts)]).tolist()
+        self.n_windows = sum(part.n_windows for part in parts)
+        self.begun: set[tuple[int, int, int]] = set()  # groups: part, epoch, number
+
+    def taken(self, step: int) -> np.ndarray:
+        """How many windows of each part the steps before `step` take: (parts,) int64."""
+        ends = np.floor(step * self.rows_per_step * self.shares_up_to).astype(np.int64)
+        return np.diff(ends, prepend=0)
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Window `index` of the run: its shard, and the offset where it starts."""
+        part = 0
+        if len(self.parts) > 1:
+            step, row = divmod(index, self.rows_per_step)
+            taken = self.taken(step + 1)
+            ends = np.cumsum(taken - self.taken(step))
+            part = int(np.searchsorted(ends, row, side="right"))
+            index = int(taken[part] - (ends[part] - row))
+        shard, start = self.parts[part].locate(index)
+        return self.first_shards[part] + shard, start
+
+    def begun_by(self, step: int) -> Iterator[list[int]]:
+        """The shards of each group to which `step` comes, once."""
+        for number, (part, index) in enumerate(zip(self.parts, self.taken(step).tolist(), strict=True)):
+            epoch, group, _ = part.find_group(index)
+            if (number, epoch, group) not in self.begun:
+                self.begun.add((number, epoch, group))
+                shards, _ = part.groups(epoch)[group]
+                yield (shards + self.first_shards[number]).tolist()

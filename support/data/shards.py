@@ -22,7 +22,7 @@ from typing import Any, NotRequired, TypedDict
 from support.cli import InputError, RunFault, in_words, plural
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
-from support.data.order import WindowOrder
+from support.data.order import Order, WindowOrder
 from support.data.tokens import encode_stream
 from support.files import sha256, to_json, write_file
 
@@ -374,9 +374,9 @@ class Shards:
         total = self.count("train")
         return list(self.shares) or [part.count("train") / total for part in self.parts or (self,)]
 
-    def orders(self, split: str, T: int, seed: int | None) -> list[WindowOrder]:
-        """The order of all shards of a split; of a mix by shares, the order of each part. Raises InputError
-        if there is not one window of T + 1 tokens."""
+    def order(self, split: str, T: int, rows_per_step: int, seed: int | None) -> Order:
+        """The order of the windows of a split. Raises InputError if there is not one window of T + 1 tokens,
+        or if a part of a mix has less than 2 of a step's rows."""
         parts = self.parts if self.shares else (self,)
         orders = [WindowOrder([len(tokens) for tokens in part.tokens[split]], T, seed) for part in parts]
         for part, order in zip(parts, orders, strict=True):
@@ -385,7 +385,12 @@ class Shards:
                     f"{part.folder}: no shard of the {split} split has {T + 1} tokens, which one row of "
                     f"--sequence_length {T} needs"
                 )
-        return orders
+        if self.shares and min(self.shares) * rows_per_step < 2:
+            raise InputError(
+                f"--data_dir: a share of {min(self.shares):.3g} is less than 2 of a step's {rows_per_step} "
+                "rows; raise it, or --total_batch_size"
+            )
+        return Order(orders, rows_per_step, self.shares or (1.0,))
 
     def describe(self) -> str | None:
         """In words, the text that they were made from; None if there is no record of that."""
