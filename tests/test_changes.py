@@ -97,6 +97,7 @@ def test_a_flag_is_a_field_and_resume_compares_it(change, flags, tmp_path):
     assert "z_loss was 0.2, is None" in done.stderr  # the code without the flag
 
 
+@pytest.mark.slow
 def test_a_run_from_before_the_flag_had_its_default(change, flags, tmp_path):
     call("train_gpt2.py", *flags)
     seed = "    seed: int = 1337"
@@ -192,6 +193,7 @@ def test_dropout_works_in_training_alone(change, flags, tmp_path):
     assert resumes_to_the_same_bits(script, flags, tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_masks_depend_on_seed_step_and_rank_alone(change, flags, tmp_path, monkeypatch):
     """The trial of micro-batches uses none of the random numbers up; a new start from the weights keeps the
     flag; another value is refused by --resume."""

@@ -45,7 +45,17 @@ def huggingface_model(config: GPTConfig) -> GPT2LMHeadModel:
     return model.eval()
 
 
-@pytest.mark.parametrize(("name", "padded"), [*((name, False) for name in MODEL_SHAPES), ("gpt2", True)])
+@pytest.mark.parametrize(
+    ("name", "padded"),
+    [
+        ("demo", False),
+        ("gpt2", False),
+        ("gpt2", True),
+        ("gpt2-medium", False),
+        pytest.param("gpt2-large", False, marks=pytest.mark.slow),
+        pytest.param("gpt2-xl", False, marks=pytest.mark.slow),
+    ],
+)
 def test_logits_loss_and_gradients_are_hugging_faces(name, padded, tmp_path):
     shape = {**MODEL_SHAPES[name], "n_layer": 2 if name == "gpt2" else 1}  # the real widths and heads
     oracle = huggingface_model(GPTConfig(block_size=32, vocab_size=1001, **shape))

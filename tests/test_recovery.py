@@ -525,7 +525,7 @@ def test_without_memory_for_a_copy_training_waits(small_run, tmp_path, monkeypat
     def contents():
         folder = tmp_path / "checkpoint_00001"
         trainer = torch.load(folder / "trainer.pt", weights_only=True)
-        return trainer, {file.name: sha256(file) for file in folder.glob("*[ns]")}  # weights and .json
+        return trainer, {file.name: sha256(file) for file in folder.glob("*.*[ns]")}  # weights and .json
 
     small_run.gate.set()
     small_run.save(1)
@@ -537,7 +537,7 @@ def test_without_memory_for_a_copy_training_waits(small_run, tmp_path, monkeypat
     monkeypatch.setattr(folder_module, "to_host", None)  # not to be called
     small_run.save(1)
     assert small_run.events[-2:] == ["written", "save 1 called"]
-    assert len(with_copy[1]) == 3
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= with_copy[1].keys()
     assert contents()[1] == with_copy[1]
     torch.testing.assert_close(contents()[0], with_copy[0], rtol=0, atol=0)
 
@@ -629,6 +629,7 @@ def test_a_second_ctrl_c_while_a_save_is_in_flight(flags, tmp_path):
     assert not list_checkpoints(tmp_path / "log")
 
 
+@pytest.mark.slow
 def test_an_error_lets_the_save_in_flight_finish(flags, tmp_path):
     steps = tmp_path / "steps"
     done = faulty(f"nan_gradient=5 slow_flush=0.2 step_file={steps}", *flags, check=False)
@@ -705,7 +706,10 @@ def test_a_flipped_byte_is_noticed_and_the_checkpoint_before_used(file, flags, t
     shutil.copytree(undisturbed, tmp_path / "log")
     newest = tmp_path / "log/checkpoint_00020" / file
     data = bytearray(newest.read_bytes())
-    data[len(data) // 3] ^= 1
+    at = (
+        data.index(b"  model.safetensors") - 9 if file == "SHA256SUMS" else len(data) // 3
+    )  # the card may change
+    data[at] ^= 1
     newest.write_bytes(data)
     done = call("train_gpt2.py", *flags, "--resume")
     assert "DAMAGED" in done.stdout
@@ -929,7 +933,7 @@ def test_the_length_may_change_while_no_rate_does(then, now, refusal, tmp_path):
         assert folder.plans == [{"step": 50, **plan}]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_run_whose_length_changed_has_the_bits_of_one_planned_so(optimizer, text_shards, tmp_path):
     """Prolonged at step 8, and brought to its end at step 12, which a second resume does not disturb."""
     trapezoid = *FLAGS, f"--data_dir={text_shards}", f"--optimizer={optimizer}", "--schedule=trapezoid"
