@@ -119,7 +119,7 @@ def test_the_order_is_the_one_of_published_runs(shards):
     ]
 
 
-@pytest.mark.parametrize("group", [100, 180, 2**31])
+@pytest.mark.parametrize("group", [*range(1, 400, 7), 198, 229, 382, 2**31])
 def test_windows_are_mixed_within_groups_of_shards(group, monkeypatch):
     """The contract, computed anew: groups of shards in random order; a group's windows in one order."""
     monkeypatch.setattr(order, "GROUP", group)
@@ -134,9 +134,8 @@ def test_windows_are_mixed_within_groups_of_shards(group, monkeypatch):
             groups[-1].append(shard)
         for number, shards in enumerate(groups):
             windows = [(i, w * T) for i in shards for w in range((lengths[i] - 1) // T)]
-            expected += [
-                windows[j] for j in np.random.default_rng((seed, epoch, number + 1)).permutation(len(windows))
-            ]
+            drawn = np.random.default_rng((seed, epoch, number + 1)).permutation(len(windows))
+            expected += [windows[j] for j in drawn]
     assert [visited.locate(i) for i in range(len(expected))] == expected
     assert len(expected) == 2 * visited.n_windows
 
@@ -236,6 +235,8 @@ def test_data_sets_are_mixed_by_their_shares(tmp_path):
         assert (abs(n - rows * shares) < 1.001).all()
         total += n
         assert (abs(total - (step + 1) * rows * shares) < 1.001).all()
+    assert counts(train_loader(mix, 10), 0, 10).tolist() == [2, 5, 3]  # up to 2.5, 7.5 and 10, rounded down
+    assert counts(train_loader(mix, 10), 1, 10).tolist() == [3, 5, 2]
     seen = [loader.order.locate(i) for i in range(30 * rows)]
     for part, (first, n_windows) in enumerate([(0, 4), (2, 30), (4, 66)]):
         mine = [window for window in seen if window[0] - first in (0, 1)]
