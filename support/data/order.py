@@ -2,6 +2,7 @@
 The order in which a run visits its tokens: a function of the seed and of a number, without a state to save.
 """
 
+import bisect
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -35,7 +36,7 @@ class WindowOrder:
         self.n_windows = int(self.windows_per_shard.sum())  # in an epoch
         self.groups = functools.lru_cache(maxsize=2)(self.draw_groups)  # they serve a whole epoch
 
-    def draw_groups(self, epoch: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def draw_groups(self, epoch: int) -> list[tuple[list[int], list[int]]]:
         """An epoch's groups: the shards of each, and the windows up to the end of each of its shards."""
         if self.seed is None:
             groups = [list(range(len(self.lengths)))]
@@ -47,13 +48,13 @@ class WindowOrder:
                     groups.append([])
                     size = self.lengths[shard]
                 groups[-1].append(shard)
-        return [(np.array(group), np.cumsum(self.windows_per_shard[group])) for group in groups]
+        return [(group, np.cumsum(self.windows_per_shard[group]).tolist()) for group in groups]
 
     def find_group(self, index: int) -> tuple[int, int, int]:
         """The epoch and the group of window `index` of the run, and the window's place in that group."""
         epoch, place = divmod(index, self.n_windows)
         group = 0
-        while place >= (n := int(self.groups(epoch)[group][1][-1])):
+        while place >= (n := self.groups(epoch)[group][1][-1]):
             group, place = group + 1, place - n
         return epoch, group, place
 
@@ -62,11 +63,10 @@ class WindowOrder:
         epoch, group, window = self.find_group(index)
         shards, ends = self.groups(epoch)[group]
         if self.seed is not None:  # counted from 1: for NumPy, (seed, epoch) and (seed, epoch, 0) are equal
-            window = int(permutation(int(ends[-1]), self.seed, epoch, 1 + group)[window])
-        i = int(np.searchsorted(ends, window, side="right"))
-        shard = int(shards[i])
-        first = int(ends[i] - self.windows_per_shard[shard])  # windows in the shards before
-        return shard, (window - first) * self.T
+            window = int(permutation(ends[-1], self.seed, epoch, 1 + group)[window])
+        i = bisect.bisect_right(ends, window)
+        before = ends[i - 1] if i else 0  # windows in the shards before
+        return shards[i], (window - before) * self.T
 
 
 class Order:
@@ -109,4 +109,4 @@ class Order:
             if (number, epoch, group) not in self.begun:
                 self.begun.add((number, epoch, group))
                 shards, _ = part.groups(epoch)[group]
-                yield (shards + self.first_shards[number]).tolist()
+                yield [self.first_shards[number] + shard for shard in shards]
