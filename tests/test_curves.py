@@ -235,6 +235,26 @@ def test_seven_more_kinds_have_four_rows(tmp_path, draw):
     assert panels[LOSS].get_figure().get_size_inches()[1] == 5.5 + 4 * 2.4
 
 
+def test_rate_and_norm_have_names_and_a_new_plan_has_no_panel(tmp_path, draw):
+    run = make_run(tmp_path / "a", more=["0 lr 1e-3", "0 norm 2", "8 max_steps 40", "8 cooldown 0.5"])
+    panels, notes = draw(run)
+    assert (list(panels), notes) == ([LOSS, HELLA, "learning rate", "gradient norm"], [])
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"schedule": "trapezoid", "max_steps": 10_000, "cooldown": 0.4},
+         "constant until step 6,000, then down to 0 at step 10,000"),
+        ({"schedule": "cosine", "max_steps": 19_073}, "a cosine down to a tenth at step 19,073"),
+        ({"schedule": "trapezoid", "max_steps": None, "cooldown": 0.4}, None),
+        ({}, None),
+    ],
+)  # fmt: skip
+def test_a_plan_in_words(config, words):
+    assert curves.plan_of(config) == words
+
+
 def test_smoothing_is_a_running_mean():
     assert curves.smooth([1, 2, 6, 4, 0], 2) == [1, 3, 2.6, 3, 10 / 3]
     assert curves.smooth([5, 1], 0) == [5, 1]

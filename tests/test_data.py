@@ -12,6 +12,7 @@ from support.data import order
 from support.data.shards import load_mix, load_shards
 from support.machine import page_cache, processes
 from support.machine.processes import World
+from support.run.curves import read_event
 from train_gpt2 import TokenLoader, TrainConfig
 
 import numpy as np
@@ -254,6 +255,18 @@ def test_without_shares_the_sizes_decide(tmp_path):
 def test_a_mix_knows_its_parts(tmp_path):
     mix = make_mix(tmp_path, 1, 2, 1)
     assert mix.names() == ["a", "b", "c"]
+    (tmp_path / "b").rename(tmp_path / "b +1")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "a").rename(tmp_path / "x/b +1")
+    named = load_mix([tmp_path / "b +1", tmp_path / "c"])
+    assert named.names() == ["b__1", "c"]
+    alike = load_mix([tmp_path / "b +1", tmp_path / "x/b +1"]).names()
+    assert [read_event(f"0 val_{name} 1.5".encode()) for name in alike] == [
+        (0, f"val_{name}", 1.5) for name in alike
+    ]
+    assert len(set(alike)) == 2
+    (tmp_path / "b +1").rename(tmp_path / "b")
+    (tmp_path / "x/b +1").rename(tmp_path / "a")
     assert mix.proportions() == [0.25, 0.5, 0.25]
     fingerprints = {m.fingerprint for m in (mix, make_mix(tmp_path), make_mix(tmp_path, 1, 1, 1))}
     assert len(fingerprints | {part.fingerprint for part in mix.parts}) == 6

@@ -83,6 +83,21 @@ def test_any_other_value_has_a_curve_and_a_number(tmp_path):
     json.dumps(data, allow_nan=False)
 
 
+def test_the_plan_that_remains(tmp_path):
+    folder = make_run(tmp_path / "a", more=["0 lr 1e-3", "8 max_steps 4000", "8 cooldown 0.25"])
+    facts = json.loads((folder / "run.json").read_text())
+    facts["train_config"] |= {"schedule": "trapezoid", "max_steps": 4000, "cooldown": 0.25}
+    (folder / "run.json").write_text(json.dumps(facts))
+    data = watch.Watcher(folder).data()
+    numbers = dict(data["numbers"])
+    assert numbers["learning rate"] == "constant until step 3,000, then down to 0 at step 4,000"
+    assert numbers["learning rate (step 0)"] == "0.001"
+    assert list(data["curves"]) == ["train", "val", "hella", "learning rate"]
+    assert not [name for name in numbers if name.startswith(("max_steps", "cooldown"))]
+    (folder / "run.json").write_text(json.dumps(facts | {"result": {}}))
+    assert "learning rate" not in dict(watch.Watcher(folder).data()["numbers"])
+
+
 def test_a_log_is_followed(tmp_path):
     """Half a line waits for its end; what --resume cuts, and what it then writes anew, is seen."""
     watcher, log = watch.Watcher(tmp_path), tmp_path / "log.txt"
