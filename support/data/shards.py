@@ -404,7 +404,7 @@ class Shards:
         return dataset
 
     def names(self) -> list[str]:
-        """A name for each part, fit for a log: its folder's, or its path if two folders have the same name."""
+        """A name for each part, fit for a log: its folder's, or its path if two folders have one name."""
         folders = [part.folder for part in self.parts or (self,)]
         names = [folder.resolve().name for folder in folders]
         names = names if len(set(names)) == len(names) else [folder.as_posix() for folder in folders]
