@@ -85,9 +85,8 @@ def local_files(patterns: Sequence[str], output_dir: Path | None = None) -> list
                 continue
             if not file.name.endswith(KINDS):
                 raise InputError(f"--input {file}: ends in {file.suffix or 'nothing'}; supported are {kinds}")
-            place = str(
-                file.parent if file == Path(pattern) else pattern
-            )  # a shell lists what a glob matches
+            # A shell expands a glob itself; then the folder of the files it lists makes the group.
+            place = str(file.parent if file == Path(pattern) else pattern)
             name = file.name if file == path else file.relative_to(path).as_posix()
             found.setdefault(file.resolve(), (place, file, name))
     if patterns and not found:
