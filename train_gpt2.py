@@ -109,7 +109,7 @@ class TrainConfig:
     # -- the run
     demo: bool = False  # a small GPT on the text of Python's own documentation: minutes on a CPU
     data_dir: tuple[Path, ...] = (Path("edu_fineweb10B"),)
-    """token shards, as fineweb.py writes them; several folders are mixed, by size or by shares: A:0.3 B:0.7"""
+    """token shards, as fineweb.py writes them; several are mixed, by size or by shares: A:0.3 B:0.7"""
     log_dir: Path = Path("log")  # the run's folder: log, picture, checkpoints
     resume: bool = False  # continue from the newest checkpoint in log_dir; start if there is none
     verify: bool = False  # read every shard at the start and compare its checksum with shards.json
