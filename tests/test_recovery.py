@@ -141,7 +141,7 @@ def test_killed_at_fifty_random_moments_it_ends_the_same(optimizer, tmp_path, te
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("moment", [15, 20])
+@pytest.mark.parametrize("moment", [24, 32])
 def test_killed_inside_a_save(moment, flags, tmp_path, undisturbed):
     """At the flush of a file, and at the rename, of the second checkpoint."""
     killed = faulty(f"kill_at={moment}", *flags, check=False)

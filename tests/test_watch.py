@@ -479,10 +479,11 @@ def test_a_browser_draws_a_run_and_tells_it_to_a_screen_reader(tmp_path, text_sh
     assert "<title>finished: 40, a_run</title>" in page
     labels = re.findall(r'role="img" aria-label="(.*?)"', page)
     assert labels[0].endswith(f"validation: {float(f'{losses[-1][1]:.4g}')}")
-    assert labels[1:] == ["__proto__. last value: 7", "ema. last value: 0.25"]
+    assert labels[3:] == ["__proto__. last value: 7", "ema. last value: 0.25"]
+    assert [label.split(".")[0] for label in labels[1:3]] == ["learning rate", "gradient norm"]
     assert "<h2>ema</h2>" in page
     dots = [float(y) for y in re.findall(r"([-\d.]+)h\.001", page)]
-    assert len(dots) == len(losses) + 3 == 8
+    assert len(dots) == len(losses) + 2 * 40 + 3 == 88
     assert all(0 <= y <= 100 for y in dots[-3:])  # within the axes, also what is below 0
     assert dots[-2] > dots[-1]  # upwards, from -2.5 to 0.25
     assert "its range behind it<" in page
