@@ -267,12 +267,10 @@ class ShardWriter:
             capacity = self.shard_size if self.record["shards"] else self.val_size
             n = min(len(tokens) - done, capacity - self.filled, self.left, self.limit)
             self.buffer[self.filled : self.filled + n] = tokens[done : done + n]
-            self.filled, self.left, self.limit, done = (
-                self.filled + n,
-                self.left - n,
-                self.limit - n,
-                done + n,
-            )
+            self.filled += n
+            self.left -= n
+            self.limit -= n
+            done += n
             self.ends_at["token"] += n
             self.holds[piece.file] += self.new_to_shard
             self.new_to_shard = False
