@@ -55,7 +55,7 @@ DAMAGE = (FileNotFoundError, ValueError, RuntimeError, EOFError, AttributeError,
 PLAN = ("max_steps", "cooldown")  # settings that may change before they have changed a learning rate
 HINTS = {  # advice for settings that differ
     "plan": "{rates}; to train longer, start a new run: your other flags, --init_from {path} --log_dir NEW",
-    "data": "data is the fingerprint of the shards: others, or shards.json was written or removed since",
+    "data": "data is the fingerprint of the shards: others, other shares, or shards.json has come or gone",
     "order_of_tokens": "the order of tokens has changed since: resume with the version that began the run",
 }
 
