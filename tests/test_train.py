@@ -202,6 +202,9 @@ def test_a_run_leaves_its_folder(finished_run, text_shards):
     record = json.loads((folder / "run.json").read_text())
     assert record["model_config"]["encoding"] == record["encoding"] == "bytes"
     assert record["train_config"]["max_lr"] == 3e-3
+    names = ("max_lr", "warmup_steps", "max_steps", "schedule")
+    config = TrainConfig(**{name: record["train_config"][name] for name in names})
+    assert [lr for _, lr in events["lr"]] == pytest.approx([get_lr(i, config) for i in range(60)], rel=1e-5)
     assert record["data"]["dataset"] == "a rhyme"
     assert record["val_tokens"] == 1024
     for fact in (
