@@ -449,13 +449,13 @@ def test_the_size_of_a_shard_suits_the_input(tmp_path):
 
 def test_a_line_without_the_column_is_found_before_work_begins(tmp_path):
     """Once shards were there, the advice to name the column was refused: "made with other settings"."""
-    rows = (json.dumps({"text": "another word " * 9, "body": "a word " * 9}) for _ in range(100))
+    rows = (json.dumps({"text": "another word " * 9, "body": "a word " * 9}) for _ in range(30_000))
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     (tmp_path / "b.jsonl").write_text('{"body": "a text"}\n')
-    said = refusal(tmp_path / "out", f"--input={tmp_path}", "--shard_size=500")
+    said = refusal(tmp_path / "out", f"--input={tmp_path}", "--shard_size=100000")
     assert "b.jsonl, line 1: no key 'text' but ['body']; name the one" in said
     assert not list(tmp_path.glob("out/*.npy"))
-    make(tmp_path / "out", f"--input={tmp_path}", "--shard_size=500", "--text_column=body")
+    make(tmp_path / "out", f"--input={tmp_path}", "--shard_size=100000", "--text_column=body")
 
 
 def test_a_full_disk_is_named_and_gone_on_from(tmp_path):
