@@ -581,6 +581,7 @@ def test_shards_made_elsewhere_are_not_written_over(tmp_path):
 # killed and run again
 
 
+@pytest.mark.slow
 def test_killed_after_every_shard_it_ends_the_same(tmp_path):
     """SIGKILL right after each flush to disk, in the process that writes; no piece of work is lost or done
     twice."""

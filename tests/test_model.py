@@ -51,7 +51,7 @@ def huggingface_model(config: GPTConfig) -> GPT2LMHeadModel:
         ("demo", False),
         ("gpt2", False),
         ("gpt2", True),
-        ("gpt2-medium", False),
+        pytest.param("gpt2-medium", False, marks=pytest.mark.slow),
         pytest.param("gpt2-large", False, marks=pytest.mark.slow),
         pytest.param("gpt2-xl", False, marks=pytest.mark.slow),
     ],

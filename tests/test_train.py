@@ -451,7 +451,7 @@ def test_a_model_can_be_named_beside_the_demo():
     assert choose_model_config(replace(named, n_layer=3), get_encoding("bytes")).n_layer == 3
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_float16_recovers_from_overflows_and_resumes(optimizer, text_shards, tmp_path, monkeypatch):
     """On the CPU as on a GPU without bfloat16: the scale is far too large at first, so that the first steps
     are skipped; then the losses follow float32's. A run that stops and resumes ends with the same bits."""
