@@ -152,10 +152,12 @@ def size_of_job(config: ShardConfig, files: list[File], shard_size: int, n_token
 
 
 def read_files(
-    files: list[File], column: str, place: Place, downloads: Downloads | None = None
+    files: list[File], column: str, place: Place | None, downloads: Downloads | None = None
 ) -> Iterator[Piece]:
-    """The documents of the files, from the one at `place`."""
-    start, first = [file.name for file in files].index(place["file"]), place["document"]
+    """The documents of the files, from the one at `place`, or all."""
+    start, first = 0, 0
+    if place:
+        start, first = [file.name for file in files].index(place["file"]), place["document"]
     for i, file in enumerate(files[start:], start):
         path = downloads.path(i) if downloads else file.path
         assert path is not None, "a file on the Hub is downloaded"

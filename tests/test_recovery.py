@@ -933,6 +933,27 @@ def test_the_length_may_change_while_no_rate_does(then, now, refusal, tmp_path):
         assert folder.plans == [{"step": 50, **plan}]
 
 
+def test_a_plan_that_came_to_nothing_is_forgotten(tmp_path):
+    """Made at step 50, and the run killed before its next save: neither a second try nor a return to the old
+    plan leaves two."""
+    for now, plans in ((200, [(20, 100), (50, 200)]), (100, [(20, 100)])):
+        folder = run_folder(tmp_path / str(now), **TRAPEZOID | {"max_steps": now})
+        folder.open(GPTConfig(), NO_SHARDS, get_lr)
+        before = replace(folder.config, max_steps=100)
+        folder.trainer = {"step": 50, "recipe": folder.recipe | before.recipe_fields()}
+        folder.plans = [{"step": 20, "max_steps": 100}, {"step": 50, "max_steps": 200}]
+        folder.compare_recipes()
+        assert [(plan["step"], plan["max_steps"]) for plan in folder.plans] == plans
+
+
+def test_a_difference_with_braces_is_said_as_it_is(tmp_path):
+    folder = run_folder(tmp_path, init_from="{a}")
+    folder.open(GPTConfig(), NO_SHARDS, get_lr)
+    folder.trainer = {"step": 5, "recipe": folder.recipe | {"init_from": "{}"}}
+    with pytest.raises(InputError, match=r"init_from was \{\}, is \{a\}"):
+        folder.compare_recipes()
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_run_whose_length_changed_has_the_bits_of_one_planned_so(optimizer, text_shards, tmp_path):
     """Prolonged at step 8, and brought to its end at step 12, which a second resume does not disturb."""

@@ -69,7 +69,7 @@ class RunFolder:
         self.saved_at = time.monotonic()
         self.writer = ThreadPoolExecutor(1)  # Python waits for its thread at exit: an error loses no save
         self.saving: Future[None] | None = None  # the save that the thread was last given
-        self.shards: Shards | None = None  # what the run trains on
+        self.shards: Shards  # what the run trains on; `open` sets it
         self.recipe: dict[str, Any] = {}  # all settings that decide the run's numbers
         self.defaults: dict[str, Any] = {}  # the recipe of a default run, without the data
         self.checkpoint: Path | None = None  # where to resume; only the main process knows
@@ -176,6 +176,7 @@ class RunFolder:
         changes = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in different]
         plan = {name: before[name] for name in different if name in PLAN}
         step = self.trainer.get("step", 0)
+        self.plans = [entry for entry in self.plans if entry["step"] < step]  # later ones have been undone
         if plan and len(plan) == len(different):
             earlier = replace(self.config, **plan)
             if all(self.get_lr(i, earlier) == self.get_lr(i, self.config) for i in range(step)):
@@ -187,7 +188,7 @@ class RunFolder:
             if now.get("schedule") != "cosine":
                 rates = f"the learning rates of the {step} steps done would have been others"
             hints = [HINTS[name] for name in different if name in HINTS] + [HINTS["plan"]] * bool(plan)
-            text = "; ".join(changes + hints).format(path=self.path, rates=rates)
+            text = "; ".join(changes + [hint.format(path=self.path, rates=rates) for hint in hints])
             raise InputError(f"{self.path} can't be resumed with another recipe: {text}")
 
     def fitted_before(self) -> tuple[int, int] | None:

@@ -67,7 +67,6 @@ def facts_of(
 ) -> Facts:
     """What run.json records before the first step."""
     config, world, shards, shape = run.config, run.world, run.shards, raw_model.config
-    assert shards is not None  # the run is open
     dtype = devices.choose_dtype(config.dtype, world.device, shape.n_embd)
     compiler = devices.choose_compile(config.compile, world.device)[1]
     if fit.compiler_fault:
@@ -113,10 +112,7 @@ def facts_of(
 def is_default_recipe(run: RunFolder) -> bool:
     """Whether a run's losses compare with published ones, given the same data: only the seed and the order
     of the data may differ."""
-    return all(
-        run.recipe[name] == run.defaults[name]
-        for name in run.defaults.keys() - {"seed", "shuffle", "order_of_tokens"}
-    )
+    return all(run.recipe[name] == run.defaults[name] for name in run.defaults.keys() - {"seed", "shuffle"})
 
 
 def table(rows: dict[str, str | None], indent: int, width: int = sys.maxsize) -> str:
