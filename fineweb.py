@@ -31,7 +31,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from support.cli import InputError, duration, file_size, plural, run_command
-from support.data.documents import File, Piece, check_columns, local_files, read_documents, text_bytes
+from support.data.documents import (
+    File,
+    Piece,
+    Reading,
+    check_columns,
+    local_files,
+    read_documents,
+    text_bytes,
+)
 from support.data.encodings import get_encoding
 from support.data.hub import Downloads, dataset_files
 from support.data.ready_shards import fetch_shards
@@ -64,11 +72,15 @@ class ShardConfig:
 
     # -- what is read
     input: tuple[str, ...] = ()
-    """local files, folders or globs of .parquet, .jsonl, .jsonl.gz and .txt (one document each)"""
+    """local files, folders or globs of .parquet, .jsonl (or .ndjson) and .txt (one document each); the last
+    two also packed, as .gz or .zst"""
     dataset: str = FINEWEB_EDU  # without --input: a dataset on the Hugging Face Hub
     config: str | None = None  # the dataset's configuration; default for FineWeb-Edu: sample-10BT
     revision: str = "main"  # the dataset's branch, tag or commit; the commit is recorded
     text_column: str = "text"  # the parquet column, or the key of a JSON line, that holds the text
+    split_at: str | None = None
+    """a .txt file holds several documents, with this between them, such as "<|endoftext|>\""""
+    skip_bad_rows: bool = False  # skip and count the lines that hold no document, instead of stopping there
 
     # -- instead: shards that others have made
     shards: str | None = None
@@ -119,6 +131,8 @@ def check_flags(config: ShardConfig) -> None:
         raise InputError("--input: name one or more files behind one --input")
     if config.output_dir.exists() and not config.output_dir.is_dir():
         raise InputError(f"--output_dir {config.output_dir}: a file of that name exists")
+    if config.split_at == "":
+        raise InputError("--split_at: name what stands between two documents")
     if config.write_shards_json and not config.check:
         raise InputError("--write_shards_json goes with --check FOLDER")
 
@@ -152,7 +166,7 @@ def size_of_job(config: ShardConfig, files: list[File], shard_size: int, n_token
 
 
 def read_files(
-    files: list[File], column: str, place: Place | None, downloads: Downloads | None = None
+    files: list[File], reading: Reading, place: Place | None, downloads: Downloads | None = None
 ) -> Iterator[Piece]:
     """The documents of the files, from the one at `place`, or all."""
     start, first = 0, 0
@@ -161,16 +175,38 @@ def read_files(
     for i, file in enumerate(files[start:], start):
         path = downloads.path(i) if downloads else file.path
         assert path is not None, "a file on the Hub is downloaded"
-        yield from read_documents(file, path, column, first)
+        yield from read_documents(file, path, reading, first)
         first = 0
 
 
+def groups_of(files: list[File]) -> list[list[File]]:
+    return [list(group) for _, group in itertools.groupby(files, key=lambda file: file.group)]
+
+
+def accept_changes(files: list[File], record: Record) -> None:
+    """Note in the record of an unfinished job which files have another size now, if none of their documents,
+    or not the last, is in a finished shard: a user may have mended a line there."""
+    first, last = record["shards"][0], record["shards"][-1]
+    ends = {place["file"] for place in (last["ends_at"], *first.get("groups_end_at", []))}
+    groups = [[file.name for file in group] for group in groups_of(files)]
+    current = next((i for i, group in enumerate(groups) if last["ends_at"]["file"] in group), len(groups))
+    unread = set()
+    for group in groups[current:]:  # the groups before are in the shards
+        begins = [i for i, name in enumerate(group) if name in ends]
+        unread |= set(group[begins[-1] if begins else 0 :])
+    sizes = {file.name: file.size for file in files}
+    for entry in record["source"].get("files", []):
+        if entry[0] in unread and entry[1] != sizes[entry[0]]:
+            entry[1] = sizes[entry[0]]
+            print(f"note: {entry[0]} has changed; what was read of it before stays in the shards")
+
+
 def streams_of(
-    files: list[File], column: str, writer: ShardWriter, downloads: Downloads | None = None
+    files: list[File], reading: Reading, writer: ShardWriter, downloads: Downloads | None = None
 ) -> Iterator[Stream]:
     """What goes into the shards that the writer's record lacks, in this order: for the validation split, the
     beginning of each group of files, in proportion to its size; for training, the rest of each group."""
-    groups = [list(group) for _, group in itertools.groupby(files, key=lambda file: file.group)]
+    groups = groups_of(files)
     starts: list[Place] = [{"file": group[0].name, "document": 0, "token": 0} for group in groups]
     shards, first = writer.record["shards"], 0
     if shards:
@@ -178,13 +214,15 @@ def streams_of(
         (first,) = (i for i, group in enumerate(groups) if place["file"] in {file.name for file in group})
         starts = [*starts[:first], place, *starts[first + 1 :]]
     elif len(groups) > 1:
-        sizes = list(itertools.accumulate(sum(text_bytes(f, column) for f in group) for group in groups))
+        sizes = list(
+            itertools.accumulate(sum(text_bytes(f, reading.column) for f in group) for group in groups)
+        )
         ends = [round(writer.val_size * size / (sizes[-1] or 1)) for size in sizes]
         for group, start, (before, end) in zip(groups, starts, itertools.pairwise([0, *ends]), strict=True):
-            yield Stream(read_files(group, column, start), start, limit=end - before)
+            yield Stream(read_files(group, reading, start), start, limit=end - before)
         starts = writer.groups_end_at
     for group, start in zip(groups[first:], starts[first:], strict=True):
-        yield Stream(read_files(group, column, start, downloads), start)
+        yield Stream(read_files(group, reading, start, downloads), start)
 
 
 class TokenProgress(JobProgress):
@@ -207,7 +245,10 @@ class TokenProgress(JobProgress):
 def closing_line(folder: Path, record: Record, n_new: int, seconds: float) -> str:
     """A summary of the finished job, with its remarks."""
     validation, last = record["shards"][0], record["shards"][-1]["tokens"]
-    remarks = "".join(f"; {REMARKS[name]}: {count:,}" for name, count in record["remarks"].items())
+    remarked = {name: f" (first {place})" for name, place in record.get("remarked", {}).items()}
+    remarks = "".join(
+        f"; {REMARKS[name]}: {count:,}{remarked.get(name, '')}" for name, count in record["remarks"].items()
+    )
     holds, held_out = validation.get("holds", {}), validation["tokens"]
     of_what = ""
     if holds:
@@ -228,7 +269,9 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
         "val_size": config.val_size,
         "max_tokens": config.max_tokens,
         "text_column": config.text_column,
+        "split_at": config.split_at,
     }
+    reading = Reading(config.text_column, config.split_at, config.skip_bad_rows)
     source: dict[str, Any] = {"files": [[file.name, file.size] for file in files]}
     subset = "sample-10BT" if config.config is None and config.dataset == FINEWEB_EDU else config.config
     if from_hub:
@@ -237,6 +280,8 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
     record = find_record(folder)
     if record:
         settings["shard_size"] = config.shard_size or record["settings"].get("shard_size")
+        if not (folder / "shards.json").exists():
+            accept_changes(files, record)
         compare_records(folder, record, {"shards": None, "encoding": config.encoding, **source, **settings})
         if not drop_damaged(folder, record) and (folder / "shards.json").exists():
             n_shards = plural(len(record["shards"]), "shard")
@@ -250,7 +295,7 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
         commit, files = dataset_files(config.dataset, subset, commit)
         source = {"dataset": config.dataset, "config": subset, "revision": commit}
         name = f"{config.dataset} {subset or ''} at {commit[:8]}"
-    check_columns(files, config.text_column)
+    check_columns(files, reading)
     shard_size = settings["shard_size"] or choose_shard_size(estimate_tokens(config, files))
     settings["shard_size"] = shard_size
     record = record or new_record(get_encoding(config.encoding), source, settings)
@@ -272,7 +317,7 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
     writer = ShardWriter(folder, record, downloads.drop_before if downloads else lambda file: None)
     progress = TokenProgress(files, config.max_tokens, record)
     started = time.monotonic()
-    streams = streams_of(files, config.text_column, writer, downloads)
+    streams = streams_of(files, reading, writer, downloads)
     write_shards(streams, writer, config.workers, progress.on_piece)
     progress.bar.close()
     if downloads and not config.keep_downloads:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from support.cli import CommandError, InputError, PositiveInt, check_numbers, in_words, run_command
-from support.data.documents import json_lines
+from support.data.documents import read_rows
 from support.data.encodings import get_encoding
 from support.data.hub import hub_or_disk
 from support.machine.device import (
@@ -63,7 +63,7 @@ class ScoreConfig:
 
     model: tuple[str, ...] = ("gpt2",)  # Hub names (gpt2, gpt2-medium, ...), checkpoint or run folders
     protocol: Protocol = "tutorial"  # how prompts are built and endings scored; see the top of hellaswag.py
-    data: Path | None = None  # items as JSON lines; default: the validation split from the Hub
+    data: Path | None = None  # items as JSON lines or .parquet; default: the validation split from the Hub
     limit: PositiveInt | None = None  # score only this many items, spread evenly; default: all
     save_predictions: Path | None = None  # write a JSON line per item here
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the matrix products
@@ -178,8 +178,8 @@ def clean(text: str) -> str:
 
 
 def load_items(file: Path | None = None, limit: int | None = None, flag: str = "--data") -> list[Item]:
-    """Load a JSON-lines file (named by `flag`), or the validation split from the Hub. `limit` picks that many
-    items, spread evenly: the split has all ActivityNet items before WikiHow's.
+    """Load a file of JSON lines or a .parquet file (named by `flag`), or the validation split from the Hub.
+    `limit` picks that many items, spread evenly: the split has all ActivityNet items before WikiHow's.
 
     Raises InputError, naming file and line, for anything that is not an item, or CommandError if the Hub
     fails.
@@ -193,8 +193,7 @@ def load_items(file: Path | None = None, limit: int | None = None, flag: str = "
         check_complete(rows)
         return spread([to_item(row, f"{DATASET}, item {n}") for n, row in enumerate(rows)], limit)
     try:
-        with open(file, "rb") as lines:
-            items = [to_item(fields, f"{file}, line {n + 1}") for n, fields in json_lines(lines)]
+        items = [to_item(fields, place) for place, fields in read_rows(file)]
     except OSError as error:
         raise InputError(f"{flag} {in_words(error)}") from error
     if not items:

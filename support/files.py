@@ -17,6 +17,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_not_pointer(path: Path) -> None:
+    """Raises InputError if Git LFS has left a pointer in place of the file; OSError if it can't be read."""
+    with open(path, "rb") as file:
+        if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
+            raise InputError(f"{path}: a Git LFS pointer, not the file; fetch it with `git lfs pull`")
+
+
 def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, default=str) + "\n"
 

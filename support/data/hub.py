@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from support.cli import CommandError, InputError, RunFault, file_size, in_words
-from support.data.documents import KINDS, File
+from support.data.documents import SUPPORTED, File, kind_of
 from support.files import sha256
 
 from tqdm import tqdm
@@ -169,8 +169,8 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
                 f"{dataset}: its files are not on the Hub; download them and name them with --input"
             )
         commit, name = found.groups()
-        if not name.endswith(KINDS):
-            raise InputError(f"{dataset}: {name} can't be read here; supported are {', '.join(KINDS)}")
+        if kind_of(name) is None:
+            raise InputError(f"{dataset}: {name} can't be read here; {SUPPORTED}")
         names.append(name)
     folder = posixpath.commonpath([posixpath.dirname(name) for name in names])
     _, listed = repository_files(dataset, commit, folder)

@@ -24,12 +24,13 @@ from support.data.documents import Piece
 from support.data.encodings import get_encoding
 from support.data.order import Order, WindowOrder
 from support.data.tokens import encode_stream
-from support.files import sha256, to_json, write_file
+from support.files import check_not_pointer, sha256, to_json, write_file
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
+WINDOW = 1025  # tokens that one row needs at the default --sequence_length
 PARTIAL = "shards.partial.json"  # the record of an unfinished job of fineweb.py
 LINE = "{n_fmt} of about {total_fmt}{unit} | {rate_fmt} | {remaining} left{postfix}"  # fields are tqdm's
 
@@ -53,7 +54,8 @@ class ShardEntry(TypedDict):
     sha256: str
     ends_at: NotRequired[Place]  # where the next shard begins
     documents: NotRequired[int]  # documents that end in this shard
-    remarks: NotRequired[dict[str, int]]
+    remarks: NotRequired[dict[str, int]]  # of each of REMARKS, how many documents
+    remarked: NotRequired[dict[str, str]]  # and the first of them: its place, and how much of it
     holds: NotRequired[dict[str, int]]  # of the validation split: its files, and how many documents of each
     groups_end_at: NotRequired[list[Place]]  # of the validation split: where the rest of each group begins
 
@@ -68,6 +70,7 @@ class Record(TypedDict):
     documents: int
     tokens: int
     remarks: dict[str, int]
+    remarked: NotRequired[dict[str, str]]
     shards: list[ShardEntry]
 
 
@@ -90,6 +93,9 @@ def write_record(file: Path, record: Record) -> None:
     shards = record["shards"]
     record["documents"] = sum(shard.get("documents", 0) for shard in shards)
     record["tokens"] = sum(shard["tokens"] for shard in shards)
+    record["remarked"] = {}
+    for shard in reversed(shards):
+        record["remarked"] |= shard.get("remarked", {})
     record["remarks"] = dict(sum((Counter(shard.get("remarks", {})) for shard in shards), Counter()))
     write_file(file, lambda opened: opened.write(to_json(record).encode()))
 
@@ -241,7 +247,9 @@ class ShardWriter:
         self.holds: Counter[str] = Counter()  # documents of each file in the shard in progress
         self.new_to_shard = True  # whether the document in progress has not been counted there
         self.remarks: Counter[str] = Counter()
-        self.document_remarks: set[str] = set()  # of the document in progress
+        self.remarked: dict[str, str] = {}  # where in the shard in progress each remark came first
+        self.document_remarks: Counter[str] = Counter()  # of the document in progress, and
+        self.characters = 0  # how much of it has been read
         write_record(folder / PARTIAL, record)  # before the first shard, so that none lacks a record
         (folder / "shards.json").unlink(missing_ok=True)  # left by a finished job that lost a shard
 
@@ -250,14 +258,15 @@ class ShardWriter:
         self.ends_at, self.skip = stream.start.copy(), stream.start["token"]
         self.limit = sys.maxsize if stream.limit is None else stream.limit
 
-    def add(self, piece: Piece, tokens: np.ndarray, remarks: set[str]) -> int:
+    def add(self, piece: Piece, tokens: np.ndarray, remarks: dict[str, int]) -> int:
         """Add what `encode_stream` yields; returns how many of the tokens were taken."""
         before = self.left
         if piece.begins:
             self.ends_at = {"file": piece.file, "document": piece.document, "token": 0}
-            self.document_remarks = set()
+            self.document_remarks, self.characters = Counter(), 0
             self.new_to_shard = True
-        self.document_remarks |= remarks
+        self.document_remarks.update(remarks)
+        self.characters += len(piece.text or "")
         done = min(self.skip, len(tokens))  # already in a finished shard
         self.skip -= done
         self.ends_at["token"] += done
@@ -277,7 +286,11 @@ class ShardWriter:
         if piece.ends and done == len(tokens):
             self.ends_at = {"file": piece.file, "document": piece.document + 1, "token": 0}
             self.documents += piece.text is not None
-            self.remarks.update(self.document_remarks)
+            for name, n in self.document_remarks.items():
+                self.remarks[name] += 1
+                how_much = f": {n:,} of {self.characters:,} characters" if name in ("replaced", "nul") else ""
+                how_much = f": {n:,} times" if name == "end_of_text" else how_much
+                self.remarked.setdefault(name, f"{piece.file}, document {piece.document + 1}{how_much}")
         return before - self.left
 
     def finish_shard(self) -> None:
@@ -297,12 +310,14 @@ class ShardWriter:
             "ends_at": self.ends_at.copy(),
             "documents": self.documents,
             "remarks": dict(sorted(self.remarks.items())),
+            "remarked": dict(sorted(self.remarked.items())),
         }
         if not shards:
             entry |= {"holds": dict(self.holds), "groups_end_at": self.groups_end_at}
         shards.append(entry)
         write_record(self.folder / PARTIAL, self.record)
         self.filled, self.documents, self.remarks, self.holds = 0, 0, Counter(), Counter()
+        self.remarked = {}
         self.new_to_shard = True
         self.on_shard(self.ends_at["file"])
 
@@ -318,10 +333,11 @@ class ShardWriter:
             n_tokens = self.record["tokens"]
             if n_tokens <= self.record["documents"]:  # only an <|endoftext|> for each
                 raise InputError("the input holds no text")
+            val_size = max(n_tokens // 10, min(n_tokens // 2, WINDOW))
+            shorter = f", and train with a --sequence_length below {val_size}" if val_size < WINDOW else ""
             raise InputError(
                 f"the input's {n_tokens:,} tokens all fit into the first shard, which is the validation "
-                "split, and leave none to train on; choose a smaller --val_size, for example "
-                f"{max(2, n_tokens // 10)}"
+                f"split, and leave none to train on; choose --val_size {val_size}{shorter}"
             )
         os.replace(self.folder / PARTIAL, self.folder / "shards.json")
 
@@ -416,21 +432,16 @@ def describe_files(names: Sequence[str]) -> str:
 
 
 def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np.ndarray:
-    """Memory-map one shard, (n,) uint16: `.npy`, or llm.c's `.bin` (header: 256 int32, first 20240520, 1, n).
+    """Memory-map one shard, (n,) uint16: `.npy`; llm.c's `.bin` (header: 256 int32, first 20240520, 1, n); or
+    nanoGPT's train.bin and val.bin, which are the tokens alone.
 
     Raises InputError, naming the file and the remedy, for anything else; OSError if the system can't open it.
     """
     tokens: np.ndarray
+    check_not_pointer(file)
     try:
         if file.suffix == ".bin":
-            header = np.fromfile(file, dtype="<i4", count=256)
-            if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
-                raise InputError(f"{file}: not a token shard of llm.c (its header is wrong); {remedy}")
-            tokens = np.memmap(file, dtype="<u2", mode="r", offset=header.nbytes)
-            if len(tokens) != header[2]:
-                raise InputError(
-                    f"{file}: holds {len(tokens):,} tokens, its header says {header[2]:,}; {remedy}"
-                )
+            tokens = open_bin(file, remedy)
         else:
             tokens = mapped = np.lib.format.open_memmap(file, mode="r")
             if extra := file.stat().st_size - mapped.offset - mapped.nbytes:
@@ -443,6 +454,24 @@ def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np
         raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
         raise InputError(f"{file}: {tokens.ndim}-D {tokens.dtype}, a token shard is 1-D uint16; {remedy}")
+    return tokens
+
+
+def open_bin(file: Path, remedy: str) -> np.ndarray:
+    """Memory-map a `.bin` file. nanoGPT's two have no header: their names tell what they are."""
+    header = np.fromfile(file, dtype="<i4", count=256)
+    if file.name in ("train.bin", "val.bin") and header[:1] != [20240520]:
+        if (file.parent / "meta.pkl").exists():
+            raise InputError(
+                f"{file}: its tokens are those of the meta.pkl beside it, not GPT-2's; make shards of the "
+                "text itself, with fineweb.py --encoding bytes"
+            )
+        return np.memmap(file, dtype="<u2", mode="r")
+    if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
+        raise InputError(f"{file}: not a token shard of llm.c (its header is wrong); {remedy}")
+    tokens = np.memmap(file, dtype="<u2", mode="r", offset=header.nbytes)
+    if len(tokens) != header[2]:
+        raise InputError(f"{file}: holds {len(tokens):,} tokens, its header says {header[2]:,}; {remedy}")
     return tokens
 
 
@@ -471,7 +500,8 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
             f"{folder} is not finished: run the same fineweb.py command again to continue, or remove "
             f"{PARTIAL} to use what there is"
         )
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
+    shown = (file for file in folder.iterdir() if not file.name.startswith("."))  # the Finder hides its notes
+    files = sorted(file for file in shown if file.suffix in (".npy", ".bin"))
     record = read_record(folder / "shards.json") if (folder / "shards.json").exists() else None
     entries = {entry["file"]: entry for entry in record["shards"]} if record else {}
     if missing := entries.keys() - {file.name for file in files}:

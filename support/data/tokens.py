@@ -1,12 +1,12 @@
 """Tokenize a stream of documents, in threads."""
 
 import contextlib
-from collections import deque
+import re
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from support.cli import InputError
-from support.data.documents import LONGEST_WORD, Piece
+from support.data.documents import Piece
 from support.data.encodings import END_OF_TEXT
 
 import numpy as np
@@ -15,12 +15,15 @@ import tiktoken
 TASK = 250_000  # characters in a thread's task
 REMARKS = {
     "null": "null rows skipped",
+    "bad": "bad rows skipped",
     "empty": "empty documents (only their <|endoftext|> is written)",
     "replaced": "documents with bytes that are not UTF-8 or with lone surrogates (U+FFFD stands for each)",
-    "end_of_text": "documents that contain the characters <|endoftext|> (kept as text)",
-    "cut": f"words of more than {LONGEST_WORD:,} characters (tokenized in parts)",
+    "nul": "documents with NUL characters (kept)",
+    "end_of_text": "documents that contain the characters <|endoftext|> (kept as text; see --split_at)",
+    "cut": "documents with words too long for the tokenizer (tokenized in parts)",
 }
-Encoded = tuple[Piece, np.ndarray, set[str]]  # a piece, its tokens (n,) uint16, its remarks (keys of REMARKS)
+# A piece, its tokens (n,) uint16, and its remarks: keys of REMARKS, with the number of characters or places
+Encoded = tuple[Piece, np.ndarray, dict[str, int]]
 
 
 def encode_stream(stream: Iterable[Piece], encoding: tiktoken.Encoding, workers: int) -> Iterator[Encoded]:
@@ -64,34 +67,41 @@ def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[Encode
         joined = "".join(END_OF_TEXT + text for text in texts)
         # a ValueError: tiktoken can't encode a text, or one has END_OF_TEXT in it and counts as two documents
         with contextlib.suppress(ValueError):
+            if "\0" in joined:
+                raise ValueError
             tokens = encoding.encode_to_numpy(joined, allowed_special={END_OF_TEXT}).astype(np.uint16)
             documents = np.split(tokens, np.flatnonzero(tokens == encoding.eot_token)[1:])
-            return [(piece, tokens, set()) for piece, tokens in zip(pieces, documents, strict=True)]
+            return [(piece, tokens, {}) for piece, tokens in zip(pieces, documents, strict=True)]
     return [encode_piece(encoding, piece) for piece in pieces]
 
 
 def encode_piece(encoding: tiktoken.Encoding, piece: Piece) -> Encoded:
-    """A piece with its tokens, after <|endoftext|> if it begins a document, and its remarks.
-
-    Raises InputError for what tiktoken can't tokenize: a million characters of exotic white space.
-    """
+    """A piece with its tokens, after <|endoftext|> if it begins a document, and its remarks."""
     if piece.text is None:
-        return piece, np.empty(0, np.uint16), {"null"}
-    text, remarks = piece.text, {"cut"} if piece.cuts_word else set()
+        return piece, np.empty(0, np.uint16), {"bad" if piece.bad else "null": 1}
+    text, remarks = piece.text, Counter(cut=int(piece.cuts_word), nul=piece.text.count("\0"))
+    remarks["end_of_text"] = text.count(END_OF_TEXT)
     try:
-        tokens = encoding.encode_to_numpy(text, disallowed_special=())
+        parts = encode_text(encoding, text)
     except UnicodeEncodeError:  # lone surrogates become U+FFFD, as in tiktoken's encode_ordinary
+        remarks["replaced"] = len(re.findall("[\ud800-\udfff]", text))
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        tokens = encoding.encode_to_numpy(text, disallowed_special=())
-        remarks.add("replaced")
-    except ValueError as error:
-        raise InputError(
-            f"{piece.file}, document {piece.document + 1}: tiktoken can't tokenize it ({error})"
-        ) from error
-    if END_OF_TEXT in text:
-        remarks.add("end_of_text")
+        parts = encode_text(encoding, text)
+    remarks["cut"] += len(parts) - 1
     if piece.begins:
-        tokens = np.concatenate((np.array([encoding.eot_token], tokens.dtype), tokens))
-        if piece.ends and not text:
-            remarks.add("empty")
-    return piece, tokens.astype(np.uint16), remarks
+        parts.insert(0, np.array([encoding.eot_token], np.uint32))
+        remarks["empty"] = int(piece.ends and not text)
+    return piece, np.concatenate(parts).astype(np.uint16), dict(+remarks)
+
+
+def encode_text(encoding: tiktoken.Encoding, text: str) -> list[np.ndarray]:
+    """The tokens of a text, in one array; in several if tiktoken can't tokenize it as a whole, because of a
+    million characters of exotic white space. Such a text is cut at white space near its middle."""
+    try:
+        return [encoding.encode_to_numpy(text, disallowed_special=())]
+    except UnicodeEncodeError:
+        raise
+    except ValueError:
+        found = re.compile(r"\s").search(text, len(text) // 2)
+        middle = found.start() if found else len(text) // 2
+        return encode_text(encoding, text[:middle]) + encode_text(encoding, text[middle:])
