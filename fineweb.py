@@ -286,7 +286,7 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
         if not drop_damaged(folder, record) and (folder / "shards.json").exists():
             n_shards = plural(len(record["shards"]), "shard")
             print(f"{folder} is finished: {record['tokens']:,} tokens in {n_shards}")
-            if not config.keep_downloads:
+            if from_hub and not config.keep_downloads:  # otherwise it is a folder of the user's
                 shutil.rmtree(folder / "downloads", ignore_errors=True)
             return
     name = "the input"

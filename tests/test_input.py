@@ -295,6 +295,15 @@ def test_the_advice_for_a_short_text_works(n, tmp_path):
          "--hellaswag_every=0", "--device=cpu", "--micro_batch_size=1", "--sample_every=0")  # fmt: skip
 
 
+def test_a_folder_of_ones_own_called_downloads_stays(tmp_path):
+    """fineweb.py keeps the Hub's files in a folder of that name."""
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads/x.txt").write_text("a word " * 1000)
+    for end in ("7,001 tokens in 11 shards", "is finished"):
+        assert end in make(tmp_path, f"--input={tmp_path}/downloads/x.txt", "--shard_size=700").stdout
+    assert (tmp_path / "downloads/x.txt").exists()
+
+
 # -----------------------------------------------------------------------------
 # HellaSwag's file, and shards
 

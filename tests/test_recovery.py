@@ -5,6 +5,7 @@ import errno
 import fcntl
 import itertools
 import json
+import math
 import os
 import re
 import select
@@ -23,7 +24,7 @@ from support.cli import InputError, RunFault
 from support.data.shards import Shards
 from support.files import sha256
 from support.machine.processes import StopSignals
-from support.model.huggingface import list_checkpoints
+from support.model.huggingface import list_checkpoints, step_of
 from support.run import folder as folder_module
 from support.run.curves import read_log
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer, get_lr
@@ -390,11 +391,45 @@ def test_a_damaged_record_does_not_stand_in_the_way(tmp_path):
 
 @pytest.mark.parametrize("record", ["[]", "{}", '{"run_id": "1", "interruptions": 0, "train_config": 7}'])
 def test_a_strange_record_names_no_micro_batch(record, tmp_path):
-    (tmp_path / "run.json").write_text(record)
-    (tmp_path / "log.txt").write_text("0 train 5.0\n")
     folder = run_folder(tmp_path, resume=True)
-    assert folder.open(GPTConfig(), NO_SHARDS, get_lr) == 0
+    folder.before = json.loads(record)
     assert folder.fitted_before() is None
+
+
+LOGS = {  # what log.txt and run.json hold besides a recipe, and what --resume may do
+    "the tutorial's": ("0 train 10.9\n19072 val 3.1\n", None, False),
+    "another program's": ("0 train 10.9\n", {"lr": 1}, False),
+    "a finished run's": ("0 train 10.9\n", {"result": {}}, False),
+    "a run's whose checkpoints are gone": ("0 train 10.9\n1500 train 3.2\n", {}, False),
+    "one's that died before its first save": ("0 val 10.9\n0 train 10.9\n700 train 4.2\n", {}, True),
+    "only evaluations": ("250 val 3.2\n", None, False),
+}
+
+
+@pytest.mark.parametrize("whose", LOGS)
+def test_a_log_without_its_checkpoint_is_not_erased(whose, tmp_path):
+    lines, record, may_start = LOGS[whose]
+    folder = run_folder(tmp_path, resume=True)
+    folder.open(GPTConfig(), NO_SHARDS, get_lr)
+    folder.lock_file.close()
+    (tmp_path / "log.txt").write_text(lines)
+    if record is not None:
+        config = {"checkpoint_every": 1000}
+        known = {"run_id": "1", "interruptions": 0, "train_config": config, "recipe": folder.recipe}
+        (tmp_path / "run.json").write_text(json.dumps(record if "lr" in record else known | record))
+    (tmp_path / "notes.tmp").write_text("somebody's")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
+    again = run_folder(tmp_path, resume=True)
+    if may_start:
+        assert again.open(GPTConfig(), NO_SHARDS, get_lr) == 0
+        again.lock_file.close()
+        other = run_folder(tmp_path, resume=True, max_lr=1e-3)
+        with pytest.raises(InputError, match=r"another recipe: max_lr was 0\.0006, is 0\.001"):
+            other.open(GPTConfig(), NO_SHARDS, get_lr)
+    else:
+        with pytest.raises(InputError, match="holds the log of a run but no checkpoint to continue it from"):
+            again.open(GPTConfig(), NO_SHARDS, get_lr)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.slow
@@ -498,6 +533,21 @@ def test_a_checkpoint_holds_the_moment_of_the_call(small_run, tmp_path):
     weights = GPT.from_pretrained(tmp_path / "checkpoint_00007").pad_vocabulary().state_dict()
     torch.testing.assert_close((weights, stored["optimizer"], stored["scaler"]), oracle, rtol=0, atol=0)
     assert torch.equal(stored["rng"], rng)
+
+
+def test_the_best_checkpoint_is_kept_and_named(small_run):
+    """Of a run that overfits; what is not finite is not the best. Its card says which one it is."""
+    folder = small_run.folder
+    small_run.gate.set()
+    losses = {1: 5.0, 2: 3.0, 3: math.nan, 4: 2.5, 5: 2.75, 6: 2.75, 7: 4.0}
+    kept = []
+    for step, loss in losses.items():
+        folder.append(step, "val", str(loss))
+        small_run.save(step)
+        folder.finish_save()
+        kept.append([step_of(path) for path in list_checkpoints(folder.path)])
+    assert kept == [[1], [1, 2], [2, 3], [3, 4], [4, 5], [4, 5, 6], [4, 6, 7]]
+    assert folder.best_checkpoint() == (folder.path / "checkpoint_00004", 2.5)
 
 
 def test_a_second_save_and_the_end_wait_for_the_first(small_run):
@@ -881,12 +931,12 @@ def test_a_setting_that_may_change_by_now_is_not_compared(tmp_path):
     folder = run_folder(tmp_path)
     folder.open(GPTConfig(), NO_SHARDS, get_lr)
     folder.trainer = {"step": 1000, "recipe": folder.recipe | {"dtype": "bfloat16"}}
-    folder.compare_recipes()
+    folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
     folder.trainer["recipe"] |= {"max_steps": 5}
     with pytest.raises(
         InputError, match=f"max_steps was 5, is 19073; a cosine's .* --init_from {tmp_path} --log"
     ):
-        folder.compare_recipes()
+        folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
 
 
 TRAPEZOID = {"schedule": "trapezoid", "max_steps": 100, "cooldown": 0.4, "warmup_steps": 10}
@@ -924,11 +974,11 @@ def test_the_length_may_change_while_no_rate_does(then, now, refusal, tmp_path):
     if refusal:
         assert not same or now["max_steps"] == 1000  # where something else differs too
         with pytest.raises(InputError, match=refusal):
-            folder.compare_recipes()
+            folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
         assert not folder.plans
     else:
         assert same
-        folder.compare_recipes()
+        folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
         plan = {"max_steps": folder.config.max_steps, "cooldown": folder.config.cooldown}
         assert folder.plans == [{"step": 50, **plan}]
 
@@ -942,7 +992,7 @@ def test_a_plan_that_came_to_nothing_is_forgotten(tmp_path):
         before = replace(folder.config, max_steps=100)
         folder.trainer = {"step": 50, "recipe": folder.recipe | before.recipe_fields()}
         folder.plans = [{"step": 20, "max_steps": 100}, {"step": 50, "max_steps": 200}]
-        folder.compare_recipes()
+        folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
         assert [(plan["step"], plan["max_steps"]) for plan in folder.plans] == plans
 
 
@@ -951,7 +1001,7 @@ def test_a_difference_with_braces_is_said_as_it_is(tmp_path):
     folder.open(GPTConfig(), NO_SHARDS, get_lr)
     folder.trainer = {"step": 5, "recipe": folder.recipe | {"init_from": "{}"}}
     with pytest.raises(InputError, match=r"init_from was \{\}, is \{a\}"):
-        folder.compare_recipes()
+        folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
@@ -998,9 +1048,9 @@ def test_a_run_of_the_first_order_of_tokens_is_not_resumed(shuffle, tmp_path):
     if shuffle:
         message = r"order_of_tokens was 1, is 2; .* resume with the version that began the run$"
         with pytest.raises(InputError, match=message):
-            folder.compare_recipes()
+            folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
     else:
-        folder.compare_recipes()
+        folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
 
 
 def back_to_step_8(undisturbed, folder):

@@ -74,7 +74,7 @@ def run_card(
         "steps": plural(step, "step"),
         "change": f" It is not a GPT-2: {changed}." if changed else "",
         "rest": f" Training was to go on until step {config['max_steps']:,}." * (step < config["max_steps"]),
-        "results": results_section(facts, events, picture),
+        "results": results_section(step, facts, events, picture),
         "epochs": epochs,
         "optimizer": "Muon for the blocks' matrices, AdamW for the rest" if muon else facts["optimizer"],
         "clipping": f"gradients clipped at {config['grad_clip']:g}" if config["grad_clip"] else "no clipping",
@@ -129,8 +129,9 @@ def measured_at(step: int, facts: dict[str, Any], events: dict[str, curves.Point
     ]
 
 
-def results_section(facts: dict[str, Any], events: dict[str, curves.Points], picture: bool) -> str:
-    """The run's evaluations as a table, evenly picked, beside published values; and the picture."""
+def results_section(at: int, facts: dict[str, Any], events: dict[str, curves.Points], picture: bool) -> str:
+    """The run's evaluations as a table, evenly picked, beside published values; and the picture. `at` is the
+    checkpoint's step."""
     losses, scores = dict(events["val"]), dict(events["hella"])
     steps = sorted(losses | scores)
     if not steps:
@@ -151,6 +152,10 @@ def results_section(facts: dict[str, Any], events: dict[str, curves.Points], pic
     table = "\n".join(f"| {' | '.join(row if scores else row[:3])} |" for row in rows)
     image = f"![The losses of the run, by tokens trained on]({PICTURE})\n\n" if picture else ""
     notes = f"The validation loss is the mean over {facts['val_tokens']:,} tokens held out from training."
+    if losses:
+        best = min(losses, key=lambda step: losses[step])
+        here = ", that of this checkpoint" if best == at else ""
+        notes += f" The lowest was {losses[best]:.4f}, at step {best:,}{here}."
     if scores:
         notes += (
             f" HellaSwag: {facts['hellaswag_items']:,} items of the validation split, the ending with the "

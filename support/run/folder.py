@@ -17,6 +17,7 @@ Training waits only while a checkpoint is copied to host memory: a thread writes
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -126,13 +127,16 @@ class RunFolder:
                 "to start over, or choose another --log_dir"
             )
         if self.checkpoint:
-            self.compare_recipes()
+            self.compare_recipes(self.trainer["recipe"], self.trainer.get("step", 0))
+        elif begun:
+            self.check_nothing_is_lost()
         for name in damaged:  # make room: the run will save these steps again
             aside = self.path / f"{name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.path / name).rename(aside)
-        for leftover in self.path.glob("*.tmp"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        for name in ("checkpoint_*", "log.txt*", "run.json*", "status.json*", "loss.png*"):  # a run's own
+            for leftover in self.path.glob(f"{name}.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return self.trainer.get("step", 0)
 
     def read_lines(self) -> list[bytes]:
@@ -144,7 +148,7 @@ class RunFolder:
         """Whether there is a run to resume, or to lose. A run stopped before its first step does not count:
         it leaves at most the log lines of its first evaluation."""
         events = [read_event(line) for line in self.read_lines()]
-        harmless = all(event and event[1] != "train" for event in events)
+        harmless = all(event and event[0] == 0 and event[1] != "train" for event in events)
         return bool(list_checkpoints(self.path)) or not harmless or "result" in read_run(self.path)
 
     def find_checkpoint(self) -> list[str]:
@@ -165,17 +169,28 @@ class RunFolder:
                 break
         return damaged
 
-    def compare_recipes(self) -> None:
-        """Raises InputError, listing every difference, unless the run in the folder has the same recipe. What
-        may change by now is not compared; a setting that the checkpoint does not know had its default, and
-        the order of tokens, its first version."""
-        before, now = self.defaults | {"order_of_tokens": 1} | self.trainer["recipe"], self.recipe
+    def check_nothing_is_lost(self) -> None:
+        """Raises InputError unless the run in the folder, which has no checkpoint, plainly died before its
+        first save. Only then may its log be cut back to nothing."""
+        steps = [event[0] for line in self.read_lines() if (event := read_event(line))]
+        first_save = self.before.get("train_config", {}).get("checkpoint_every", 0)
+        if "recipe" not in self.before or "result" in self.before or 0 < first_save < max(steps, default=0):
+            raise InputError(
+                f"{self.path} holds the log of a run but no checkpoint to continue it from, and a new run "
+                "would erase that log; choose another --log_dir, or delete the folder to start over"
+            )
+        self.compare_recipes(self.before["recipe"], step=0)
+
+    def compare_recipes(self, before: dict[str, Any], step: int) -> None:
+        """Raises InputError, listing every difference, unless the run in the folder, now at `step`, had the
+        same recipe `before`. What may change by now is not compared; a setting that is not known there had
+        its default, and the order of tokens, its first version."""
+        before, now = self.defaults | {"order_of_tokens": 1} | before, self.recipe
         may_change = asdict(self.config).keys() - now.keys()
         names = [name for name in before | now if name not in may_change]
         different = [name for name in names if before.get(name) != now.get(name)]
         changes = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in different]
         plan = {name: before[name] for name in different if name in PLAN}
-        step = self.trainer.get("step", 0)
         self.plans = [entry for entry in self.plans if entry["step"] < step]  # later ones have been undone
         if plan and len(plan) == len(different):
             earlier = replace(self.config, **plan)
@@ -265,8 +280,8 @@ class RunFolder:
         self.unwritten = b""
 
     def write_facts(self, facts: dict[str, Any]) -> None:
-        """Write run.json."""
-        self.facts = facts
+        """Write run.json: the facts of the run, and the recipe that --resume compares."""
+        self.facts = facts = facts | {"recipe": self.recipe}
         if self.world.is_main:
             write_file(self.path / "run.json", lambda file: file.write(to_json(facts).encode()))
 
@@ -368,7 +383,7 @@ class RunFolder:
         card: dict[str, bytes],
     ) -> None:
         """Write checkpoint_<step>; it is complete on disk before it gets its name. Then delete older ones,
-        except the last two and those at multiples of --keep_every."""
+        except the last two, the best, and those at multiples of --keep_every."""
         final = self.path / f"checkpoint_{step:05d}"
         temporary = self.path / f"{final.name}.tmp"
         with self.failure_reported(step):
@@ -382,10 +397,21 @@ class RunFolder:
                 flush_to_disk(path)
             os.rename(temporary, final)
             flush_to_disk(self.path)
+            best, _ = self.best_checkpoint()
             for old in list_checkpoints(self.path)[:-2]:
-                if not self.config.keep_every or step_of(old) % self.config.keep_every:
+                every = self.config.keep_every
+                if old != best and (not every or step_of(old) % every):
                     shutil.rmtree(old, ignore_errors=True)
             self.print(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
+
+    def best_checkpoint(self) -> tuple[Path | None, float]:
+        """The checkpoint at whose step the log has the lowest validation loss, and that loss; None and nan
+        without one."""
+        folders = list_checkpoints(self.path)
+        losses = dict(read_log(self.path / "log.txt")["val"]) if folders else {}
+        measured = [folder for folder in folders if step_of(folder) in losses]
+        best = min(measured, key=lambda folder: losses[step_of(folder)], default=None)
+        return best, losses[step_of(best)] if best else math.nan
 
     def finish_save(self) -> None:
         """Wait until the save that the thread was given is complete, or has failed."""

@@ -221,6 +221,8 @@ def closing_table(facts: Facts) -> str:
         published = f" (OpenAI's GPT-2 {curves.GPT2_HELLASWAG}{healthy})" if fair_score else ""
         accuracy = f"{score['acc_norm']:.4f} +- {score['standard_error']:.4f} on {score['items']:,} items"
         rows["HellaSwag"] = accuracy + published
+    if best := result.get("best_checkpoint"):
+        rows["best checkpoint"] = f"{best}, validation loss {result['best_validation_loss']:.4f}"
     training, other = duration(3600 * result["training_hours"]), duration(3600 * result["other_hours"])
     speed, dollars = result["tokens_per_second"], result["dollars"]
     folder = shlex.quote(str(config["log_dir"]))
@@ -515,6 +517,9 @@ class Report:
     def finish(self, step: int, val_loss: float, score: "Score | None") -> None:
         """Print the results and write them to run.json."""
         self.facts["result"] = result_of(self.facts, step, self.spent, val_loss, score)
+        best, loss = self.run.best_checkpoint() if self.is_main else (None, math.nan)
+        if best:
+            self.facts["result"] |= {"best_checkpoint": best.name, "best_validation_loss": loss}
         self.run.write_facts(self.facts)
         self.run.draw()  # The caption now has the duration.
         where = f"done: {plural(step, 'step')}; the run is in {self.config.log_dir}"
