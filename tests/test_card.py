@@ -92,6 +92,7 @@ def test_a_checkpoints_card_says_what_was_measured_of_it(finished):
         "](loss.png)",
         " of training, ",
         "Written at step 12, not selected:\n\n    Hello",
+        f"The lowest was {loss.metric_value:.4f}, at step 12, that of this checkpoint.",
     ):
         assert fact in card.text
     # Nobody has measured the weights of step 6: their card has the run's earlier values, not as theirs.
@@ -99,6 +100,7 @@ def test_a_checkpoints_card_says_what_was_measured_of_it(finished):
     assert not card.data.eval_results
     assert "| 0 | 0 |" in card.text
     assert "| 12 |" not in card.text
+    assert re.search(r"The lowest was \d\.\d{4}, at step 0\.", card.text)
     assert "Training was to go on until step 12." in card.text
     assert "Written at step 0" in card.text
 

@@ -237,6 +237,9 @@ def test_the_closing_table_compares_where_it_is_fair():
     assert "3.0512\n" in other_data
     assert "on 10,042 items (OpenAI's GPT-2 0.2955)" in other_data
     assert json.loads(json.dumps(result)) == result
+    best = {"best_checkpoint": "checkpoint_15000", "best_validation_loss": 3.04}
+    table = report.closing_table(facts | {"result": result | best})
+    assert "best checkpoint: checkpoint_15000, validation loss 3.0400" in table
     nothing = report.result_of(facts, 5, spent, float("nan"), None)
     assert "validation" not in report.closing_table(facts | {"result": nothing})
 

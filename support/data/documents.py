@@ -160,6 +160,8 @@ def files_in(path: Path, output_dir: Path | None, left_out: Counter[str]) -> lis
             left_out["hidden file"] += 1
         elif inside and file.name in NOT_TEXT:
             left_out["data-set record"] += 1
+        elif inside and file.exists() and not file.is_file():  # a pipe, a socket
+            left_out["special file"] += 1
         elif inside and kind_of(file.name) is None:
             left_out[f"{file.suffix.lower()} file" if file.suffix else "other file"] += 1
         else:
