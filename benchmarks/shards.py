@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fineweb import local_files, read_files
+from support.data.documents import Reading
 from support.data.encodings import get_encoding
 from support.data.shards import ShardWriter, Stream, new_record, write_shards
 from support.data.tokens import encode_stream
@@ -56,7 +57,7 @@ class Config:
 
 def shards(config: Config, folder: Path) -> int:
     record = new_record(get_encoding("gpt2"), {}, {"shard_size": SHARD_SIZE, "max_tokens": None})
-    stream = read_files(local_files(config.input), "text", None)
+    stream = read_files(local_files(config.input), Reading(), None)
     return write_shards([Stream(stream)], ShardWriter(folder, record), config.threads)["tokens"]
 
 
@@ -90,7 +91,7 @@ def parts(config: Config, folder: Path) -> dict[str, float]:
     """Seconds that each part takes alone, on one thread."""
     seconds, clock = {}, time.perf_counter
     start = clock()
-    pieces = list(read_files(local_files(config.input), "text", None))
+    pieces = list(read_files(local_files(config.input), Reading(), None))
     seconds["read"], start = clock() - start, clock()
     encoded = list(encode_stream(pieces, get_encoding("gpt2"), 1))
     seconds["tokenize"], start = clock() - start, clock()
@@ -126,7 +127,7 @@ def peak_memory(text: str, folder: Path) -> dict[str, int]:
 
 
 def main(config: Config) -> None:
-    texts = [piece.text for piece in read_files(local_files(config.input), "text", None)]
+    texts = [piece.text for piece in read_files(local_files(config.input), Reading(), None)]
     gpt2 = get_encoding("gpt2")
     cores = os.cpu_count()
     context = multiprocessing.get_context("spawn")
