@@ -61,7 +61,8 @@ Protocol = Literal["tutorial", "harness"]
 class ScoreConfig:
     """Score GPT-2s on HellaSwag's validation items."""
 
-    model: tuple[str, ...] = ("gpt2",)  # Hub names (gpt2, gpt2-medium, ...), checkpoint or run folders
+    model: tuple[str, ...] = ("gpt2",)
+    """Hub names (gpt2, gpt2-medium, ...), checkpoint or run folders, or files such as ckpt.pt"""
     protocol: Protocol = "tutorial"  # how prompts are built and endings scored; see the top of hellaswag.py
     data: Path | None = None  # items as JSON lines; default: the validation split from the Hub
     limit: PositiveInt | None = None  # score only this many items, spread evenly; default: all

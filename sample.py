@@ -26,7 +26,8 @@ class SampleConfig:
     """Print text that a GPT-2 writes after a prompt. A text ends at <|endoftext|>, or after
     max_new_tokens."""
 
-    model: str = "gpt2"  # a Hub name (gpt2, gpt2-medium, ...), a checkpoint folder, or a run's folder
+    model: str = "gpt2"
+    """a Hub name (gpt2, gpt2-medium, ...), a checkpoint's or a run's folder, or a file such as ckpt.pt"""
     prompt: str = PROMPT  # what the text begins with; -: read it from standard input; empty: a new document
     num_samples: int | None = None
     """texts, written at once; default: 5, with --stream or --temperature 0, where all are alike, 1"""

@@ -17,6 +17,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def check_not_pointer(path: Path) -> None:
+    """Raises InputError if the file only says where Git LFS keeps the real one."""
+    with open(path, "rb") as file:
+        if file.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
+            raise InputError(f"{path}: a Git LFS pointer, not the file; fetch it with `git lfs pull`")
+
+
 def to_json(value: Any) -> str:
     return json.dumps(value, indent=2, default=str) + "\n"
 

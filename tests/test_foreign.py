@@ -1,0 +1,422 @@
+"""Models in the forms that others give them, against transformers: the same function, or a refusal."""
+
+import argparse
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+from conftest import call, run
+from hub import serve
+from support.cli import InputError
+from support.data.encodings import get_encoding
+from support.model.huggingface import find_model
+from train_gpt2 import GPT, GPTConfig, TrainConfig, choose_model_config
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+SIZES = {"block_size": 32, "vocab_size": 50304, "n_layer": 2, "n_head": 2, "n_embd": 16}
+IDX = torch.arange(60).view(2, 30) * 800  # token ids up to 47,200
+NO_DROPOUT = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
+
+
+def draw(config: GPT2Config, std: float = 0.2) -> GPT2LMHeadModel:
+    """transformers' model with random weights, biases and norms included, large enough to show a mistake."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(std * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    """With a padded vocabulary, whose extra rows are not zero: as in the tutorial's checkpoints."""
+    sizes = {name: size for name, size in SIZES.items() if name != "block_size"}
+    return draw(GPT2Config(**sizes, n_positions=32, **NO_DROPOUT))
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(IDX)
+        return getattr(found, "logits", found)[..., :50257]
+
+
+def linear_layout(oracle) -> dict[str, torch.Tensor]:
+    """The state dictionary of the tutorial's GPT, and of nanoGPT's."""
+    tensors = {name: tensor.detach().clone() for name, tensor in oracle.state_dict().items()}
+    for name in tensors:
+        if name.endswith(GPT.TRANSPOSED):
+            tensors[name] = tensors[name].t().contiguous()
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]  # tied
+    return tensors
+
+
+def save_as_main(saved, file, monkeypatch, **classes):
+    """torch.save, as a script does whose classes stand in `__main__`."""
+    for name, made in classes.items():
+        made.__module__, made.__qualname__ = "__main__", name
+        monkeypatch.setattr(sys.modules["__main__"], name, made, raising=False)
+    torch.save(saved, file)
+    for name in classes:
+        monkeypatch.delattr(sys.modules["__main__"], name)
+
+
+def settings_of(**values):
+    """An object of a class GPTConfig, as a dataclass makes it."""
+    made = type("GPTConfig", (), {})
+    config = made()
+    config.__dict__.update(values)
+    return config, made
+
+
+def tutorial(oracle, folder, monkeypatch):
+    """build-nanogpt's: https://github.com/karpathy/build-nanogpt, train_gpt2.py."""
+    config, made = settings_of(**SIZES)
+    saved = {"model": linear_layout(oracle), "config": config, "step": 19072, "val_loss": 3.07}
+    save_as_main(saved, folder / "model_19072.pt", monkeypatch, GPTConfig=made)
+    return folder / "model_19072.pt"
+
+
+def tutorial_with_masks_and_numpy(oracle, folder, monkeypatch):
+    """Old PyTorch without scaled_dot_product_attention; a loss of numpy's, arguments, a path."""
+    config, made = settings_of(**SIZES)
+    tensors = linear_layout(oracle)
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 32, 32).tril()
+    saved = {"model": tensors, "config": config, "val_loss": np.float32(3.07), "losses": np.zeros(3)}
+    saved |= {"args": argparse.Namespace(lr=1e-3), "out": Path("a/b"), "torch": torch.__version__}
+    save_as_main(saved, folder / "m.pth", monkeypatch, GPTConfig=made)
+    return folder / "m.pth"
+
+
+def nanogpt(oracle, folder, monkeypatch, prefix="_orig_mod."):
+    """https://github.com/karpathy/nanoGPT, train.py; with the optimizer's moments."""
+    tensors = {prefix + name: tensor for name, tensor in linear_layout(oracle).items()}
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()
+    saved = {
+        "model": tensors,
+        "optimizer": optimizer.state_dict(),
+        "model_args": {**SIZES, "bias": True, "dropout": 0.0},
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(3.1),
+        "config": {"out_dir": "out", "n_layer": 99, "always_save_checkpoint": True},
+    }
+    torch.save(saved, folder / "ckpt.pt")
+    return folder / "ckpt.pt"
+
+
+def nanogpt_under_ddp(oracle, folder, monkeypatch):
+    return nanogpt(oracle, folder, monkeypatch, prefix="module._orig_mod.")
+
+
+def in_a_folder(oracle, folder, monkeypatch):
+    """The newest of a folder; by number, since copies have any date."""
+    tutorial(oracle, folder, monkeypatch)
+    (folder / "model_05000.pt").write_bytes(b"an older one")
+    (folder / "log.txt").write_text("0 val 10.9\n")
+    return folder
+
+
+def padded_safetensors(oracle, folder, monkeypatch):
+    oracle.save_pretrained(folder)
+    return folder
+
+
+def padded_only_in_the_tensor(oracle, folder, monkeypatch):
+    oracle.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 50257}))
+    return folder
+
+
+def sharded_safetensors(oracle, folder, monkeypatch):
+    oracle.save_pretrained(folder, max_shard_size="2MB")
+    assert len([*folder.glob("model-*.safetensors")]) > 1
+    return folder
+
+
+def bin_of(oracle, folder, **options):
+    oracle.config.save_pretrained(folder)
+    torch.save(oracle.state_dict(), folder / "pytorch_model.bin", **options)
+    return folder
+
+
+def pytorch_bin(oracle, folder, monkeypatch):
+    return bin_of(oracle, folder)
+
+
+def pytorch_bin_of_2019(oracle, folder, monkeypatch):
+    return bin_of(oracle, folder, _use_new_zipfile_serialization=False) / "pytorch_model.bin"
+
+
+def sharded_bin(oracle, folder, monkeypatch):
+    oracle.config.save_pretrained(folder)
+    parts = {"pytorch_model-00001-of-00002.bin": {}, "pytorch_model-00002-of-00002.bin": {}}
+    names = {name: [*parts]["h.1" in name] for name in oracle.state_dict()}
+    for name, tensor in oracle.state_dict().items():
+        parts[names[name]][name] = tensor.clone()
+    for part, tensors in parts.items():
+        torch.save(tensors, folder / part)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    return folder
+
+
+def head_without_embedding(oracle, folder, monkeypatch):
+    """safetensors.torch.save_model keeps the first name of tied tensors: the head's. nn.Linear's layout."""
+    oracle.config.save_pretrained(folder)
+    tensors = linear_layout(oracle)
+    del tensors["transformer.wte.weight"]
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+FORMS = [
+    tutorial,
+    tutorial_with_masks_and_numpy,
+    nanogpt,
+    nanogpt_under_ddp,
+    in_a_folder,
+    padded_safetensors,
+    padded_only_in_the_tensor,
+    sharded_safetensors,
+    pytorch_bin,
+    pytorch_bin_of_2019,
+    sharded_bin,
+    head_without_embedding,
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda form: form.__name__)
+def test_every_form_has_transformers_logits(form, oracle, tmp_path, monkeypatch, capsys):
+    """...of the real tokens; and it is converted by being saved."""
+    model = GPT.from_pretrained(form(oracle, tmp_path, monkeypatch))
+    assert model.config == GPTConfig(**{**SIZES, "vocab_size": 50257})
+    assert torch.allclose(logits_of(model), logits_of(oracle), atol=1e-4, rtol=0)
+    said = capsys.readouterr().err
+    assert ("nanoGPT computes GELU exactly" in said) == form.__name__.startswith("nanogpt")
+    if form is tutorial:
+        model.save_pretrained(tmp_path / "new")
+        converted = GPT2LMHeadModel.from_pretrained(tmp_path / "new").eval()
+        assert converted.config.vocab_size == 50257
+        assert torch.allclose(logits_of(converted), logits_of(oracle), atol=1e-4, rtol=0)
+
+
+def test_no_biases_are_biases_of_zero(oracle, tmp_path):
+    """nanoGPT's bias=False."""
+    biases = {n: torch.zeros_like(t) for n, t in oracle.state_dict().items() if n.endswith(".bias")}
+    plain = GPT2LMHeadModel(oracle.config).eval()
+    plain.load_state_dict(oracle.state_dict() | biases)
+    tensors = {name: tensor for name, tensor in linear_layout(oracle).items() if name not in biases}
+    args = {**SIZES, "bias": False, "dropout": 0.2}
+    torch.save({"model": tensors, "model_args": args}, tmp_path / "ckpt.pt")
+    model = GPT.from_pretrained(tmp_path)
+    assert torch.allclose(logits_of(model), logits_of(plain), atol=1e-4, rtol=0)
+    tensors["transformer.h.0.ln_1.bias"] = torch.zeros(16)  # one of many is damage
+    torch.save({"model": tensors, "model_args": args}, tmp_path / "ckpt.pt")
+    with pytest.raises(
+        InputError, match=r"tensors missing or too many: transformer\.h\.0\.attn\.c_attn\.bias"
+    ):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_every_script_takes_a_file(oracle, tmp_path, monkeypatch):
+    file = tutorial(oracle, tmp_path, monkeypatch)
+    GPT.from_pretrained(file).save_pretrained(tmp_path / "same")
+    flags = "--prompt=Hello", "--num_samples=1", "--max_new_tokens=5", "--device=cpu"
+    expected = call("sample.py", f"--model={tmp_path / 'same'}", *flags).stdout
+    assert call("sample.py", f"--model={file}", *flags).stdout == expected
+    item = {"ind": 0, "ctx": "A man", "endings": ["sits", "flies", "reads", "is"], "label": 0}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item))
+    models = "--model", str(tmp_path / "same"), str(file)
+    lines = call("hellaswag.py", *models, f"--data={tmp_path / 'items.jsonl'}", "--device=cpu").stdout
+    first, second = (line.split("HellaSwag")[1] for line in lines.splitlines())
+    assert first == second
+    call("plot.py", "positions", file, "--out", tmp_path / "wpe.png")
+    assert (tmp_path / "wpe.png").exists()
+    assert "transformer.wte.weight" in call("train_gpt2.py", f"--init_from={file}", "--describe").stdout
+    config = choose_model_config(TrainConfig(init_from=str(file), sequence_length=32), get_encoding("gpt2"))
+    assert config.vocab_size == 50257
+    monkeypatch.chdir(tmp_path)
+    Path("log").mkdir()
+    file.rename("log/model_19072.pt")
+    with pytest.raises(InputError, match=r"did you mean log/model_19072\.pt\?"):
+        find_model("log/model_1907.pt")
+
+
+LOAD = """
+import sys
+from train_gpt2 import GPT
+from support.cli import CommandError
+from support.data.hub import model_files
+from huggingface_hub import constants
+import torch
+for offline in (False, True):
+    constants.HF_HUB_OFFLINE = offline
+    model_files.cache_clear()
+    for name in sys.argv[1:-2] if offline else sys.argv[1:]:
+        try:
+            with torch.no_grad():
+                logits = GPT.from_pretrained(name)(torch.arange(60).view(2, 30) * 800)
+                print(name, *logits[1, -1, :5].tolist())
+        except CommandError as error:
+            print(name, error)
+"""
+
+
+def test_every_form_comes_from_the_hub_too(oracle, tmp_path, monkeypatch):
+    """...and once it has come, from the disk; what is missing there is named, with what there is."""
+    forms = [tutorial, nanogpt, padded_safetensors, sharded_safetensors, pytorch_bin, sharded_bin]
+    models = tmp_path / "hub/models/some"
+    for form in forms:
+        (models / form.__name__).mkdir(parents=True)
+        form(oracle, models / form.__name__, monkeypatch)
+    for name, files in (("gguf", ["config.json", "a.gguf", "README.md"]), ("lora", ["adapter.safetensors"])):
+        (models / name).mkdir()
+        for file in files:
+            (models / name / file).write_text("{}")
+    names = [f"some/{form.__name__}" for form in forms]
+    with serve(tmp_path / "hub") as (env, requests):
+        lines = run("-c", LOAD, *names, "some/gguf", "some/lora", env=env).stdout.splitlines()
+    done, again = lines[: len(names)], lines[len(names) + 2 :]
+    asked = {path.rsplit("/", 1)[1] for kind, path, _ in requests if kind == "GET" and "padded" in path}
+    assert "model.safetensors" in asked
+    assert not any("pytorch_model" in name for name in asked)
+    expected = logits_of(oracle)[1, -1, :5]
+    for name, line in zip(names, done, strict=True):
+        first, *values = line.split()
+        assert first == name
+        assert torch.allclose(torch.tensor([float(value) for value in values]), expected, atol=1e-4)
+    gguf, lora = lines[len(names) : len(names) + 2]
+    assert gguf.endswith(
+        "it has no model.safetensors or pytorch_model.bin, only README.md, a.gguf, config.json"
+    )
+    assert lora.endswith("it has no config.json, only adapter.safetensors")
+    assert again == done
+
+
+# -----------------------------------------------------------------------------
+# refusals
+
+
+class Bomb:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["ckpt.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_no_code_of_a_file_runs(name, zipped, oracle, tmp_path):
+    saved = {"model_args": SIZES, "model": linear_layout(oracle), "x": Bomb(tmp_path / "gone off")}
+    oracle.config.save_pretrained(tmp_path)
+    torch.save(saved, tmp_path / name, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"refused, for it names code: posix\.mkdir; only") as error:
+        GPT.from_pretrained(tmp_path / name)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "gone off").exists()
+
+
+def test_a_class_of_settings_is_not_run_either(oracle, tmp_path, monkeypatch):
+    ran = []
+    made = type("TrapConfig", (), {"__reduce__": lambda self: (made, ("an argument",))})
+    saved = {"model_args": SIZES, "model": linear_layout(oracle), "x": made()}
+    save_as_main(saved, tmp_path / "ckpt.pt", monkeypatch, TrapConfig=made)
+    monkeypatch.setattr(sys.modules["__main__"], "TrapConfig", lambda *_: ran.append(1), raising=False)
+    GPT.from_pretrained(tmp_path)
+    assert not ran
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n"
+
+
+def change(saved, **entries):
+    saved["model"] |= {name.replace("__", "."): tensor for name, tensor in entries.items()}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda s: s["model_args"].update(use_rmsnorm=True), "model_args has use_rmsnorm = True"),
+        (lambda s: s.pop("model_args"), "holds no sizes of a GPT-2 (model)"),
+        (lambda s: s.pop("model"), "holds no weights (model_args)"),
+        (lambda s: s["model_args"].update(vocab_size=40000), "wte.weight is [50304, 16], its"),
+        (lambda s: s["model_args"].update(n_embd="x"), "not the configuration of a GPT-2"),
+        (lambda s: change(s, lm_head__weight=torch.ones(50304, 16)), "is not the embedding's copy"),
+        (lambda s: change(s, lm_head__bias=torch.ones(50304)), "tensors missing or too many"),
+        (lambda s: s["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
+        (
+            lambda s: change(s, transformer__ln_f__bias=torch.ones(16, dtype=torch.int8)),
+            "transformer.ln_f.bias is torch.int8; quantized",
+        ),
+    ],
+)
+def test_what_is_another_function_is_refused(spoil, message, oracle, tmp_path):
+    saved = {"model_args": dict(SIZES), "model": linear_layout(oracle)}
+    spoil(saved)
+    torch.save(saved, tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match=re.escape(message)) as error:
+        GPT.from_pretrained(tmp_path / "ckpt.pt")
+    assert str(error.value).startswith(f"{tmp_path / 'ckpt.pt'}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_whole_model_and_other_objects_are_refused(tmp_path, monkeypatch):
+    made = type("GPT", (torch.nn.Module,), {})
+    save_as_main(made(), tmp_path / "ckpt.pt", monkeypatch, GPT=made)
+    with pytest.raises(InputError, match=r"it names code: __main__\.GPT; only tensors and plain values"):
+        GPT.from_pretrained(tmp_path)
+    (tmp_path / "gpt2_124M.bin").write_bytes(b"llm.c")
+    with pytest.raises(InputError, match=r"gpt2_124M\.bin needs a config\.json beside it"):
+        GPT.from_pretrained(tmp_path / "gpt2_124M.bin")
+    torch.save([1, 2], tmp_path / "ckpt.pt")
+    with pytest.raises(InputError, match="holds no model, but a list"):
+        GPT.from_pretrained(tmp_path)
+    torch.save({"model_args": SIZES}, tmp_path / "ckpt.pt")
+    whole = (tmp_path / "ckpt.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"\x80\x02."):
+        (tmp_path / "ckpt.pt").write_bytes(damaged)
+        with pytest.raises(InputError, match=r"damaged, or not written by torch\.save"):
+            GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        (padded_safetensors, "model.safetensors"),
+        (padded_safetensors, "config.json"),
+        (sharded_safetensors, "model-00002-of-00002.safetensors"),
+        (sharded_safetensors, "model.safetensors.index.json"),
+        (pytorch_bin, "pytorch_model.bin"),
+        (tutorial, "model_19072.pt"),
+    ],
+)
+def test_a_git_lfs_pointer_is_named(form, name, oracle, tmp_path, monkeypatch):
+    form(oracle, tmp_path, monkeypatch)
+    (tmp_path / name).write_text(POINTER)
+    message = f"{tmp_path / name}: a Git LFS pointer, not the file; fetch it with `git lfs pull`"
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_an_index_leads_nowhere_else(oracle, tmp_path, monkeypatch):
+    sharded_safetensors(oracle, tmp_path, monkeypatch)
+    index = tmp_path / "model.safetensors.index.json"
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(InputError, match=r"model-00002-of-00002\.safetensors: No such file"):
+        GPT.from_pretrained(tmp_path)
+    for text in ('{"weight_map": {"a": "../../secret.bin"}}', "{}", "[", '{"weight_map": ["a"]}'):
+        index.write_text(text)
+        with pytest.raises(InputError, match=r"index\.json: not an index of weights"):
+            GPT.from_pretrained(tmp_path)
