@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from support.cli import CommandError, InputError, PositiveInt, check_numbers, in_words, run_command
+from support.cli import CommandError, InputError, PositiveInt, RunFault, check_numbers, in_words, run_command
 from support.data.documents import json_lines
 from support.data.encodings import get_encoding
 from support.data.hub import hub_or_disk
@@ -41,7 +41,7 @@ from support.machine.device import (
 from support.machine.processes import World
 from support.machine.sharding import gathered
 from support.model.huggingface import find_model
-from support.model.sampling import KVCache
+from support.model.sampling import NOT_FINITE, KVCache
 
 import numpy as np
 import tiktoken
@@ -407,8 +407,11 @@ def evaluate(
         }
         predictions.append(prediction)
     counted = [sum(p[key] == p["label"] for p in predictions) for key in ("pred", "pred_norm")]
-    counts = torch.tensor([*counted, sum(one.truncated for one in own), len(own)])
-    correct, correct_norm, truncated, n = world.sum(counts).tolist()
+    bad = sum(not all(map(math.isfinite, losses)) for losses in loss_sums)
+    counts = torch.tensor([*counted, sum(one.truncated for one in own), len(own), bad])
+    correct, correct_norm, truncated, n, bad = world.sum(counts).tolist()
+    if bad:
+        raise RunFault(f"HellaSwag: the losses of {bad:,} of {n:,} items are not finite; {NOT_FINITE}")
     return Score(n, correct / n, correct_norm / n, truncated, predictions, protocol=protocol)
 
 

@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from support.cli import InputError, run_command
+from support.cli import InputError, RunFault, run_command
 from support.data.encodings import get_encoding
 from support.machine.device import DeviceName, autocast_to, choose_device
-from support.model.sampling import PROMPT, stream
+from support.model.sampling import NOT_FINITE, PROMPT, stream
 
 import torch
 
@@ -92,6 +92,8 @@ def main(config: SampleConfig) -> None:
         ):
             n_steps += 1
             for row, token in zip(rows, step.flatten().tolist(), strict=True):
+                if token < 0:
+                    raise RunFault(f"the logits are not finite; {NOT_FINITE}")
                 if encoding.eot_token not in row[-1:]:  # an ended text stays as it is
                     row.append(token)
             if all(row[-1] == encoding.eot_token for row in rows):

@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 from conftest import call, run
+from hellaswag import evaluate, to_item
 from hub import serve
-from support.cli import InputError
+from support.cli import InputError, RunFault
 from support.data.encodings import get_encoding
+from support.model import sampling
 from support.model.huggingface import find_model
 from train_gpt2 import GPT, GPTConfig, TrainConfig, choose_model_config
 
@@ -356,6 +358,9 @@ def change(saved, **entries):
         (lambda s: change(s, lm_head__weight=torch.ones(50304, 16)), "is not the embedding's copy"),
         (lambda s: change(s, lm_head__bias=torch.ones(50304)), "tensors missing or too many"),
         (lambda s: s["model"].pop("transformer.h.1.ln_1.bias"), "transformer.h.1.ln_1.bias"),
+        (lambda s: s["model"]["transformer.h.0.ln_1.bias"].fill_(torch.nan), "ln_1.bias is not finite"),
+        (lambda s: s["model"]["transformer.wpe.weight"][3].fill_(-torch.inf), "wpe.weight is not finite"),
+        (lambda s: s["model"]["lm_head.weight"][3].fill_(torch.nan), "is not finite"),
         (
             lambda s: change(s, transformer__ln_f__bias=torch.ones(16, dtype=torch.int8)),
             "transformer.ln_f.bias is torch.int8; quantized",
@@ -420,3 +425,37 @@ def test_an_index_leads_nowhere_else(oracle, tmp_path, monkeypatch):
         index.write_text(text)
         with pytest.raises(InputError, match=r"index\.json: not an index of weights"):
             GPT.from_pretrained(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# logits that are not finite
+
+
+def test_logits_that_overflow_end_in_one_line(tmp_path):
+    """...while float32 holds them: sample.py, hellaswag.py and the same in training."""
+    config = GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=1, n_embd=8, encoding="bytes")
+    model = GPT(config).eval()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(1e6)
+    model.save_pretrained(tmp_path)
+    item = {"ind": 0, "ctx": "A man", "endings": ["sits", "flies", "reads", "is"], "label": 0}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item) + "\n")
+    for script, flags, message in (
+        ("sample.py", ("--max_new_tokens=3",), "error: the logits are not finite; try --dtype float32"),
+        ("sample.py", ("--max_new_tokens=3", "--stream", "--temperature=0"), "the logits are not finite"),
+        (
+            "hellaswag.py",
+            (f"--data={tmp_path / 'items.jsonl'}",),
+            "the losses of 1 of 1 items are not finite",
+        ),
+    ):
+        flags = (f"--model={tmp_path}", "--device=cpu", *flags)
+        done = call(script, *flags, "--dtype=float16", check=False)
+        assert (done.returncode, message in done.stderr.splitlines()[-1]) == (1, True), done.stderr
+        assert "acc" not in done.stdout
+    assert call("sample.py", f"--model={tmp_path}", "--device=cpu").returncode == 0
+    encoding, autocast = get_encoding("bytes"), torch.autocast("cpu", dtype=torch.float16)
+    with pytest.raises(RunFault, match="sampling: the logits are not finite"):
+        sampling.write_samples(model, encoding, autocast)
+    with pytest.raises(RunFault, match="not finite"), autocast:
+        evaluate(model, [to_item(item, "")], encoding)

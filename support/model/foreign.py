@@ -130,13 +130,17 @@ def read_tensors(weights_file: Path, vocab_size: int) -> dict[str, torch.Tensor]
     that was trained with its padding, as the tutorial's is, the softmax leaves padding the little probability
     that training did not drive out; here the real tokens share it. A model without biases gets zeros.
 
-    Raises InputError for a file of another kind, or a head of its own.
+    Raises InputError for a file of another kind, a head of its own, or weights that are not finite.
     """
     tensors = {plain_name(name): tensor for name, tensor in read_file(weights_file).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASKS)}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise InputError(f"{weights_file}: {name} is {tensor.dtype}; quantized weights are refused")
+        if not tensor.float().sum().isfinite():  # a sum is finite only if all are; quicker than to ask each
+            raise InputError(
+                f"{weights_file}: {name} is not finite: its training diverged; take an earlier checkpoint"
+            )
     head = tensors.pop(HEAD, None)
     if head is not None:
         embedding = tensors.setdefault(EMBEDDING, head)  # of two equal tensors, some keep the first name
