@@ -13,7 +13,7 @@ from hub import serve
 from support.cli import InputError, RunFault
 from support.data.encodings import get_encoding
 from support.model import sampling
-from support.model.huggingface import find_model
+from support.model.huggingface import change_from_gpt2, find_model
 from train_gpt2 import GPT, GPTConfig, TrainConfig, choose_model_config
 
 import numpy as np
@@ -459,3 +459,11 @@ def test_logits_that_overflow_end_in_one_line(tmp_path):
         sampling.write_samples(model, encoding, autocast)
     with pytest.raises(RunFault, match="not finite"), autocast:
         evaluate(model, [to_item(item, "")], encoding)
+
+
+def test_a_process_that_gets_its_weights_from_another_loads_none(oracle, tmp_path, monkeypatch):
+    """`--shard --init_from`: the model is made without weights, from any form."""
+    change_from_gpt2.cache_clear()
+    with torch.device("meta"):
+        model = GPT.from_pretrained(nanogpt(oracle, tmp_path, monkeypatch))
+    assert all(parameter.is_meta for parameter in model.parameters())

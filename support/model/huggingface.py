@@ -152,8 +152,9 @@ def change_from_gpt2(model_class: type["GPT"], config: "GPTConfig") -> str | Non
     """
     config = replace(config, block_size=8, vocab_size=17, n_layer=2, n_head=2, n_embd=8)
     generator = torch.Generator().manual_seed(0)
-    idx = torch.arange(8).view(1, 8)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    idx = torch.arange(8, device="cpu").view(1, 8)
+    # With --shard, most processes call this while they make a model on the device "meta", without weights.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         model = model_class(config).eval()
         for parameter in model.parameters():
             parameter.normal_(generator=generator)
