@@ -21,6 +21,7 @@ import pytest
 import safetensors.torch
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
 SIZES = {"block_size": 32, "vocab_size": 50304, "n_layer": 2, "n_head": 2, "n_embd": 16}
 IDX = torch.arange(60).view(2, 30) * 800  # token ids up to 47,200
@@ -425,6 +426,86 @@ def test_an_index_leads_nowhere_else(oracle, tmp_path, monkeypatch):
         index.write_text(text)
         with pytest.raises(InputError, match=r"index\.json: not an index of weights"):
             GPT.from_pretrained(tmp_path)
+
+
+# -----------------------------------------------------------------------------
+# transformers' switches
+
+TINY = {"vocab_size": 300, "n_positions": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
+OTHER_VALUES = {  # for every entry of transformers' config.json
+    **{name: [number // 2] for name, number in TINY.items()},
+    "activation_function": [*ACT2FN],
+    "add_cross_attention": [True],
+    "attn_pdrop": [0.5],
+    "embd_pdrop": [0.5],
+    "resid_pdrop": [0.5],
+    "bos_token_id": [3],
+    "eos_token_id": [3],
+    "pad_token_id": [3],
+    "initializer_range": [0.5],
+    "layer_norm_epsilon": [1e-6, 1e-3, 0.0],
+    "n_inner": [64, 32, 17],
+    "reorder_and_upcast_attn": [True],
+    "scale_attn_by_inverse_layer_idx": [True],
+    "scale_attn_weights": [False],
+    "summary_activation": ["tanh"],
+    "summary_first_dropout": [0.5],
+    "summary_proj_to_labels": [False],
+    "summary_type": ["mean"],
+    "summary_use_proj": [False],
+    "tie_word_embeddings": [False],
+    "use_cache": [False],
+    "is_decoder": [True],
+    "is_encoder_decoder": [True],
+    "chunk_size_feed_forward": [4],
+}
+REFUSED = {
+    "layer_norm_epsilon",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "add_cross_attention",
+    "tie_word_embeddings",
+}
+HONOURED = {"gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast", "gelu_accurate"}
+
+
+def test_every_switch_of_transformers_is_honoured_or_refused(tmp_path):
+    """Each by itself; those that change no logit are not refused."""
+    stored = json.loads(GPT2Config(**TINY).to_json_string(use_diff=False))
+    about_the_file = {"transformers_version", "model_type", "architectures", "dtype", "_name_or_path"}
+    of_other_tasks = {"id2label", "label2id", "problem_type", "output_attentions", "output_hidden_states",
+                      "return_dict"}  # fmt: skip
+    assert not stored.keys() - OTHER_VALUES.keys() - about_the_file - of_other_tasks
+    idx, outcomes = torch.arange(30).view(2, 15), {}
+    plain = draw(GPT2Config(**TINY, **NO_DROPOUT))
+    for name, values in OTHER_VALUES.items():
+        for value in values:
+            config = GPT2Config(**{**TINY, name: value})
+            oracle = draw(config)
+            if oracle.state_dict().keys() == plain.state_dict().keys():  # one that was made otherwise
+                tensors = plain.state_dict() | {"lm_head.weight": oracle.lm_head.weight}
+                with torch.no_grad():
+                    for key, tensor in oracle.state_dict().items():
+                        if tensor.shape == tensors[key].shape:
+                            tensor.copy_(tensors[key])
+            oracle.save_pretrained(tmp_path)
+            try:
+                ours = GPT.from_pretrained(tmp_path)
+            except InputError:
+                outcomes[name, value] = "refused"
+                continue
+            with torch.no_grad():
+                difference = (ours(idx) - oracle(idx).logits).abs().max().item()
+                changed = (oracle(idx).logits.shape != plain(idx).logits.shape) or not torch.allclose(
+                    oracle(idx).logits, plain(idx).logits, atol=1e-4
+                )
+            assert difference < 1e-4, (name, value)
+            outcomes[name, value] = "honoured" if changed else "the same"
+    refused = {pair for pair, outcome in outcomes.items() if outcome == "refused"}
+    expected = {("activation_function", name) for name in ACT2FN if name not in HONOURED}
+    expected |= {(name, value) for name in REFUSED for value in OTHER_VALUES[name]}
+    assert refused == expected | {("n_inner", 32), ("n_inner", 17)}
+    assert all(outcomes[name, number // 2] == "honoured" for name, number in TINY.items())
 
 
 # -----------------------------------------------------------------------------

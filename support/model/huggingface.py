@@ -34,12 +34,22 @@ if TYPE_CHECKING:
 CARD = "README.md"  # the model card
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that work without an owner
 CHANGED = "changed-gpt2"  # the model_type of a model whose code is not GPT-2's any more
-ARCHITECTURE = {  # the entries of config.json that define a GPT-2
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "n_inner": None,  # 4 * n_embd
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
+# The switches of transformers' GPT2Config that change the function, with the values that a GPT-2 may have.
+ARCHITECTURE: dict[str, tuple[Any, ...]] = {
+    # all of them GELU by tanh; without a name, transformers takes the first
+    "activation_function": (
+        "gelu_new",
+        "gelu_pytorch_tanh",
+        "gelu_python_tanh",
+        "gelu_fast",
+        "gelu_accurate",
+    ),
+    "layer_norm_epsilon": (1e-5,),
+    "n_inner": (None,),  # or 4 * n_embd
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
 }
 
 
@@ -123,9 +133,10 @@ def read_config(config_file: Path, config_class: type["GPTConfig"]) -> dict[str,
         raise InputError(f"{config_file}: not the configuration of a GPT-2 ({brief(error)})") from error
     if stored.get("model_type", "gpt2") not in ("gpt2", CHANGED):
         raise InputError(f"{config_file}: model_type is {stored['model_type']!r}, a GPT-2 has 'gpt2'")
-    for key, value in ARCHITECTURE.items():
-        if stored.get(key, value) not in (value, 4 * sizes["n_embd"] if key == "n_inner" else value):
-            raise InputError(f"{config_file}: {key} is {stored[key]!r}, a GPT-2 has {value!r}")
+    for key, values in ARCHITECTURE.items():
+        value = stored.get(key, values[0])
+        if value not in values and not (key == "n_inner" and value == 4 * sizes["n_embd"]):
+            raise InputError(f"{config_file}: {key} is {value!r}, a GPT-2 has {values[0]!r}")
     n_vocab = get_encoding(sizes["encoding"]).n_vocab
     if is_padding(sizes["vocab_size"], n_vocab):
         sizes["vocab_size"] = n_vocab
