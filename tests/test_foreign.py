@@ -11,16 +11,16 @@ from conftest import call, run
 from hellaswag import evaluate, to_item
 from hub import serve
 from support.cli import InputError, RunFault
-from support.data.encodings import get_encoding
+from support.data.encodings import END_OF_TEXT, get_encoding
 from support.model import sampling
-from support.model.huggingface import change_from_gpt2, find_model
+from support.model.huggingface import change_from_gpt2, find_model, read_config, tokenizer_files
 from train_gpt2 import GPT, GPTConfig, TrainConfig, choose_model_config
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.activations import ACT2FN
 
 SIZES = {"block_size": 32, "vocab_size": 50304, "n_layer": 2, "n_head": 2, "n_embd": 16}
@@ -287,6 +287,8 @@ def test_every_form_comes_from_the_hub_too(oracle, tmp_path, monkeypatch):
         (models / name).mkdir()
         for file in files:
             (models / name / file).write_text("{}")
+    other = models / "padded_safetensors/vocab.json"
+    other.write_text(json.dumps({f"t{i}": i for i in range(50257)}))
     names = [f"some/{form.__name__}" for form in forms]
     with serve(tmp_path / "hub") as (env, requests):
         lines = run("-c", LOAD, *names, "some/gguf", "some/lora", env=env).stdout.splitlines()
@@ -298,6 +300,9 @@ def test_every_form_comes_from_the_hub_too(oracle, tmp_path, monkeypatch):
     for name, line in zip(names, done, strict=True):
         first, *values = line.split()
         assert first == name
+        if "padded" in name:
+            assert "vocab.json: another tokenizer than the encoding 'gpt2'" in line
+            continue
         assert torch.allclose(torch.tensor([float(value) for value in values]), expected, atol=1e-4)
     gguf, lora = lines[len(names) : len(names) + 2]
     assert gguf.endswith(
@@ -406,6 +411,7 @@ def test_a_whole_model_and_other_objects_are_refused(tmp_path, monkeypatch):
         (sharded_safetensors, "model.safetensors.index.json"),
         (pytorch_bin, "pytorch_model.bin"),
         (tutorial, "model_19072.pt"),
+        (padded_safetensors, "tokenizer.json"),
     ],
 )
 def test_a_git_lfs_pointer_is_named(form, name, oracle, tmp_path, monkeypatch):
@@ -506,6 +512,58 @@ def test_every_switch_of_transformers_is_honoured_or_refused(tmp_path):
     expected |= {(name, value) for name in REFUSED for value in OTHER_VALUES[name]}
     assert refused == expected | {("n_inner", 32), ("n_inner", 17)}
     assert all(outcomes[name, number // 2] == "honoured" for name, number in TINY.items())
+
+
+# -----------------------------------------------------------------------------
+# tokenizers
+
+
+def test_another_tokenizer_of_as_many_tokens_is_refused(tmp_path):
+    """...whatever its form; GPT-2's own is not, nor is a token beyond the model's rows."""
+    GPT(GPTConfig(block_size=32, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)  # as transformers writes it
+    texts = {name: (tmp_path / name).read_text() for name in ("tokenizer.json", "vocab.json")}
+    config = tmp_path / "config.json"
+    assert read_config(config, GPTConfig)["vocab_size"] == 50257
+
+    def swapped(vocab):
+        return vocab | {"Ġthe": vocab["Ġa"], "Ġa": vocab["Ġthe"]}
+
+    stored = json.loads(texts["tokenizer.json"])
+    with_padding = {**stored, "added_tokens": [*stored["added_tokens"], {"content": "[PAD]", "id": 50257}]}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(with_padding))
+    assert read_config(config, GPTConfig)["vocab_size"] == 50257
+    stored["model"]["vocab"] = swapped(stored["model"]["vocab"])
+    for name, contents in (
+        ("vocab.json", swapped(json.loads(texts["vocab.json"]))),
+        ("vocab.json", {token: i for token, i in json.loads(texts["vocab.json"]).items() if i}),
+        ("vocab.json", []),
+        ("tokenizer.json", stored),
+        ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}, "added_tokens": []}),
+    ):
+        for file, text in texts.items():
+            (tmp_path / file).write_text(json.dumps(contents) if file == name else text)
+        with pytest.raises(InputError, match=rf"/{name}: another tokenizer than the encoding 'gpt2'"):
+            read_config(config, GPTConfig)
+    for file, text in tokenizer_files("bytes", 32).items():
+        (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match="another tokenizer than the encoding 'gpt2'"):
+        read_config(config, GPTConfig)
+
+
+def test_added_tokens_are_no_padding(tmp_path):
+    """A chat's two tokens in rows that would look like padding; and a vocabulary of one more."""
+    GPT(GPTConfig(block_size=32, vocab_size=50264, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    assert read_config(tmp_path / "config.json", GPTConfig)["vocab_size"] == 50257
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    assert END_OF_TEXT in {token["content"] for token in stored["added_tokens"]}
+    stored["added_tokens"].append({"content": "<|im_start|>", "id": 50257})
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(InputError, match="another tokenizer than the encoding 'gpt2'"):
+        read_config(tmp_path / "config.json", GPTConfig)
+    GPT(GPTConfig(block_size=32, vocab_size=50258, n_layer=1, n_head=1, n_embd=8)).save_pretrained(tmp_path)
+    done = call("sample.py", f"--model={tmp_path}", check=False)
+    assert done.returncode == 2
 
 
 # -----------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def newest_pickle(names: Iterable[str]) -> str | None:
 def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
     """The files of a model on the Hub that hold its configuration and its weights: config.json and the first
     of WEIGHTS, or the newest of PICKLES for both. Whatever is not on this disk yet is downloaded, with the
-    other parts of the weights.
+    other parts of the weights and the tokenizer beside them.
 
     Raises InputError or RunFault, in which `wanted` names the model.
     """
@@ -170,6 +170,8 @@ def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
     with hub_or_disk(wanted):
         config, weights = fetch("config.json"), fetch(*WEIGHTS)
         if config and weights:
+            for name in ("tokenizer.json", "vocab.json"):
+                fetch(name)
             if weights.suffix == ".json":
                 for part in parts_of(weights):
                     hf_hub_download(repository, part)

@@ -118,7 +118,7 @@ def read_config(config_file: Path, config_class: type["GPTConfig"]) -> dict[str,
     """The fields of GPTConfig that a Hugging Face config.json, or another script's checkpoint, has: the sizes
     of a GPT-2, and fields that were added to the class. Rows that pad the vocabulary are not counted.
 
-    Raises InputError if it does not describe a GPT-2.
+    Raises InputError if it does not describe a GPT-2, or if the tokenizer beside it has other tokens.
     """
     is_pickle = config_file.name.endswith(PICKLES)
     try:
@@ -137,6 +137,8 @@ def read_config(config_file: Path, config_class: type["GPTConfig"]) -> dict[str,
         value = stored.get(key, values[0])
         if value not in values and not (key == "n_inner" and value == 4 * sizes["n_embd"]):
             raise InputError(f"{config_file}: {key} is {value!r}, a GPT-2 has {values[0]!r}")
+    if not is_pickle:
+        check_tokenizer(config_file.parent, sizes["encoding"], sizes["vocab_size"])
     n_vocab = get_encoding(sizes["encoding"]).n_vocab
     if is_padding(sizes["vocab_size"], n_vocab):
         sizes["vocab_size"] = n_vocab
@@ -148,6 +150,27 @@ def read_json(file: Path) -> Any:
     """The contents of a JSON file. Raises OSError or ValueError, or for a Git LFS pointer InputError."""
     check_not_pointer(file)
     return json.loads(file.read_text(encoding="utf-8"))
+
+
+def check_tokenizer(folder: Path, encoding: str, rows: int) -> None:
+    """Raises InputError if the tokenizer in `folder` has another token than the encoding at one of the ids
+    below `rows`: the model would be fed ids that mean something else to it."""
+    for name in ("tokenizer.json", "vocab.json"):
+        file = folder / name
+        if not file.exists():
+            continue
+        try:
+            theirs = read_json(file)
+            if name == "tokenizer.json":
+                added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
+                theirs = theirs["model"]["vocab"] | added
+            theirs = {token: i for token, i in theirs.items() if i < rows}
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            theirs = None  # another kind of tokenizer
+        if theirs != {token: i for token, i in vocabulary(encoding).items() if i < rows}:
+            raise InputError(f"{file}: another tokenizer than the encoding {encoding!r}, which is used here")
 
 
 # -----------------------------------------------------------------------------
@@ -277,16 +300,24 @@ def write_model(
 
 
 @functools.cache
+def vocabulary(encoding: str) -> dict[str, int]:
+    """All tokens of an encoding, in the characters of `letters`, and their ids."""
+    letter_of = letters()
+    ranks = get_encoding(encoding)._mergeable_ranks  # token bytes to id
+    tokens = {"".join(letter_of[byte] for byte in token): rank for token, rank in ranks.items()}
+    return {**tokens, END_OF_TEXT: len(tokens)}
+
+
+@functools.cache
 def tokenizer_files(encoding: str, model_max_length: int) -> dict[str, str]:
     """The tokenizer of an encoding in the files (name to text) that `AutoTokenizer.from_pretrained` reads;
     the older tokenizers read vocab.json and merges.txt. That of bytes is GPT-2's without merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    letter_of = letters()
-    ranks = get_encoding(encoding)._mergeable_ranks  # token bytes to id
-    vocabulary = {"".join(letter_of[byte] for byte in token): rank for token, rank in ranks.items()}
+    tokens = vocabulary(encoding)
     pairs = merges() if encoding == "gpt2" else []
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    without_special = {token: i for token, i in tokens.items() if token != END_OF_TEXT}
+    tokenizer = Tokenizer(models.BPE(vocab=without_special, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # its pattern is GPT-2's
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -305,7 +336,7 @@ def tokenizer_files(encoding: str, model_max_length: int) -> dict[str, str]:
     return {
         "tokenizer.json": to_json(stored),
         "tokenizer_config.json": to_json(settings),
-        "vocab.json": json.dumps({**vocabulary, END_OF_TEXT: len(vocabulary)}),
+        "vocab.json": json.dumps(tokens),
         "merges.txt": "\n".join(["#version: 0.2", *merge_lines, ""]),
     }
 
