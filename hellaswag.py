@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from support.cli import CommandError, InputError, PositiveInt, check_numbers, in_words, run_command
+from support.cli import CommandError, InputError, PositiveInt, RunFault, check_numbers, in_words, run_command
 from support.data.documents import read_rows
 from support.data.encodings import get_encoding
 from support.data.hub import hub_or_disk
@@ -41,7 +41,7 @@ from support.machine.device import (
 from support.machine.processes import World
 from support.machine.sharding import gathered
 from support.model.huggingface import find_model
-from support.model.sampling import KVCache
+from support.model.sampling import NOT_FINITE, KVCache
 
 import numpy as np
 import tiktoken
@@ -61,7 +61,8 @@ Protocol = Literal["tutorial", "harness"]
 class ScoreConfig:
     """Score GPT-2s on HellaSwag's validation items."""
 
-    model: tuple[str, ...] = ("gpt2",)  # Hub names (gpt2, gpt2-medium, ...), checkpoint or run folders
+    model: tuple[str, ...] = ("gpt2",)
+    """Hub names (gpt2, gpt2-medium, ...), checkpoint or run folders, or files such as ckpt.pt"""
     protocol: Protocol = "tutorial"  # how prompts are built and endings scored; see the top of hellaswag.py
     data: Path | None = None  # items as JSON lines or .parquet; default: the validation split from the Hub
     limit: PositiveInt | None = None  # score only this many items, spread evenly; default: all
@@ -405,8 +406,11 @@ def evaluate(
         }
         predictions.append(prediction)
     counted = [sum(p[key] == p["label"] for p in predictions) for key in ("pred", "pred_norm")]
-    counts = torch.tensor([*counted, sum(one.truncated for one in own), len(own)])
-    correct, correct_norm, truncated, n = world.sum(counts).tolist()
+    bad = sum(not all(map(math.isfinite, losses)) for losses in loss_sums)
+    counts = torch.tensor([*counted, sum(one.truncated for one in own), len(own), bad])
+    correct, correct_norm, truncated, n, bad = world.sum(counts).tolist()
+    if bad:
+        raise RunFault(f"HellaSwag: the losses of {bad:,} of {n:,} items are not finite; {NOT_FINITE}")
     return Score(n, correct / n, correct_norm / n, truncated, predictions, protocol=protocol)
 
 

@@ -32,7 +32,7 @@ class Run:
 class Positions:
     """Draw the position embeddings of a model: the matrix as an image, three of its channels as curves."""
 
-    model: Annotated[str, tyro.conf.Positional]  # a Hub name, a checkpoint folder, or a run's folder
+    model: Annotated[str, tyro.conf.Positional]  # a Hub name, a checkpoint or run folder, or a .pt file
     out: Path = Path("wpe.png")  # the picture
 
 

@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from typing import Literal
 
-from support.cli import InputError, run_command
+from support.cli import InputError, RunFault, run_command
 from support.data.encodings import get_encoding
 from support.machine.device import DeviceName, autocast_to, choose_device
-from support.model.sampling import PROMPT, stream
+from support.model.sampling import NOT_FINITE, PROMPT, stream
 
 import torch
 
@@ -26,7 +26,8 @@ class SampleConfig:
     """Print text that a GPT-2 writes after a prompt. A text ends at <|endoftext|>, or after
     max_new_tokens."""
 
-    model: str = "gpt2"  # a Hub name (gpt2, gpt2-medium, ...), a checkpoint folder, or a run's folder
+    model: str = "gpt2"
+    """a Hub name (gpt2, gpt2-medium, ...), a checkpoint's or a run's folder, or a file such as ckpt.pt"""
     prompt: str = PROMPT  # what the text begins with; -: read it from standard input; empty: a new document
     num_samples: int | None = None
     """texts, written at once; default: 5, with --stream or --temperature 0, where all are alike, 1"""
@@ -91,6 +92,8 @@ def main(config: SampleConfig) -> None:
         ):
             n_steps += 1
             for row, token in zip(rows, step.flatten().tolist(), strict=True):
+                if token < 0:
+                    raise RunFault(f"the logits are not finite; {NOT_FINITE}")
                 if encoding.eot_token not in row[-1:]:  # an ended text stays as it is
                     row.append(token)
             if all(row[-1] == encoding.eot_token for row in rows):

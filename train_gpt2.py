@@ -116,7 +116,7 @@ class TrainConfig:
 
     # -- the model
     model: ModelName | None = None  # shape of the new model; default: gpt2
-    init_from: str | None = None  # start from these weights: a Hub name (gpt2) or a checkpoint folder
+    init_from: str | None = None  # start from these weights: a Hub name (gpt2), a folder, a file (ckpt.pt)
     n_layer: cli.PositiveInt | None = None  # layers, if other than the model's
     n_head: cli.PositiveInt | None = None  # attention heads, if other than the model's
     n_embd: cli.PositiveInt | None = None  # width, if other than the model's
@@ -418,16 +418,16 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_folder: str | Path, config: GPTConfig | None = None) -> "GPT":
-        """The model in a folder (a checkpoint, a run's folder, or any Hugging Face GPT-2) or on the Hub by
-        name: gpt2, gpt2-medium, gpt2-large, gpt2-xl, owner/name. With a `config`, the weights go into a
-        model of that configuration.
+        """The model in a folder (a checkpoint, a run's folder, or any Hugging Face GPT-2), in a file that the
+        tutorial's script or nanoGPT saved, or on the Hub by name: gpt2, gpt2-medium, gpt2-large, gpt2-xl,
+        owner/name. With a `config`, the weights go into a model of that configuration.
 
         Raises InputError when there is no such model, it is not a GPT-2, or its tensors don't fit its config.
         """
         config_file, weights_file = huggingface.find_model(name_or_folder)
         model = cls(config or GPTConfig(**huggingface.read_config(config_file, GPTConfig)))
         huggingface.check_change(config_file, model.change_from_gpt2())
-        tensors = huggingface.read_tensors(weights_file)
+        tensors = huggingface.read_tensors(weights_file, model.config.vocab_size)
         own = dict(model.named_parameters())  # the tied matrix comes once
         if different := sorted(own.keys() ^ tensors.keys()):
             raise InputError(f"{weights_file}: tensors missing or too many: {', '.join(different[:5])}")

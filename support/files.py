@@ -18,9 +18,9 @@ def sha256(path: Path) -> str:
 
 
 def check_not_pointer(path: Path) -> None:
-    """Raises InputError if Git LFS has left a pointer in place of the file; OSError if it can't be read."""
+    """Raises InputError if the file only says where Git LFS keeps the real one; OSError if none can be read."""
     with open(path, "rb") as file:
-        if file.read(42) == b"version https://git-lfs.github.com/spec/v1":
+        if file.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
             raise InputError(f"{path}: a Git LFS pointer, not the file; fetch it with `git lfs pull`")
 
 

@@ -3,17 +3,20 @@
 import contextlib
 import errno
 import functools
+import json
+import math
+import os
 import posixpath
 import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from support.cli import CommandError, InputError, RunFault, file_size, in_words
+from support.cli import CommandError, InputError, RunFault, brief, file_size, in_words
 from support.data.documents import SUPPORTED, File, kind_of
 from support.files import sha256
 
@@ -25,6 +28,13 @@ ADVICE = {  # for errors of huggingface_hub whose own message names a status onl
     "RepositoryNotFoundError": "it does not exist, or it is private and needs `hf auth login`",
     "RevisionNotFoundError": "it has no such branch, tag or commit",
 }
+WEIGHTS = (  # a model's weights, in the order in which they are looked for
+    "model.safetensors",
+    "model.safetensors.index.json",  # names the parts of a model in several files
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+PICKLES = (".pt", ".pth", ".ckpt")  # what training scripts save: one file with weights and sizes
 T = TypeVar("T")
 
 # -----------------------------------------------------------------------------
@@ -124,18 +134,69 @@ def hub_or_disk(wanted: str) -> Iterator[None]:
 # models
 
 
+def newest_pickle(names: Iterable[str]) -> str | None:
+    """The training checkpoint with the highest number. One without a number, such as nanoGPT's ckpt.pt, is
+    kept up to date, so it counts as the newest."""
+
+    def age(name: str) -> tuple[float, str]:
+        numbers = re.findall(r"\d+", name)
+        return (float(numbers[-1]) if numbers else math.inf), name
+
+    found = [name for name in names if name.endswith(PICKLES) and name != "trainer.pt"]  # that one is ours
+    return max(found, key=age, default=None)
+
+
 @functools.cache
 def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
-    """config.json and model.safetensors of a model on the Hub, downloaded if they are not on this disk yet.
+    """The files of a model on the Hub that hold its configuration and its weights: config.json and the first
+    of WEIGHTS, or the newest of PICKLES for both. Whatever is not on this disk yet is downloaded, with the
+    other parts of the weights and the tokenizer beside them.
 
     Raises InputError or RunFault, in which `wanted` names the model.
     """
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, list_repo_files, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetch(*names: str) -> Path | None:
+        """The first of these files that there is."""
+        for name in names:
+            try:
+                return Path(hf_hub_download(repository, name))
+            except EntryNotFoundError as error:
+                if isinstance(error, LocalEntryNotFoundError) and not constants.HF_HUB_OFFLINE:
+                    raise  # the Hub did not answer
+        return None
 
     with hub_or_disk(wanted):
-        config_file = hf_hub_download(repository, "config.json")
-        weights_file = hf_hub_download(repository, "model.safetensors")
-    return Path(config_file), Path(weights_file)
+        config, weights = fetch("config.json"), fetch(*WEIGHTS)
+        if config and weights:
+            for name in ("tokenizer.json", "vocab.json"):
+                fetch(name)
+            if weights.suffix == ".json":
+                for part in parts_of(weights):
+                    hf_hub_download(repository, part)
+            return config, weights
+        offline = constants.HF_HUB_OFFLINE
+        there = os.listdir(snapshot_download(repository)) if offline else list_repo_files(repository)
+        if pickle := newest_pickle(name for name in there if "/" not in name):
+            file = Path(hf_hub_download(repository, pickle))
+            return file, file
+        if offline:
+            raise FileNotFoundError("no earlier download is on this disk")
+    missing = "model.safetensors or pytorch_model.bin" if config else "config.json"
+    files = ", ".join(sorted(there)[:8]) + ", ..." * (len(there) > 8)
+    raise InputError(f"{wanted}: on the Hub it has no {missing}, only {files or 'nothing'}")
+
+
+def parts_of(index_file: Path) -> list[str]:
+    """The names of the files that an index names. Raises InputError if it is not an index."""
+    try:
+        names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
+        if any(Path(name).name != name for name in names):  # it must not lead out of the folder
+            raise ValueError("a name with a folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{index_file}: not an index of weights ({brief(error)})") from error
+    return sorted(names)
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """
-Read and write transformers' model folders: config.json, model.safetensors, the tokenizer's files.
+Find models, and read and write transformers' folders: config.json, weights, the tokenizer's files.
 
 Sizes and tensors are plain values here; `GPT.from_pretrained` and `GPT.save_pretrained` give them meaning.
 The folder is GPT-2's, so a model whose code was changed into something else is marked as changed.
@@ -19,10 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from support.cli import InputError, brief
 from support.data.encodings import END_OF_TEXT, get_encoding, letters, merges
-from support.data.hub import model_files
-from support.files import to_json
+from support.data.hub import PICKLES, WEIGHTS, model_files, newest_pickle
+from support.files import check_not_pointer, to_json
+from support.model.foreign import is_padding, read_sizes
+from support.model.foreign import read_tensors as read_tensors  # for GPT.from_pretrained
 
-import safetensors
 import safetensors.torch
 import torch
 from torch.nn import functional as F
@@ -33,12 +34,22 @@ if TYPE_CHECKING:
 CARD = "README.md"  # the model card
 OPENAI_MODELS = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")  # names that work without an owner
 CHANGED = "changed-gpt2"  # the model_type of a model whose code is not GPT-2's any more
-ARCHITECTURE = {  # the entries of config.json that define a GPT-2
-    "activation_function": "gelu_new",
-    "layer_norm_epsilon": 1e-5,
-    "n_inner": None,  # 4 * n_embd
-    "scale_attn_by_inverse_layer_idx": False,
-    "tie_word_embeddings": True,
+# The switches of transformers' GPT2Config that change the function, with the values that a GPT-2 may have.
+ARCHITECTURE: dict[str, tuple[Any, ...]] = {
+    # all of them GELU by tanh; without a name, transformers takes the first
+    "activation_function": (
+        "gelu_new",
+        "gelu_pytorch_tanh",
+        "gelu_python_tanh",
+        "gelu_fast",
+        "gelu_accurate",
+    ),
+    "layer_norm_epsilon": (1e-5,),
+    "n_inner": (None,),  # or 4 * n_embd
+    "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,),
+    "add_cross_attention": (False,),
+    "tie_word_embeddings": (True,),
 }
 
 
@@ -47,24 +58,38 @@ ARCHITECTURE = {  # the entries of config.json that define a GPT-2
 
 
 def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
-    """Find config.json and model.safetensors: in a folder, in a run's newest checkpoint, or on the Hub.
-    Raises InputError if there is no such model, with a suggestion where possible."""
+    """Find the files with a model's configuration and weights: a file of weights itself, in a folder, in a
+    run's newest checkpoint, or on the Hub. What another training script saved (ckpt.pt, model_19072.pt) is
+    both files in one.
+
+    Raises InputError if there is no such model, with a suggestion where possible.
+    """
     name, folder = str(name_or_folder), Path(name_or_folder)
     if folder.is_dir():
         if not (folder / "config.json").exists():
             folder = [folder, *list_checkpoints(folder)][-1]
-        found = folder / "config.json", folder / "model.safetensors"
-        for file in found:
-            if not file.exists():
-                is_run = (folder / "log.txt").exists()
-                what = "a run without a checkpoint" if is_run else f"not a model: it has no {file.name}"
-                raise InputError(f"{folder} is {what}{hint_at_runs(name, folder.iterdir())}")
-        return found
+        names = {path.name for path in folder.iterdir()}
+        weights = [file for file in WEIGHTS if file in names]
+        if "config.json" in names and weights:
+            return folder / "config.json", folder / weights[0]
+        if pickle := newest_pickle(names):
+            return folder / pickle, folder / pickle
+        missing = "model.safetensors" if "config.json" in names else "config.json"
+        what = "a run without a checkpoint" if "log.txt" in names else f"not a model: it has no {missing}"
+        raise InputError(f"{folder} is {what}{hint_at_runs(name, folder.iterdir())}")
     if folder.exists():
-        raise InputError(f"{name} is a file; a model is a folder, or a name on the Hub")
+        if name.endswith(PICKLES):
+            return folder, folder
+        if name.endswith((".safetensors", ".bin", ".index.json")):
+            config = folder.with_name("config.json")
+            if not config.exists():
+                raise InputError(f"{name} needs a config.json beside it, which says how many heads it has")
+            return config, folder
+        raise InputError(f"{name} is a file; a model is a folder, a file of weights, or a name on the Hub")
     hint = hint_at_runs(name, [Path("log"), *Path("log").glob("*")])
-    if name.startswith((".", "/", "~", "log/")) or name.count("/") > 1:
-        raise InputError(f"there is no folder {name}{hint}")
+    is_file = name.endswith(PICKLES)
+    if is_file or name.startswith((".", "/", "~", "log/")) or name.count("/") > 1:
+        raise InputError(f"there is no {'file' if is_file else 'folder'} {name}{hint}")
     repository = f"openai-community/{name}" if name in OPENAI_MODELS else name
     if os.environ.get("RANK", "0") == "0":
         print(f"looking for {repository} on the Hugging Face Hub", file=sys.stderr)
@@ -72,8 +97,9 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
 
 
 def hint_at_runs(name: str, folders: Iterable[Path]) -> str:
-    """A question: up to three of the folders that have checkpoints, the most similar name first."""
-    runs = [str(folder) for folder in folders if list_checkpoints(folder)]
+    """A question: up to three of the folders that have checkpoints, or of the checkpoints of other scripts,
+    the most similar name first."""
+    runs = [str(path) for path in folders if list_checkpoints(path) or path.name.endswith(PICKLES)]
     closest = difflib.get_close_matches(name, runs, n=3, cutoff=0.0)
     return f"; did you mean {' or '.join(closest)}?" if closest else ""
 
@@ -89,46 +115,62 @@ def list_checkpoints(log_dir: Path) -> list[Path]:
 
 
 def read_config(config_file: Path, config_class: type["GPTConfig"]) -> dict[str, Any]:
-    """The fields of GPTConfig that a Hugging Face config.json has: the sizes of a GPT-2, and fields that were
-    added to the class. Raises InputError if it does not describe a GPT-2."""
+    """The fields of GPTConfig that a Hugging Face config.json, or another script's checkpoint, has: the sizes
+    of a GPT-2, and fields that were added to the class. Rows that pad the vocabulary are not counted.
+
+    Raises InputError if it does not describe a GPT-2, or if the tokenizer beside it has other tokens.
+    """
+    is_pickle = config_file.name.endswith(PICKLES)
     try:
-        stored = json.loads(config_file.read_text(encoding="utf-8"))
+        stored = read_sizes(config_file) if is_pickle else read_json(config_file)
         same = ("vocab_size", "n_layer", "n_head", "n_embd")
-        sizes = {name: operator.index(stored[name]) for name in same}
+        sizes: dict[str, Any] = {name: operator.index(stored[name]) for name in same}
         sizes["block_size"] = operator.index(stored["n_positions"])
-        sizes["encoding"] = stored.get("encoding", "gpt2")
+        sizes["encoding"] = str(stored.get("encoding", "gpt2"))
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{config_file}: not the configuration of a GPT-2 ({brief(error)})") from error
     if stored.get("model_type", "gpt2") not in ("gpt2", CHANGED):
         raise InputError(f"{config_file}: model_type is {stored['model_type']!r}, a GPT-2 has 'gpt2'")
-    for key, value in ARCHITECTURE.items():
-        if stored.get(key, value) not in (value, 4 * sizes["n_embd"] if key == "n_inner" else value):
-            raise InputError(f"{config_file}: {key} is {stored[key]!r}, a GPT-2 has {value!r}")
+    for key, values in ARCHITECTURE.items():
+        value = stored.get(key, values[0])
+        if value not in values and not (key == "n_inner" and value == 4 * sizes["n_embd"]):
+            raise InputError(f"{config_file}: {key} is {value!r}, a GPT-2 has {values[0]!r}")
+    if not is_pickle:
+        check_tokenizer(config_file.parent, sizes["encoding"], sizes["vocab_size"])
+    n_vocab = get_encoding(sizes["encoding"]).n_vocab
+    if is_padding(sizes["vocab_size"], n_vocab):
+        sizes["vocab_size"] = n_vocab
     added = {field.name for field in fields(config_class)} - sizes.keys()
     return sizes | {name: stored[name] for name in added & stored.keys()}
 
 
-def read_tensors(weights_file: Path) -> dict[str, torch.Tensor]:
-    """The weights in a safetensors file, under transformers' names.
+def read_json(file: Path) -> Any:
+    """The contents of a JSON file. Raises OSError or ValueError, or for a Git LFS pointer InputError."""
+    check_not_pointer(file)
+    return json.loads(file.read_text(encoding="utf-8"))
 
-    A head that is the embedding's copy is left out, and so are the masks that old releases stored. Raises
-    InputError for any other file; pickles are never opened.
-    """
-    try:
-        tensors = safetensors.torch.load_file(weights_file)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{weights_file}: not a sound safetensors file ({error})") from error
-    masks = (".attn.bias", ".attn.masked_bias")
-    tensors = {
-        # OpenAI's own files lack the prefix.
-        name if name == "lm_head.weight" else "transformer." + name.removeprefix("transformer."): tensor
-        for name, tensor in tensors.items()
-        if not name.endswith(masks)
-    }
-    head, embedding = tensors.get("lm_head.weight"), tensors.get("transformer.wte.weight")
-    if head is not None and embedding is not None and torch.equal(head, embedding):
-        del tensors["lm_head.weight"]
-    return tensors
+
+def check_tokenizer(folder: Path, encoding: str, rows: int) -> None:
+    """Raises InputError if the tokenizer in `folder` has another token than the encoding at one of the ids
+    below `rows`: the model would be fed ids that mean something else to it."""
+    for name in ("tokenizer.json", "vocab.json"):
+        file = folder / name
+        if not file.exists():
+            continue
+        try:
+            theirs = read_json(file)
+            if name == "tokenizer.json":
+                added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
+                theirs = theirs["model"]["vocab"] | added
+            theirs = {token: i for token, i in theirs.items() if i < rows}
+        except InputError:
+            raise
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            theirs = None  # another kind of tokenizer
+        if theirs != {token: i for token, i in vocabulary(encoding).items() if i < rows}:
+            raise InputError(f"{file}: another tokenizer than the encoding {encoding!r}, which is used here")
 
 
 # -----------------------------------------------------------------------------
@@ -144,8 +186,9 @@ def change_from_gpt2(model_class: type["GPT"], config: "GPTConfig") -> str | Non
     """
     config = replace(config, block_size=8, vocab_size=17, n_layer=2, n_head=2, n_embd=8)
     generator = torch.Generator().manual_seed(0)
-    idx = torch.arange(8).view(1, 8)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    idx = torch.arange(8, device="cpu").view(1, 8)
+    # With --shard, most processes call this while they make a model on the device "meta", without weights.
+    with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
         model = model_class(config).eval()
         for parameter in model.parameters():
             parameter.normal_(generator=generator)
@@ -192,7 +235,7 @@ def gpt2_logits(weights: dict[str, torch.Tensor], config: "GPTConfig", idx: torc
 
 def check_change(config_file: Path, change: str | None) -> None:
     """Raises InputError if the model was trained by changed code, and the code here is GPT-2's."""
-    stored = json.loads(config_file.read_text(encoding="utf-8"))
+    stored = {} if config_file.name.endswith(PICKLES) else read_json(config_file)
     if stored.get("model_type") == CHANGED and change is None:
         advice = "load it with the train_gpt2.py that trained it"
         raise InputError(f"{config_file}: not a GPT-2: {stored.get('change')}; {advice}")
@@ -257,16 +300,24 @@ def write_model(
 
 
 @functools.cache
+def vocabulary(encoding: str) -> dict[str, int]:
+    """All tokens of an encoding, in the characters of `letters`, and their ids."""
+    letter_of = letters()
+    ranks = get_encoding(encoding)._mergeable_ranks  # token bytes to id
+    tokens = {"".join(letter_of[byte] for byte in token): rank for token, rank in ranks.items()}
+    return {**tokens, END_OF_TEXT: len(tokens)}
+
+
+@functools.cache
 def tokenizer_files(encoding: str, model_max_length: int) -> dict[str, str]:
     """The tokenizer of an encoding in the files (name to text) that `AutoTokenizer.from_pretrained` reads;
     the older tokenizers read vocab.json and merges.txt. That of bytes is GPT-2's without merges."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-    letter_of = letters()
-    ranks = get_encoding(encoding)._mergeable_ranks  # token bytes to id
-    vocabulary = {"".join(letter_of[byte] for byte in token): rank for token, rank in ranks.items()}
+    tokens = vocabulary(encoding)
     pairs = merges() if encoding == "gpt2" else []
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=pairs))
+    without_special = {token: i for token, i in tokens.items() if token != END_OF_TEXT}
+    tokenizer = Tokenizer(models.BPE(vocab=without_special, merges=pairs))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # its pattern is GPT-2's
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -285,7 +336,7 @@ def tokenizer_files(encoding: str, model_max_length: int) -> dict[str, str]:
     return {
         "tokenizer.json": to_json(stored),
         "tokenizer_config.json": to_json(settings),
-        "vocab.json": json.dumps({**vocabulary, END_OF_TEXT: len(vocabulary)}),
+        "vocab.json": json.dumps(tokens),
         "merges.txt": "\n".join(["#version: 0.2", *merge_lines, ""]),
     }
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from support.cli import brief
+from support.cli import RunFault, brief
 from support.machine.device import choose_compile, varying_shapes
 from support.machine.sharding import gathered
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COMPILE_FROM = 32  # tokens; for fewer, compilation is not tried
 PROMPT = "Hello, I'm a language model,"  # the lecture's
+NOT_FINITE = "try --dtype float32; if it is no help, the weights are to blame"  # advice
 
 
 # -----------------------------------------------------------------------------
@@ -124,9 +125,10 @@ def stream(
             while, and serves all later texts of this process with as many rows and a similar length.
 
     Yields:
-        (B, 1) int64: the next token of each row, max_new_tokens times. A text longer than block_size is
-        continued from its last block_size tokens. Every new token then shifts all positions, so nothing can
-        be cached, and each token costs a forward pass over the whole window.
+        (B, 1) int64: the next token of each row, max_new_tokens times; -1 where the largest logit is not
+        finite. A text longer than block_size is continued from its last block_size tokens. Every new token
+        then shifts all positions, so nothing can be cached, and each token costs a forward pass over the
+        whole window.
     """
     generator = None if seed is None else torch.Generator(device=idx.device).manual_seed(seed)
     block_size = model.config.block_size
@@ -145,7 +147,8 @@ def stream(
                 logits = step(unread) if step else next_logits(model, unread, caches)
         unread = choose_token(logits, temperature, top_k, top_p, generator)
         tokens = torch.cat((tokens, unread), dim=1)
-        yield unread
+        finite = logits.amax(dim=-1, keepdim=True).isfinite()
+        yield unread.masked_fill(~finite, -1)  # so whoever reads the tokens knows, without another wait
 
 
 def next_logits(model: "GPT", idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
@@ -222,4 +225,6 @@ def write_samples(model: "GPT", encoding: tiktoken.Encoding, autocast: torch.aut
     idx = torch.tensor([prompt] * count, device=next(model.parameters()).device)
     with gathered(model), autocast:
         rows = torch.cat((idx, *stream(model, idx, max_new_tokens, seed=42)), dim=1).tolist()
+    if any(-1 in row for row in rows):
+        raise RunFault(f"sampling: the logits are not finite; {NOT_FINITE}")
     return [encoding.decode(row) for row in rows]
