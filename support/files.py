@@ -18,7 +18,7 @@ def sha256(path: Path) -> str:
 
 
 def check_not_pointer(path: Path) -> None:
-    """Raises InputError if the file only says where Git LFS keeps the real one; OSError if none can be read."""
+    """Raises InputError if the file only says where Git LFS keeps the real one; OSError as `open` does."""
     with open(path, "rb") as file:
         if file.read(64).startswith(b"version https://git-lfs.github.com/spec/"):
             raise InputError(f"{path}: a Git LFS pointer, not the file; fetch it with `git lfs pull`")
