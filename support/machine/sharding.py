@@ -123,11 +123,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    with torch.compiler.set_stance("force_eager") if modules else contextlib.nullcontext():
-        yield
-    for module in modules:
-        module.set_reshard_after_forward(module is not modules[0], recurse=False)
-        module.reshard()
+    try:
+        with torch.compiler.set_stance("force_eager") if modules else contextlib.nullcontext():
+            yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not modules[0], recurse=False)
+            module.reshard()
 
 
 # -----------------------------------------------------------------------------
