@@ -211,8 +211,8 @@ class StopSignals:
         self.at = 0.0
         self.stopped = False  # whether a signal has ended the block, here or in another process
         self.store: dist.Store | None = None  # where several processes agree
-        self.key = ""  # its entry: "go N" if all have agreed N times to go on; then perhaps "stop N"
-        self.agreed = 0  # the N of this process
+        self.key = ""  # its entry: "go N" when a process has passed the N-th place, "stop N" if none shall
+        self.agreed = 0  # places that this process has passed
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self.handle)
@@ -240,19 +240,22 @@ class StopSignals:
         return name
 
     def check(self, all_meet: bool = True) -> None:
-        """Raises Stopped after a signal to any process: in all of them, before they communicate again.
+        """Raises Stopped after a signal to any process: in all of them, at the same place.
 
-        With `all_meet`, every process calls this before it communicates, and the first one decides for all:
-        "go" or "stop". In between, others go on, and a process with a signal may only say "stop". If the
-        others are past that, it goes on to where they meet next.
+        With `all_meet`, every process calls this, before it communicates. The first one writes into the store
+        that all go on from there, or a process with a signal, that all stop where the foremost of them is
+        next. The others find it. In between, processes only look, and write after a signal.
         """
-        if self.store:
-            here, further, stop = f"go {self.agreed}", f"go {self.agreed + 1}", f"stop {self.agreed}"
-            wanted = stop if self.received else further if all_meet else here
-            stopping = self.store.compare_set(self.key, here, wanted) == stop.encode()
-        else:
-            stopping = self.received > 0
-        if stopping:
+        if not self.store:
+            if self.received:
+                raise Stopped
+            return
+        here, further = f"go {self.agreed}", f"go {self.agreed + 1}"
+        wanted = further if all_meet and not self.received else here
+        said = self.store.compare_set(self.key, here, wanted).decode()
+        while self.received and said.startswith("go"):
+            said = self.store.compare_set(self.key, said, said.replace("go", "stop")).decode()
+        if said == f"stop {self.agreed}":
             raise Stopped
         self.agreed += all_meet
 
