@@ -364,7 +364,8 @@ def evaluate(
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> Score:
     """Score `model` on `items`, split among the processes of `world`; each returns the accuracies over all
-    items. `progress` shows a bar; `on_part` is called with the items done and the items in all.
+    items. `progress` shows a bar; `on_part` is called with the items done and the items in all,
+    before each batch and at the end.
 
     An item longer than the block size loses the beginning of its context (see `fit`) and is counted as
     truncated.
@@ -389,6 +390,7 @@ def evaluate(
                     right += means.index(min(means)) == one.item.label
                 n_counted, shown_at = len(order), time.monotonic()
                 bar.set_postfix_str(f"acc_norm {right / n_counted:.4f}")
+    on_part(len(own), len(own))
     loss_sums = sums.tolist()  # waits for the device
     place = {id(item): i for i, item in enumerate(items)}
     scored = sorted(zip(order, loss_sums, strict=True), key=lambda pair: place[id(pair[0].item)])

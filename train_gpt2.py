@@ -600,8 +600,8 @@ def estimate_val_loss(
     on_part: Callable[[int, int], None] = lambda done, total: None,
 ) -> float:
     """Mean loss, nats per token, over all windows of `loader`, divided among the ranks in batches of B rows.
-    `on_part(done, total)` runs before each batch. The last batch is filled up with targets that don't count:
-    shapes stay fixed for the compiled model."""
+    `on_part(done, total)` runs before each batch and at the end. The last batch is filled up with targets
+    that don't count: shapes stay fixed for the compiled model."""
     world, n_windows = loader.world, loader.n_windows
     firsts = range(world.rank * B, n_windows, world.size * B)
     n_batches = math.ceil(n_windows / (world.size * B))
@@ -614,6 +614,7 @@ def estimate_val_loss(
             x, y = F.pad(x, (0, 0, 0, B - count)), F.pad(y, (0, 0, 0, B - count), value=-100)
             x, y = devices.to_device(world.device, x, y)
             losses[i] = model(x, y).float() * count  # the mean over the rows that count becomes their sum
+    on_part(n_batches, n_batches)
     return world.sum(losses.cpu().double().sum()).item() / n_windows
 
 
@@ -653,7 +654,7 @@ def main(config: TrainConfig) -> None:
     micro_batch.check_batch(config, model_config, world)
     run = RunFolder(config, world, report.print)
     first_step = run.open(model_config, shards, get_lr)  # 0, or where the run was interrupted
-    if first_step == config.max_steps > 0:
+    if first_step == config.max_steps > 0 and world.from_main(lambda: "result" in run.before):
         report.print(f"{config.log_dir} is finished: its model is {run.checkpoint}")
         world.disconnect()
         return world.exit(0)
@@ -702,98 +703,99 @@ def main(config: TrainConfig) -> None:
     x, y = next(batches)
     train_loss = val_loss = math.nan
     score = None
-    stop_requested = save_overdue = False
-    for step in range(first_step, config.max_steps + 1):  # `step` updates are done when its turn begins
-        last_step = step == config.max_steps
-        if stop_requested and not last_step:
-            break  # the end of this function saves
+    save_overdue = False
+    saved = first_step or None  # the step of the newest checkpoint
+    with stop:  # a signal ends this block before the next micro-step or batch; the last step done is saved
+        for step in range(first_step, config.max_steps + 1):  # `step` updates are done when its turn begins
+            last_step = step == config.max_steps
 
-        # ----------------------------- EVALUATION -----------------------------
-        model.eval()
-        if config.due(config.val_every, step):
-            on_part = report.progress_of("validation")
-            losses = [estimate_val_loss(model, loader, B, autocast, on_part) for loader in val_loaders]
-            val_loss = float(np.dot(losses, shards.proportions()))
-            report.validation(step, val_loss, dict(zip(shards.names(), losses, strict=True)))
-        if config.due(config.hellaswag_every, step) and hellaswag_items:
-            on_part = report.progress_of("HellaSwag")
-            with autocast:
-                score = score_hellaswag(raw_model, hellaswag_items, encoding, world, on_part=on_part)
-            report.hellaswag(step, score)
-        if config.due(config.sample_every, step):
-            report.samples(step, sampling.write_samples(raw_model, encoding, autocast))
-        if config.due(config.val_every, step):
-            run.draw()  # with the score that was just measured
-        save_due = config.due(config.checkpoint_every, step) or (config.checkpoint_every > 0 and save_overdue)
-        nothing_new = step == first_step and not last_step  # a run of no steps is saved all the same
-        if save_due and not nothing_new:
-            run.save(step, raw_model, optimizer, scaler, loss=train_loss, spent=report.spent)
-        if last_step:
-            break
+            # ----------------------------- EVALUATION -----------------------------
+            model.eval()
+            if config.due(config.val_every, step):
+                on_part = stop.checked(report.progress_of("validation"))
+                losses = [estimate_val_loss(model, loader, B, autocast, on_part) for loader in val_loaders]
+                val_loss = float(np.dot(losses, shards.proportions()))
+                report.validation(step, val_loss, dict(zip(shards.names(), losses, strict=True)))
+            if config.due(config.hellaswag_every, step) and hellaswag_items:
+                on_part = stop.checked(report.progress_of("HellaSwag"))
+                with autocast:
+                    score = score_hellaswag(raw_model, hellaswag_items, encoding, world, on_part=on_part)
+                report.hellaswag(step, score)
+            if config.due(config.sample_every, step):
+                report.samples(step, sampling.write_samples(raw_model, encoding, autocast, stop.checked()))
+            if config.due(config.val_every, step):
+                run.draw()  # with the score that was just measured
+            save_due = save_overdue or config.due(config.checkpoint_every, step)
+            if save_due and step != saved and (step > 0 or last_step):  # a run of no steps is saved, too
+                run.save(step, raw_model, optimizer, scaler, loss=train_loss, spent=report.spent)
+                saved = step
+            if last_step:
+                break
 
-        # ------------------------------ TRAINING ------------------------------
-        stop.begin_steps(world)  # acts once: from the first step on, a signal waits for the end of a step
-        started = time.perf_counter()
-        model.train()
-        world.seed(config.seed, step)  # what is random in a model, such as dropout, resumes like the tokens
-        loss_sum = torch.zeros((), device=device)
-        for micro_step in range(grad_accum_steps):
-            report.micro_step(step, micro_step, grad_accum_steps)
+            # ------------------------------ TRAINING ------------------------------
+            stop.begin_steps(world)  # acts once: a signal before the first step ends the run at once
+            started = time.perf_counter()
+            model.train()
+            world.seed(config.seed, step)  # what is random, such as dropout, resumes like the tokens
+            loss_sum = torch.zeros((), device=device)
+            for micro_step in range(grad_accum_steps):
+                stop.check()  # ends the loop over the steps after a signal to any process
+                report.micro_step(step, micro_step, grad_accum_steps)
+                if W > 1:
+                    # The processes average their gradients in the step's last backward pass only. DDP reads
+                    # this flag in the forward pass.
+                    model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
+                with autocast:
+                    loss = model(x, y)
+                loss = loss / grad_accum_steps  # gradients add up over micro-steps, and the loss is a mean
+                loss_sum += loss.detach()
+                x, y = next(batches)  # fetched now, while a GPU is busy with the forward pass
+                scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
+            lr = get_lr(step, config)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group.get("lr_ratio", 1.0)  # Muon's groups differ in their rate
+
+            # All that the host wants to know of this step is one tensor: the loss, whether a save is overdue,
+            # and the norm. Its copy begins here and is read after the update.
+            save_flag = loss_sum.new_full((), run.overdue())
+            sums = torch.stack((loss_sum, save_flag))
             if W > 1:
-                # The processes average their gradients in the step's last backward pass only. DDP reads this
-                # flag in the forward pass.
-                model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
-            with autocast:
-                loss = model(x, y)
-            loss = loss / grad_accum_steps  # gradients add up over micro-steps, and the loss is a mean
-            loss_sum += loss.detach()
-            x, y = next(batches)  # fetched now, while a GPU is busy with the forward pass
-            scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        norm = nn.utils.clip_grad_norm_(raw_model.parameters(), config.grad_clip or math.inf)
-        lr = get_lr(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_ratio", 1.0)  # Muon's groups differ in their rate
+                dist.all_reduce(sums)
+            values = torch.cat((sums / W, sharding.full_tensor(norm).view(1)))
+            read_values = devices.copy_to_host(values)
 
-        # All that the host wants to know of this step is one tensor: the loss, whether any process got a
-        # signal or finds a save overdue, and the norm. Its copy begins here and is read after the update.
-        stop_flag = loss_sum.new_full((), stop.received > 0)
-        save_flag = loss_sum.new_full((), run.overdue())
-        sums = torch.stack((loss_sum, stop_flag, save_flag))
-        if W > 1:
-            dist.all_reduce(sums)
-        values = torch.cat((sums / W, sharding.full_tensor(norm).view(1)))
-        read_values = devices.copy_to_host(values)
+            # An update that is not finite is left out. This is scaler.step(optimizer) without its wait:
+            # PyTorch's fused optimizers, and Muon, skip an update for which the tensor found_inf is 1.
+            finite = torch.isfinite(values).all()
+            if fused:
+                optimizer.found_inf = 1 - finite.float()
+                optimizer.step()
+            elif finite:  # here the host waits
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=(W == 1))  # DDP's gradients are views of its buffers
 
-        # An update that is not finite is left out. This is scaler.step(optimizer) without its wait: PyTorch's
-        # fused optimizers, and Muon, skip an update for which the tensor found_inf is 1.
-        finite = torch.isfinite(values).all()
-        if fused:
-            optimizer.found_inf = 1 - finite.float()
-            optimizer.step()
-        elif finite:  # here the host waits
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=(W == 1))  # DDP's gradients are views of its buffers
+            # With a fused optimizer, this is the step's only host-device sync. Meanwhile a GPU is busy with
+            # the update, which counts in the time of the next step.
+            train_loss, overdue, grad_norm = read_values()
+            save_overdue = overdue > 0 and config.checkpoint_every > 0
+            check_finite(step, train_loss, grad_norm, scaler, world, own_loss=loss_sum)
+            scaler.update()
+            # ------------- the step is done; the rest of the loop reports it -------------
 
-        # With a fused optimizer, this is the step's only host-device sync. Meanwhile a GPU is busy with the
-        # update, which counts in the time of the next step.
-        train_loss, stop_requested, save_overdue, grad_norm = read_values()
-        stop_requested, save_overdue = stop_requested > 0, save_overdue > 0  # set if any rank set it
-        check_finite(step, train_loss, grad_norm, scaler, world, own_loss=loss_sum)
-        scaler.update()
-        # ------------- the step is done; the rest of the loop reports it -------------
-
-        report.step(step, train_loss, lr, grad_norm, time.perf_counter() - started)
+            report.step(step, train_loss, lr, grad_norm, time.perf_counter() - started)
 
     # -------------------------------- THE END ---------------------------------
-    stopped_early = step < config.max_steps
-    if stopped_early:
+    if stop.stopped and step not in (0, saved):  # the gradients of a step begun are dropped
         run.save(step, raw_model, optimizer, scaler, loss=train_loss, spent=report.spent)
-    if stopped_early or config.checkpoint_every:
+        saved = step
+    if step == saved:
         run.wait_for_save(step)
     world.disconnect()
-    if stopped_early:
-        report.close(f"stopped at step {step}, state saved; run the same command with --resume to continue")
+    if stop.stopped:
+        kept = "state saved" if step else "nothing to save yet"
+        report.close(f"stopped at step {step}, {kept}; run the same command with --resume to continue")
         world.exit(128 + (stop.received or signal.SIGTERM))  # another process may have got the signal
     report.finish(step, val_loss, score)
     world.exit(0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
 from support.data.shards import ShardWriter, Stream, new_record, write_shards
-from support.machine.processes import World
+from support.machine.processes import STOP_SIGNALS, World
 from support.run.folder import RunFolder
 from train_gpt2 import GPTConfig, TrainConfig
 
@@ -59,9 +59,6 @@ def run(
     )
     assert not check or done.returncode == 0, done.stdout + done.stderr
     return done
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def call(script: str, *arguments, check: bool = True):

@@ -24,13 +24,14 @@ from support.files import sha256
 import torch
 
 
-def start(folder: Path, flags: list[str]) -> int:
-    """Fork a child that trains in `folder`; returns its process id."""
+def start(folder: Path, flags: list[str], prepare=lambda: None) -> int:
+    """Fork a child that trains in `folder`, after `prepare()`; returns its process id."""
     if child := os.fork():
         return child
     out = os.open(folder.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)
+    prepare()
     sys.argv = ["train_gpt2.py", *flags, f"--log_dir={folder}", "--resume"]
     status = 0
     try:

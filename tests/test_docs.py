@@ -50,7 +50,7 @@ def commands():
                 found = re.search(r"(?:^|\s)(\w+\.py)(\s.*)?$", command.split(" #")[0].strip())
                 calls = command.startswith(("python", "torchrun", "OMP_", "TORCH_"))
                 if found and calls and found[1] in CONFIGS:
-                    yield page, found[1], (found[2] or "").split("<")[0]
+                    yield page, found[1], re.split("[<&]", found[2] or "")[0]
 
 
 COMMANDS = sorted({(page.name, script, rest.strip()) for page, script, rest in commands()})

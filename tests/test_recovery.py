@@ -19,11 +19,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from conftest import ROOT, STOP_SIGNALS, TINY, call, faulty, make_shards, run, run_folder, torchrun
+from conftest import ROOT, TINY, call, faulty, make_shards, run, run_folder, torchrun
 from support.cli import InputError, RunFault
 from support.data.shards import Shards
 from support.files import sha256
-from support.machine.processes import StopSignals
+from support.machine.processes import STOP_SIGNALS, Stopped, StopSignals
 from support.model.huggingface import list_checkpoints, step_of
 from support.run import folder as folder_module
 from support.run.curves import read_log
@@ -46,21 +46,21 @@ FLAGS = (
 )
 
 
-def hear_hangups():
-    """Even if the tests run under nohup, which ignores them for all that they start."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hear_signals():
+    """Even if the tests run under nohup or in the background, where some are ignored."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def open_terminal():
-    hear_hangups()
+    hear_signals()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def start(faults, *flags, processes=0, **options):
+def start(faults, *flags, processes=0, to_torchrun=(), **options):
     """Start a run in the background, in a session of its own; returns the process."""
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
-    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", *to_torchrun]
+    launcher = torchrun if processes else []
     command = [sys.executable, *launcher, ROOT / "tests/faults.py", *flags]
     env = {**os.environ, "FAULTS": faults, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -69,7 +69,7 @@ def start(faults, *flags, processes=0, **options):
         cwd=ROOT,
         text=True,
         start_new_session=True,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear_hangups, **options},
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear_signals, **options},
     )
 
 
@@ -253,14 +253,14 @@ def test_torchrun_restarts_what_was_killed(flags, tmp_path, undisturbed):
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )
-def test_a_signal_finishes_the_step_and_saves(number, status, flags, tmp_path, undisturbed):
+def test_a_signal_saves_the_last_finished_step(number, status, flags, tmp_path, undisturbed):
     steps = tmp_path / "steps"
     process = start(f"slow=0.1 step_file={steps}", *flags)
     wait_for_step(steps, 6)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
     assert process.returncode == status, err
-    assert err.strip() == "stopping when this step is finished and saved; Ctrl-C again ends at once"
+    assert err.strip() == "stopping: the last finished step is saved; Ctrl-C again ends at once"
     stopped_at = int(re.search(r"stopped at step (\d+), state saved", out)[1])
     assert list_checkpoints(tmp_path / "log")[-1].name == f"checkpoint_{stopped_at:05d}"
     call("train_gpt2.py", *flags, "--resume")
@@ -282,7 +282,7 @@ def test_a_pipe_whose_reader_ends_with_it(number, flags, tmp_path):
 
 
 @pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_terminal_that_is_closed_finishes_the_step_and_saves(processes, flags, tmp_path, undisturbed):
+def test_a_terminal_that_is_closed_saves_the_last_finished_step(processes, flags, tmp_path, undisturbed):
     """As when an ssh connection is lost: SIGHUP arrives, and nothing can be printed any more."""
     ours, theirs = os.openpty()
     steps = tmp_path / "steps"
@@ -307,15 +307,17 @@ def test_a_terminal_that_is_closed_finishes_the_step_and_saves(processes, flags,
         assert_same_end(tmp_path / "log", undisturbed)
 
 
-def test_under_nohup_a_terminal_that_is_closed_changes_nothing():
+def test_what_is_ignored_stays_ignored():
+    """As SIGHUP is under nohup, and Ctrl-C in what a script starts in the background."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    assert len(STOP_SIGNALS) == (2 if sys.platform == "win32" else 6)
     try:
-        signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        StopSignals(is_main=True)
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-        signal.signal(signal.SIGHUP, signal.SIG_DFL)
-        stop = StopSignals(is_main=True)
-        assert signal.getsignal(signal.SIGHUP) == stop.handle
+        for number in STOP_SIGNALS:
+            for each in STOP_SIGNALS:
+                signal.signal(each, signal.SIG_IGN if each == number else signal.SIG_DFL)
+            stop = StopSignals(is_main=True)
+            for each in STOP_SIGNALS:
+                assert signal.getsignal(each) == (signal.SIG_IGN if each == number else stop.handle)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
@@ -333,6 +335,147 @@ def test_a_second_ctrl_c_ends_at_once(first, flags, tmp_path):
     process.communicate(timeout=30)
     assert process.returncode == 130
     assert time.monotonic() - sent < 1
+
+
+# ------------------------------------------------------------------ what a signal costs
+
+
+def stop_trials(stops, processes, tmp_path, text_shards, *flags):
+    """A run with eight micro-steps a step is stopped so often, in turn by each signal and in parts of each
+    kind; see tests/stop_trials.py."""
+    item = {"endings": [" on", " off", " by", " in"], "label": 0}
+    items = [{"ind": i, "ctx": "green bottles "[: 3 + 3 * i], **item} for i in range(4)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    flags = (*FLAGS, "--max_steps=10", "--micro_batch_size=1", f"--data_dir={text_shards}", *flags)
+    flags += ("--hellaswag_every=5", f"--hellaswag_data={tmp_path / 'items.jsonl'}")
+    done = run(
+        ROOT / "tests/stop_trials.py",
+        *(stops, 1, processes, tmp_path, *flags, "--val_tokens=256", "--sample_every=5"),
+        env={"PYTHONPATH": str(ROOT)},
+        timeout=900,
+    )
+    return json.loads(done.stdout)
+
+
+KINDS = {"micro-step", "validation", "HellaSwag", "sample"}
+
+
+def test_after_a_signal_nothing_new_is_begun(tmp_path, text_shards):
+    """No micro-step, no batch of an evaluation, no token; and the run ends with the bits of one never
+    stopped."""
+    result = stop_trials(4, 1, tmp_path, text_shards)
+    assert not result["wrong"]
+    assert result["stopped"].keys() == KINDS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "more"),
+    [(1, ()), (1, ("--optimizer=muon",)), (2, ()), (2, ("--optimizer=muon",)), (2, ("--shard",))],
+)
+def test_stopped_at_twenty_random_moments(processes, more, tmp_path, text_shards):
+    """By a signal to one of two processes, or to both."""
+    result = stop_trials(20, processes, tmp_path, text_shards, *more)
+    assert not result["wrong"]
+    assert result["stopped"].keys() == KINDS
+
+
+def play(seed, n_processes=3, n_places=6):
+    """Processes that check for signals in a random order, at every place and, at random, between two. After
+    every second place they wait for each other, as in an all-reduce. Returns how many places each has passed,
+    and how many the foremost had when the first process with a signal looked."""
+    chance, store = np.random.default_rng(seed), torch.distributed.HashStore()
+    stops = [object.__new__(StopSignals) for _ in range(n_processes)]
+    store.set("key", "go 0")
+    for stop in stops:
+        stop.store, stop.key, stop.agreed, stop.received = store, "key", 0, 0
+    running, foremost = set(range(n_processes)), None
+    while running:
+        rank = int(chance.choice(sorted(running)))
+        stop = stops[rank]
+        stop.received = stop.received or int(chance.random() < 0.05) * signal.SIGTERM
+        behind = {other for other in range(n_processes) if stops[other].agreed < stop.agreed}
+        if stop.agreed % 2 == 0 and behind:
+            assert behind <= running, "it waits for a process that has stopped"
+            continue
+        if stop.received and foremost is None:
+            foremost = max(other.agreed for other in stops)
+        try:
+            stop.check(all_meet=chance.random() < 0.5)
+        except Stopped:
+            running.remove(rank)
+        else:
+            if stop.agreed == n_places:
+                running.remove(rank)
+    return [stop.agreed for stop in stops], foremost
+
+
+def test_processes_stop_at_the_same_place():
+    """In whatever order they look: all of them, no further than where the foremost was."""
+    stopped = 0
+    for seed in range(300):
+        passed, foremost = play(seed)
+        assert len(set(passed)) == 1
+        if foremost is not None and passed[0] < 6:
+            stopped += 1
+            assert passed[0] == foremost
+    assert 100 < stopped < 300
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """The run sends itself SIGTERM at the n-th check for signals, before it looks."""
+
+    def choose(n):
+        check, checks = StopSignals.check, itertools.count(1)
+
+        def send_and_check(self, *arguments, **options):
+            if self.in_steps and next(checks) == n:
+                os.kill(os.getpid(), signal.SIGTERM)
+            check(self, *arguments, **options)
+
+        monkeypatch.setattr(StopSignals, "check", send_and_check)
+
+    yield choose
+    monkeypatch.undo()
+
+
+def test_stopped_in_its_last_evaluation_a_run_is_finished_later(
+    stop_at, flags, tmp_path, undisturbed, monkeypatch
+):
+    shutil.copytree(undisturbed, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log/checkpoint_00020")
+    stop_at(4 + 2)  # four steps of one micro-step, then the second batch of the validation
+    done = call("train_gpt2.py", *flags, "--micro_batch_size=8", "--resume", check=False)
+    assert done.returncode == 143
+    assert "stopped at step 20, state saved" in done.stdout
+    assert "result" not in json.loads((tmp_path / "log/run.json").read_text())
+    monkeypatch.undo()
+    sums = (tmp_path / "log/checkpoint_00020/SHA256SUMS").read_bytes()
+    done = call("train_gpt2.py", *flags, "--micro_batch_size=8", "--resume")
+    assert "done: 20 steps" in done.stdout
+    assert "SAVED" not in done.stdout
+    assert_same_end(tmp_path / "log", undisturbed)
+    assert (tmp_path / "log/checkpoint_00020/SHA256SUMS").read_bytes() == sums
+    assert "is finished: its model is" in call("train_gpt2.py", *flags, "--resume").stdout
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_stopped_with_nothing_new_it_saves_nothing(begun, stop_at, flags, tmp_path, undisturbed, monkeypatch):
+    """In the first step, or in the first one after --resume, whose checkpoint is there."""
+    if begun:
+        shutil.copytree(undisturbed, tmp_path / "log")
+        shutil.rmtree(tmp_path / "log/checkpoint_00020")
+    stop_at(1)
+    before = {path: sha256(path) for path in tmp_path.glob("log/checkpoint_*/*")}
+    done = call("train_gpt2.py", *flags, *["--resume"] * begun, check=False)
+    assert done.returncode == 143
+    assert f"stopped at step {'16, state saved' if begun else '0, nothing to save yet'}" in done.stdout
+    assert "SAVED" not in done.stdout
+    assert {path: sha256(path) for path in tmp_path.glob("log/checkpoint_*/*")} == before
+    monkeypatch.undo()
+    call("train_gpt2.py", *flags, *["--resume"] * begun)
+    assert_same_end(tmp_path / "log", undisturbed)
 
 
 def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(flags, tmp_path, undisturbed):
@@ -433,25 +576,53 @@ def test_a_log_without_its_checkpoint_is_not_erased(whose, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_last_update_does_not_stop_the_end(flags, tmp_path, undisturbed):
-    steps = tmp_path / "steps"
-    process = start(f"slow=0.1 step_file={steps}", *flags)
-    wait_for_step(steps, 19)
-    process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
-    assert process.returncode == 0
+def test_the_script_for_a_cluster(flags, tmp_path, undisturbed):
+    """docs/cluster.md's, with stand-ins for torchrun, which adds the flags of the test, and for scontrol."""
+    page = (ROOT / "docs/cluster.md").read_text(encoding="utf-8")
+    (tmp_path / "job.sh").write_text(re.search(r"```bash\n(#!.*?)```", page, re.DOTALL)[1])
+    steps, calls = tmp_path / "steps", tmp_path / "calls"
+    more = " ".join(["tests/faults.py", *flags, "--micro_batch_size=4", "--resume"])
+    stand_ins = {
+        "torchrun": f"exec {sys.executable} -m torch.distributed.run --standalone --nproc_per_node=2 {more}",
+        "scontrol": f'echo "$@" >> {calls}',
+    }
+    for name, command in stand_ins.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{command}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, "FAULTS": f"slow=0.1 step_file={steps}", "PYTHONPATH": str(ROOT)}
+    env |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "OMP_NUM_THREADS": "1"}
+
+    def submit():
+        return subprocess.Popen(["bash", tmp_path / "job.sh"], cwd=ROOT, env=env, text=True,
+                                stdout=subprocess.PIPE, preexec_fn=hear_signals)  # fmt: skip
+
+    job = submit()
+    wait_for_step(steps, 6)
+    job.send_signal(signal.SIGUSR1)  # to the shell alone
+    out, _ = job.communicate(timeout=60)
+    stopped_at = re.search(r"stopped at step (\d+), state saved", out)[1]
+    assert calls.read_text() == "requeue 4711\n"
+    job = submit()
+    out, _ = job.communicate(timeout=100)
+    assert f"resuming at step {stopped_at}" in out
     assert "done: 20 steps" in out
-    assert_same_end(tmp_path / "log", undisturbed)
+    assert job.returncode == 0
+    assert calls.read_text() == "requeue 4711\n"
+    compare_losses(tmp_path / "log", undisturbed)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("whom", ["one", "all"])
+@pytest.mark.parametrize("whom", ["one", "all", "torchrun"])
 def test_a_signal_to_one_of_two_processes_or_to_all(whom, flags, tmp_path, undisturbed):
+    """Or to torchrun, which passes on what it is told to."""
     steps = tmp_path / "steps"
-    launcher = start(f"slow=0.1 step_file={steps}", *flags, "--micro_batch_size=4", processes=2)
+    options = {"to_torchrun": ["--signals-to-handle=SIGTERM,SIGUSR1"]}
+    launcher = start(f"slow=0.1 step_file={steps}", *flags, "--micro_batch_size=4", processes=2, **options)
     wait_for_step(steps, 6)
     if whom == "one":
         os.kill(workers(launcher.pid)[1], signal.SIGTERM)
+    elif whom == "torchrun":
+        os.kill(launcher.pid, signal.SIGUSR1)
     else:
         os.killpg(launcher.pid, signal.SIGTERM)
     out, _ = launcher.communicate(timeout=60)

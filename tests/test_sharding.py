@@ -270,6 +270,17 @@ def test_compiled_blocks(more, flags, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_validate_on_unequal_numbers_of_batches(flags, tmp_path):
+    """Seven windows for two processes: an evaluation's batches don't communicate."""
+    flags = (*flags, "--max_steps=2", "--val_every=1", "--val_tokens=224", "--micro_batch_size=1")
+    train(2, flags, tmp_path / "divided", "--shard", "--timeout_minutes=0.5")
+    call("train_gpt2.py", *flags, f"--log_dir={tmp_path / 'one'}")
+    divided, one = losses(tmp_path / "divided", "val"), losses(tmp_path / "one", "val")
+    assert divided == pytest.approx(one, abs=1e-4)
+    assert len(one) == 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["", "backend_rank=1"])
 def test_compilation_fails_and_training_goes_on(where, short, tmp_path):
     """Everywhere, or in one process only."""

@@ -156,7 +156,7 @@ def test_every_window_of_the_validation_counts_the_same(batch_size, n_windows, t
     assert loss == pytest.approx(sum(alone) / n_windows, abs=1e-5)
     assert max(alone) - min(alone) > 0.1
     n_batches = math.ceil(n_windows / batch_size)
-    assert parts == [(i, n_batches) for i in range(n_batches)]
+    assert parts == [(i, n_batches) for i in range(n_batches + 1)]
     monkeypatch.setattr(World, "sum", lambda _, values: values)  # what each of two processes adds
     loaders = [TokenLoader(shards, "val", config, World(rank, 2)) for rank in range(2)]
     halves = [estimate_val_loss(model, half, batch_size, autocast) for half in loaders]

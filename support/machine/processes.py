@@ -7,6 +7,7 @@ import signal
 import stat
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,11 +30,12 @@ all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 @dataclass(frozen=True)
 class World:
-    """All processes of a run, seen from one of them: its rank, their number, its device."""
+    """All processes of a run, seen from one of them: its rank, their number, its device, their store."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = CPU
+    store: "dist.Store | None" = None  # entries that all processes see; None if there is one process
 
     @property
     def is_main(self) -> bool:
@@ -137,6 +139,7 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed_memory()
+    store = None
     if world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
         store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
@@ -148,7 +151,7 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
         dist.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu
         )
-    return World(rank, world_size, device)
+    return World(rank, world_size, device, store)
 
 
 @contextlib.contextmanager
@@ -180,38 +183,102 @@ def leave_terminal() -> None:
                 os.dup2(nowhere.fileno(), descriptor)
 
 
+class Stopped(BaseException):
+    """A signal has come, and this is a safe place to stop."""
+
+
+# Requests to stop: by a person, a closed terminal, a batch system near a limit. Windows has only two of them.
+STOP_SIGNALS = [
+    number
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if (number := getattr(signal, name, None))
+]
+
+
 class StopSignals:
-    """Delays SIGTERM, SIGINT and SIGHUP (the terminal is gone) until the step is finished and saved. Another
-    SIGINT exits at once, as does any signal before the first step, when there is nothing new to save."""
+    """Ends the training loop, a `with` block of this object, after one of STOP_SIGNALS to any process: before
+    the next micro-step, batch of an evaluation or token of a sample, in all processes at the same place.
+    Weights change only at the end of a step, so they are those of the last finished step.
+
+    Another SIGINT exits at once, as does any signal before the first step, when there is nothing new to save.
+    What is ignored at the start, as SIGHUP is under nohup, stays ignored.
+    """
 
     def __init__(self, is_main: bool) -> None:
         self.is_main = is_main
         self.in_steps = False  # whether the first step has begun
         self.received = 0  # the signal's number; 0: none
         self.at = 0.0
-        signal.signal(signal.SIGTERM, self.handle)
-        signal.signal(signal.SIGINT, self.handle)
-        hangup = getattr(signal, "SIGHUP", None)  # Windows has none
-        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:  # nohup ignores it
-            signal.signal(hangup, self.handle)
+        self.stopped = False  # whether a signal has ended the block, here or in another process
+        self.store: dist.Store | None = None  # where several processes agree
+        self.key = ""  # its entry: "go N" when a process has passed the N-th place, "stop N" if none shall
+        self.agreed = 0  # places that this process has passed
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self.handle)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self.stopped = kind is Stopped
+        return self.stopped
 
     def begin_steps(self, world: World) -> None:
-        """Begin the first step in all processes together; from now on, signals wait for the end of a step."""
+        """Begin the first step in all processes together; from now on, signals wait for a safe place."""
         if not self.in_steps:
-            world.from_all(None)
+            self.store, self.key = world.store, world.from_main(lambda: self.new_entry(world.store))
             self.in_steps = True
             gc.collect()
             gc.freeze()  # objects alive now stay to the end: exempt them from garbage collection
 
+    def new_entry(self, store: "dist.Store | None") -> str:
+        """The name of a new entry in the store; it may hold those of earlier attempts."""
+        name = f"stop {uuid.uuid4()}"
+        if store:
+            store.set(name, "go 0")
+        return name
+
+    def check(self, all_meet: bool = True) -> None:
+        """Raises Stopped after a signal to any process: in all of them, at the same place.
+
+        With `all_meet`, every process calls this, before it communicates. The first one writes into the store
+        that all go on from there, or a process with a signal, that all stop where the foremost of them is
+        next. The others find it. In between, processes only look, and write after a signal.
+        """
+        if not self.store:
+            if self.received:
+                raise Stopped
+            return
+        here, further = f"go {self.agreed}", f"go {self.agreed + 1}"
+        wanted = further if all_meet and not self.received else here
+        said = self.store.compare_set(self.key, here, wanted).decode()
+        while self.received and said.startswith("go"):
+            said = self.store.compare_set(self.key, said, said.replace("go", "stop")).decode()
+        if said == f"stop {self.agreed}":
+            raise Stopped
+        self.agreed += all_meet
+
+    def checked(
+        self, on_part: Callable[[int, int], None] = lambda done, total: None
+    ) -> Callable[[int, int], None]:
+        """`on_part(done, total)` of an evaluation, with a check before each part; at its end, all meet."""
+
+        def check_and_tell(done: int, total: int) -> None:
+            self.check(all_meet=done == total)
+            on_part(done, total)
+
+        return check_and_tell
+
     def handle(self, number: int, _frame: Any) -> None:
-        if number not in (signal.SIGTERM, signal.SIGINT):
+        if number == getattr(signal, "SIGHUP", None):
             leave_terminal()
         if not self.in_steps:
             self.print("stopped before the first step, nothing is lost")
             os._exit(128 + number)
         if not self.received:
             self.received, self.at = number, time.monotonic()
-            self.print("stopping when this step is finished and saved; Ctrl-C again ends at once")
+            self.print("stopping: the last finished step is saved; Ctrl-C again ends at once")
         # torchrun forwards a Ctrl-C that the terminal has already sent to us: not a second one
         elif number == signal.SIGINT and time.monotonic() - self.at > 0.5:
             self.print("ended at once; --resume continues from the last checkpoint, if there is one")

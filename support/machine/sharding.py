@@ -83,7 +83,7 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
         dtype: of the matrix products. In bfloat16 weights travel so, too; gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     with torch.device("meta"):
         model: Any = type(unsharded)(unsharded.config).pad_vocabulary()
@@ -97,8 +97,6 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The rest, with wte and lm_head, which share their weight, stays gathered from forward to backward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    for method in ("hidden_states", "head"):
-        register_fsdp_forward_method(model, method)
     model.to_empty(device=world.device)
     limit = world.memory_limit(config.memory_limit_gb) or 0.0
     gradients = 4 * sum(p.numel() for p in model.parameters())
@@ -123,11 +121,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
     for module in modules:
         module.set_reshard_after_forward(False, recurse=False)
         module.unshard()
-    with torch.compiler.set_stance("force_eager") if modules else contextlib.nullcontext():
-        yield
-    for module in modules:
-        module.set_reshard_after_forward(module is not modules[0], recurse=False)
-        module.reshard()
+    try:
+        with torch.compiler.set_stance("force_eager") if modules else contextlib.nullcontext():
+            yield
+    finally:
+        for module in modules:
+            module.set_reshard_after_forward(module is not modules[0], recurse=False)
+            module.reshard()
 
 
 # -----------------------------------------------------------------------------

@@ -6,7 +6,7 @@ The keys and values of what was read are kept in a cache, which scoring uses too
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from support.cli import RunFault, brief
@@ -217,14 +217,22 @@ def choose_token(
     return choice if tokens is None else tokens.gather(-1, choice)
 
 
-def write_samples(model: "GPT", encoding: tiktoken.Encoding, autocast: torch.autocast) -> list[str]:
-    """Continuations of PROMPT, the same draws every time."""
+def write_samples(
+    model: "GPT",
+    encoding: tiktoken.Encoding,
+    autocast: torch.autocast,
+    on_part: Callable[[int, int], None] = lambda done, total: None,
+) -> list[str]:
+    """Continuations of PROMPT, the same draws every time. `on_part(done, total)` runs after each token."""
     # A model of bytes writes one longer text: a GPT-2 token is about four bytes of English.
     count, max_new_tokens = (1, 256) if encoding.name == "bytes" else (4, 32)
     prompt = encoding.encode_ordinary(PROMPT)[-model.config.block_size :]
     idx = torch.tensor([prompt] * count, device=next(model.parameters()).device)
     with gathered(model), autocast:
-        rows = torch.cat((idx, *stream(model, idx, max_new_tokens, seed=42)), dim=1).tolist()
+        for done, token in enumerate(stream(model, idx, max_new_tokens, seed=42), start=1):
+            on_part(done, max_new_tokens)
+            idx = torch.cat((idx, token), dim=1)
+    rows = idx.tolist()
     if any(-1 in row for row in rows):
         raise RunFault(f"sampling: the logits are not finite; {NOT_FINITE}")
     return [encoding.decode(row) for row in rows]
