@@ -17,14 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
-from support.cli import InputError, RunFault, in_words, plural
+from support.cli import InputError, RunFault, advice, in_words, plural
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
 from support.data.order import Order, WindowOrder
 from support.data.tokens import encode_stream
-from support.files import sha256, to_json, write_file
+from support.files import allow_open_files, sha256, to_json, write_file
 
 import numpy as np
 import tiktoken
@@ -284,11 +284,11 @@ class ShardWriter:
         shards = self.record["shards"]
         path = self.folder / f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
         try:
-            write_file(path, lambda file: np.save(file, self.buffer[: self.filled]))
+            write_file(path, lambda file: write_shard(file, self.buffer[: self.filled]))
         except OSError as error:
             raise RunFault(
-                f"{path} could not be written ({error.strerror or in_words(error)}); free some disk space, "
-                "then run the same command again"
+                f"{path} could not be written ({error.strerror or in_words(error)}); {advice(error)}, then "
+                "run the same command again"
             ) from error
         entry: ShardEntry = {
             "file": path.name,
@@ -324,6 +324,12 @@ class ShardWriter:
                 f"{max(2, n_tokens // 10)}"
             )
         os.replace(self.folder / PARTIAL, self.folder / "shards.json")
+
+
+def write_shard(file: BinaryIO, tokens: np.ndarray) -> None:
+    """np.save, whose own error on a full disk has no number."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+    file.write(tokens.data)
 
 
 def write_shards(
@@ -423,7 +429,8 @@ def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np
     tokens: np.ndarray
     try:
         if file.suffix == ".bin":
-            header = np.fromfile(file, dtype="<i4", count=256)
+            with open(file, "rb") as opened:
+                header = np.frombuffer(opened.read(1024), dtype="<i4")
             if len(header) < 256 or header[0] != 20240520 or header[1] != 1:
                 raise InputError(f"{file}: not a token shard of llm.c (its header is wrong); {remedy}")
             tokens = np.memmap(file, dtype="<u2", mode="r", offset=header.nbytes)
@@ -437,8 +444,10 @@ def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np
                 raise InputError(
                     f"{file}: {extra:,} bytes follow the {tokens.size:,} tokens of its header; {remedy}"
                 )
-    except (InputError, OSError):
+    except InputError:
         raise
+    except OSError as error:  # mmap's names no file
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     except Exception as error:  # NumPy parses the header as Python, so a damaged one can fail in any way
         raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
@@ -472,6 +481,7 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
             f"{PARTIAL} to use what there is"
         )
     files = sorted(file for file in folder.iterdir() if file.suffix in (".npy", ".bin"))
+    allow_open_files(len(files))
     record = read_record(folder / "shards.json") if (folder / "shards.json").exists() else None
     entries = {entry["file"]: entry for entry in record["shards"]} if record else {}
     if missing := entries.keys() - {file.name for file in files}:
