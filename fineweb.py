@@ -58,7 +58,7 @@ from support.data.shards import (
     write_shards,
 )
 from support.data.tokens import REMARKS
-from support.files import check_disk, lock_folder
+from support.files import check_disk, lock_folder, remove_leftovers
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # for English text
@@ -334,6 +334,7 @@ def main(config: ShardConfig) -> None:
         return
     files = local_files(config.input, config.output_dir)
     with lock_folder(config.output_dir, "--output_dir"):
+        remove_leftovers(config.output_dir)
         if config.shards is not None:
             fetch_shards(config.shards, config.revision, config.output_dir, config.max_tokens)
         else:

@@ -189,8 +189,10 @@ def load_items(file: Path | None = None, limit: int | None = None, flag: str = "
         print(f"looking for {DATASET} on the Hugging Face Hub", file=sys.stderr)
         import datasets
 
-        with hub_or_disk(f"{DATASET} (a local copy works too: {flag} FILE.jsonl)"):
-            rows = datasets.load_dataset(DATASET, split="validation")
+        rows = hub_or_disk(
+            f"{DATASET} (a local copy works too: {flag} FILE.jsonl)",
+            lambda: datasets.load_dataset(DATASET, split="validation"),
+        )
         check_complete(rows)
         return spread([to_item(row, f"{DATASET}, item {n}") for n, row in enumerate(rows)], limit)
     try:

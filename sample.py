@@ -28,7 +28,9 @@ class SampleConfig:
 
     model: str = "gpt2"
     """a Hub name (gpt2, gpt2-medium, ...), a checkpoint's or a run's folder, or a file such as ckpt.pt"""
-    prompt: str = PROMPT  # what the text begins with; -: read it from standard input; empty: a new document
+    prompt: str = PROMPT
+    """what the text begins with; -: read it from standard input; empty: a new document; <|endoftext|> in it
+    is the token"""
     num_samples: int | None = None
     """texts, written at once; default: 5, with --stream or --temperature 0, where all are alike, 1"""
     max_new_tokens: int | None = None  # tokens after the prompt; default: 30, of bytes 120
@@ -66,8 +68,12 @@ def main(config: SampleConfig) -> None:
 
     prompt = config.prompt
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8", "replace")
-    tokens = encoding.encode_ordinary(prompt) or [encoding.eot_token]
+        prompt = sys.stdin.buffer.read().decode("utf-8-sig", "replace").replace("\r\n", "\n")
+    if prompt.endswith(" ") and encoding.name == "gpt2":
+        print(
+            "note: the prompt ends in a space; GPT-2's words begin with theirs: leave it out", file=sys.stderr
+        )
+    tokens = encoding.encode(prompt, allowed_special="all") or [encoding.eot_token]
     if len(tokens) > model.config.block_size:
         print(
             f"the prompt has {len(tokens):,} tokens; the model sees the last {model.config.block_size:,}",

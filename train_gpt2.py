@@ -134,7 +134,7 @@ class TrainConfig:
     cooldown: cli.Share = 0.6  # share of the steps in which a trapezoid falls to 0
     weight_decay: float = 0.1  # on matrices only (GPT-3 paper, appendix B)
     grad_clip: float = 1.0  # largest global gradient norm; 0: no clipping (GPT-3 paper, appendix B)
-    seed: int = 1337  # decides the initial weights and the order of the data
+    seed: cli.Seed = 1337  # decides the initial weights and the order of the data
     shuffle: bool = True  # visit shards and windows in random order, otherwise in file order
 
     # -- measuring and saving; an interval of 0: never

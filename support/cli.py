@@ -1,6 +1,7 @@
 """The command line of all scripts: flags, one-line error messages and exit statuses."""
 
 import contextlib
+import errno
 import inspect
 import io
 import math
@@ -47,6 +48,36 @@ def in_words(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+REMEDIES = {  # by the name of an OSError's number
+    "ENOSPC": "free some disk space",
+    "EDQUOT": "free some disk space",  # of the user's quota
+    "EFBIG": "allow larger files (ulimit -f), or choose another disk",
+    "EMFILE": "allow more open files (ulimit -n)",
+    "ENFILE": "end a program that holds many files open",
+    "EACCES": "set the permissions, or choose another folder",
+    "EPERM": "set the permissions, or choose another folder",
+    "EROFS": "choose a folder that can be written to",
+    "EIO": "check the disk, or the connection to it",
+}
+
+
+def remedy(error: BaseException | None) -> str | None:
+    """What to do about an error of the system, such as a full disk; None for any other error."""
+    text = re.search(r"\(os error (\d+)\)", str(error))  # safetensors, written in Rust, names numbers so
+    number = int(text[1]) if text else getattr(error, "errno", None)
+    return REMEDIES.get(errno.errorcode.get(number or 0, ""))
+
+
+def with_remedy(error: BaseException) -> str:
+    """The error `in_words` and, if there is one, its `remedy`."""
+    return "; ".join(filter(None, [in_words(error), remedy(error)]))
+
+
+def advice(error: BaseException | None) -> str:
+    """The `remedy`, or for any other error, words that fit into the same sentence."""
+    return remedy(error) or "remove the cause"
+
+
 def brief(error: BaseException) -> str:
     """The beginning of what the error says; a compiler's goes on for pages."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:150]
@@ -56,6 +87,7 @@ def brief(error: BaseException) -> str:
 PositiveInt = Annotated[int, "positive"]
 PositiveFloat = Annotated[float, "positive"]
 Share = Annotated[float, "positive", "at most 1"]
+Seed = Annotated[int, "at most 2**64 - 1"]  # what torch takes
 
 
 def check_numbers(config: Any) -> None:
@@ -70,6 +102,8 @@ def check_numbers(config: Any) -> None:
             raise InputError(f"--{name} {value}: must be {least} 0")
         if value > 1 and "at most 1" in bounds:
             raise InputError(f"--{name} {value}: must be at most 1")
+        if value >= 2**64 and "at most 2**64 - 1" in bounds:
+            raise InputError(f"--{name} {value}: must be at most {2**64 - 1}")
 
 
 # -----------------------------------------------------------------------------
@@ -88,6 +122,7 @@ def run_command(
         default: an instance whose values replace the dataclass's defaults.
         usual_flag: the flag to suggest for a command line that begins with a bare word.
     """
+    open_standard_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # text may contain characters that the terminal can't show
             stream.reconfigure(errors="backslashreplace")
@@ -107,12 +142,30 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (CommandError, OSError) as error:
-        if getattr(error, "this_process_only", True) or os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"error: {in_words(error)}", file=sys.stderr)
+        if getattr(error, "this_process_only", True) or speaks_for_host():
+            print(f"error: {with_remedy(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def open_standard_streams() -> None:
+    """Where a daemon, `pythonw` or `>&-` has left out standard input, output or error, open the null device
+    in its place. Otherwise the next file to be opened would get its number, and what a library writes to
+    standard error would end up in that file."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - until the end
+
+
+def speaks_for_host() -> bool:
+    """Whether this process prints what all processes of a host have to say: torchrun's first one, or one
+    alone, in whose environment LOCAL_RANK may be left over."""
+    return "MASTER_ADDR" not in os.environ or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def parse(config: Any, options: dict[str, Any], arguments: list[str] | None = None) -> Any:

@@ -1,15 +1,18 @@
 """Reliable files: checksums, atomic writes, locks, free space."""
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
 import platform
 import shutil
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from support.cli import InputError, file_size
+from support.cli import InputError, file_size, in_words, remedy
 
 
 def sha256(path: Path) -> str:
@@ -30,11 +33,12 @@ def to_json(value: Any) -> str:
 
 def write_file(path: Path, write: Callable[[BinaryIO], object], flush: bool = True) -> None:
     """Write atomically: call `write(file)` on a temporary file, flush it to disk, then rename it to `path`.
+    The temporary file is this call's own: another process may write to `path` at the same time.
 
     Without `flush`, it does not wait for the disk, and a power cut may leave an empty file. Raises OSError,
     naming `path`.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = own_name(path)
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -51,15 +55,69 @@ def write_file(path: Path, write: Callable[[BinaryIO], object], flush: bool = Tr
             temporary.unlink()
 
 
+def own_name(path: Path) -> Path:
+    """A temporary name beside `path` that no other process uses."""
+    return path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
 def flush_to_disk(path: Path) -> None:
-    """fsync a file or, except on Windows, a folder."""
+    """fsync a file or a folder. Windows and many network file systems can't flush a folder, each with an
+    error of its own; they are asked for nothing more. Raises OSError where data may be lost."""
     if path.is_dir() and os.name == "nt":
         return
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not path.is_dir() or errno.errorcode.get(error.errno or 0) in ("EIO", "ENOSPC", "EDQUOT"):
+            raise
+
+
+def try_to_save(folder: Path, flag: str) -> None:
+    """Do once in `folder`, the value of `flag`, what a save does: write a file in a new folder, flush both,
+    rename the folder. Raises InputError, with the reason, if the file system can't."""
+    trial = own_name(folder / "trial")
+    renamed = trial.with_suffix(".renamed.tmp")
+    try:
+        step = "written"
+        trial.mkdir()
+        write_file(trial / "file", lambda file: file.write(b"trial"))
+        flush_to_disk(trial)
+        step = "renamed"
+        os.rename(trial, renamed)
+    except OSError as error:
+        what_to_do = (remedy(error) if step == "written" else None) or "choose a folder on another disk"
+        raise InputError(
+            f"{flag} {folder}: no checkpoint could be saved there, since a folder can't be {step} "
+            f"({error.strerror or in_words(error)}); {what_to_do}"
+        ) from error
     finally:
-        os.close(descriptor)
+        for path in (trial, renamed):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed job of fineweb.py was writing; the caller holds the folder's lock."""
+    for name in ("edufineweb_*.npy*.tmp", "shards*.json*.tmp"):
+        for leftover in folder.glob(name):
+            leftover.unlink()
+
+
+def allow_open_files(n: int) -> None:
+    """Raise this process's limit of open files by `n`, as far as the system lets it: a memory-mapped file
+    counts as open."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY:
+        wanted = soft + n if hard == resource.RLIM_INFINITY else min(soft + n, hard)
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def check_disk(folder: Path, needed: float, purpose: str) -> str:
@@ -94,10 +152,10 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        raise InputError(f"{folder} is in use by {file.read() or 'another process'}") from error
     except OSError as error:
+        if isinstance(error, BlockingIOError) or (os.name == "nt" and isinstance(error, PermissionError)):
+            file.seek(0)
+            raise InputError(f"{folder} is in use by {file.read() or 'another process'}") from error
         print(f"note: {folder} can't be locked ({error.strerror or error}); use it for one job at a time")
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}")

@@ -31,6 +31,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self):
+        time.sleep(self.server.delay)
         self.server.requests.append((self.command, self.path, self.headers.get("Range")))
         path = urllib.parse.unquote(self.path.split("?")[0])
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)(?:/revision/([^/]+))?", path):
@@ -107,16 +108,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(folder: Path, faults: dict[str, list[str]] | None = None, stall: float = 5):
+def serve(folder: Path, faults: dict[str, list[str]] | None = None, stall: float = 5, delay: float = 0):
     """Serve `folder` (models/OWNER/NAME/... and datasets/OWNER/NAME/...); yields environment variables that
     make the libraries talk to it, and the list of requests it got.
 
     `faults` says, for the name of a file, what its first downloads meet: "cut" (half of it, then the
     connection ends), "stall" (half of it, then nothing for `stall` seconds), "slow" (the other half follows
     then), "wrong" (another first byte), "500", "404"; and "gated": refused until the fault is taken away.
+    Every answer begins after `delay` seconds.
     """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.folder, server.requests, server.stall = folder, [], stall
+    server.folder, server.requests, server.stall, server.delay = folder, [], stall, delay
     server.faults = {} if faults is None else faults
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()  # polls, seconds
     try:

@@ -1,15 +1,20 @@
 """How every script starts and fails."""
 
 import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 from conftest import ROOT, call, run
 from fineweb import ShardConfig
 from support.cli import InputError, check_numbers, in_words, parse, whole_number
+from support.data.shards import load_shards
 from support.files import write_file
 from train_gpt2 import TrainConfig
 
 import pytest
+import torch
 
 
 @pytest.mark.parametrize(
@@ -63,11 +68,14 @@ def test_a_number_that_can_not_be_meant():
         {"total_batch_size": 0},
         {"cooldown": 1.1},
         {"n_layer": 0},
+        {"seed": 2**64},
+        {"seed": -1},
     ):
         ((name, value),) = changes.items()
         with pytest.raises(InputError, match=f"--{name} {value}: must be"):
             check_numbers(TrainConfig(**changes))
-    check_numbers(TrainConfig(max_steps=0, cooldown=1.0))
+    check_numbers(TrainConfig(max_steps=0, cooldown=1.0, seed=2**64 - 1))
+    torch.Generator().manual_seed(2**64 - 1)
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
@@ -101,6 +109,60 @@ def test_a_run_elsewhere_is_pointed_out(tmp_path, monkeypatch):
     done = call("plot.py", "run", "log", check=False)
     assert "log holds no run" in done.stderr
     assert "did you mean log/demo?" in done.stderr
+
+
+def test_without_standard_streams_a_script_works_silently(tmp_path):
+    """No file gets the number of a missing stream: what a library writes to that number would end there."""
+    (tmp_path / "x.txt").write_text("a word " * 300)
+    script = (
+        "import os, runpy, sys; from support import files; write = files.write_file\n"
+        "files.write_file = lambda *a, **k: [os.write(fd, b'lost') for fd in (1, 2)] and write(*a, **k)\n"
+        "sys.argv[0] = 'fineweb.py'; runpy.run_path('fineweb.py', run_name='__main__')"
+    )
+    flags = f"--input={tmp_path}/x.txt --encoding=bytes --shard_size=700 --output_dir={tmp_path}/out"
+    command = f'"{sys.executable}" -c "{script}" {flags} <&- >&- 2>&-'
+    assert subprocess.run(command, shell=True, cwd=ROOT, check=False).returncode == 0
+    load_shards(tmp_path / "out", verify=True)
+    assert (tmp_path / "out/.lock").read_text().startswith("process ")
+
+
+@pytest.mark.parametrize(
+    ("platform_name", "release", "given", "expected"),
+    [
+        ("linux", "6.1.0-18-amd64", {}, "expandable_segments:True"),
+        ("linux", "5.15.153.1-microsoft-standard-WSL2", {}, None),
+        ("linux", "4.4.0-19041-Microsoft", {}, None),  # WSL 1
+        ("linux", "5.15.136-tegra", {}, None),
+        ("linux", "6.1.0", {"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "expandable_segments:False"),
+        ("linux", "6.1.0", {"PYTORCH_CUDA_ALLOC_CONF": "x"}, None),
+        ("win32", "10", {}, None),
+    ],
+)
+def test_segments_grow_where_drivers_can_do_that(platform_name, release, given, expected, monkeypatch):
+    monkeypatch.setattr(sys, "platform", platform_name)
+    monkeypatch.setattr("platform.release", lambda: release)
+    monkeypatch.setattr(os, "environ", dict(given))
+    runpy.run_path(str(ROOT / "support/__init__.py"))
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "speaks"),
+    [
+        ({}, True),
+        ({"LOCAL_RANK": "3"}, True),  # left over
+        ({"LOCAL_RANK": ""}, True),
+        ({"LOCAL_RANK": "0", "MASTER_ADDR": "x"}, True),
+        ({"LOCAL_RANK": "1", "MASTER_ADDR": "x"}, False),
+    ],
+)
+def test_an_error_is_printed_whatever_variables_are_left_over(environment, speaks, monkeypatch):
+    for name in ("LOCAL_RANK", "MASTER_ADDR"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    done = call("plot.py", "run", "/no/where", check=False)
+    assert (done.returncode, done.stderr.startswith("error: ")) == (2, speaks)
 
 
 def test_openmp_threads_spin_little_unless_the_user_chose():

@@ -84,7 +84,10 @@ def test_the_later_line_counts_and_steps_are_in_order(tmp_path):
     log = write_log(tmp_path, *lines) / "log.txt"
     events, notes = curves.load_log(log)
     assert events == {"train": [], "val": [(3, 4.0), (5, 2.0)], "hella": []}
-    assert notes == [f"the curves leave out 2 non-finite values of {log}"]
+    assert notes == [
+        f"the curves leave out 2 non-finite values of {log}",
+        f"{log} repeats 3 values; the later line counts",
+    ]
 
 
 def test_the_events_are_what_a_dictionary_of_the_last_values_says(tmp_path):

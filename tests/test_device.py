@@ -89,6 +89,44 @@ def test_free_host_memory_counts_every_limit(tmp_path):
     assert free_host_memory(tmp_path) == 390
 
 
+V1 = 9223372036854771712  # version 1 has no word for "no limit"
+
+
+@pytest.mark.parametrize(
+    ("groups", "folder"),
+    [
+        ("12:cpuset:/\n4:memory:/docker/ab\n0::/\n", "memory/docker/ab"),
+        ("4:memory:/docker/ab\n", "memory"),  # inside of a container, which sees its own group as the root
+        ("3:cpu,memory:/slurm/job\n", "memory/slurm"),  # a limit of the group above
+    ],
+)
+def test_control_groups_of_version_1(groups, folder, tmp_path, monkeypatch):
+    """Free is the limit less what is in use, without the page cache; the limit bounds the total too."""
+    files = {
+        "proc/meminfo": "MemAvailable:    5000 kB\n",
+        "proc/self/cgroup": groups,
+        f"sys/fs/cgroup/{folder}/memory.limit_in_bytes": "1000\n",
+        f"sys/fs/cgroup/{folder}/memory.usage_in_bytes": "700\n",
+        f"sys/fs/cgroup/{folder}/memory.stat": "active_file 9\ntotal_inactive_file 50\ntotal_active_file 40",
+    }
+    if folder != "memory":
+        files["sys/fs/cgroup/memory/memory.limit_in_bytes"] = f"{V1}\n"
+        files["sys/fs/cgroup/memory/memory.usage_in_bytes"] = "10000000\n"
+        files["sys/fs/cgroup/memory/memory.stat"] = "total_inactive_file 1\n"
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_host_memory(tmp_path) == 390
+    limits = device.group_limits(tmp_path)
+    assert sorted(limits) == sorted({(1000, 610), *([(V1, 9999999)] if folder != "memory" else [])})
+    monkeypatch.setattr(device, "group_limits", lambda: limits)
+    assert memory_limit(torch.device("cpu"), None) == 900
+
+
+def test_no_control_groups_no_limit(tmp_path):
+    assert device.group_limits(tmp_path) == []
+
+
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="needs Linux")
 def test_free_host_memory_of_this_machine():
     assert 0 < free_host_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

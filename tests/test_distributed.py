@@ -1,10 +1,16 @@
-"""One process or several: the same batch, the same gradients, the same losses."""
+"""One process or several: the same batch, the same gradients, the same losses; and how they meet."""
+
+import errno
+import socket
 
 from conftest import ROOT, TINY, call, run, torchrun
+from support.cli import InputError, RunFault
+from support.machine.processes import World, faults_in_one_line, start_processes
 from support.run.curves import read_log
 
 import pytest
 import torch
+import torch.distributed as dist
 
 
 def gradients(tmp_path, text_shards, name, launch, micro_batch_size):
@@ -60,3 +66,116 @@ def test_bad_input_is_said_once_by_all_processes(tmp_path):
     done = torchrun(2, "train_gpt2.py", *TINY, f"--data_dir={tmp_path / 'nowhere'}", check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: the data folder") == 1
+
+
+LAYOUT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TWO = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture
+def layout(monkeypatch):
+    """Sets the environment variables of a layout, and no other."""
+
+    def set_variables(**variables):
+        for name in LAYOUT:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            if value is not None:
+                monkeypatch.setenv(name, value)
+
+    set_variables()
+    return set_variables
+
+
+@pytest.mark.parametrize(
+    ("variables", "fault"),
+    [
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE is '', not a number"),
+        ({"RANK": "first"}, "RANK is 'first', not a number"),
+        ({"LOCAL_RANK": "-1"}, "LOCAL_RANK is '-1', not a number"),
+        ({"LOCAL_WORLD_SIZE": "x"}, "LOCAL_WORLD_SIZE is 'x', not a number"),
+        ({"WORLD_SIZE": "0"}, "RANK is 0, but WORLD_SIZE is 0"),
+        ({"RANK": "3"}, "RANK is 3, but WORLD_SIZE is not set"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is 1, but WORLD_SIZE is not set"),
+        ({"LOCAL_WORLD_SIZE": "8"}, "LOCAL_WORLD_SIZE is 8, but WORLD_SIZE is not set"),
+        ({**TWO, "RANK": "2"}, "RANK is 2, but WORLD_SIZE is 2"),
+        ({**TWO, "LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but WORLD_SIZE is 2"),
+        ({**TWO, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is 1, but LOCAL_WORLD_SIZE is 1"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({**TWO, "MASTER_ADDR": None}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+        ({**TWO, "MASTER_PORT": ""}, "WORLD_SIZE is 2, but MASTER_PORT is not set"),
+        ({**TWO, "MASTER_PORT": "auto"}, "MASTER_PORT is 'auto', not a port"),
+        ({**TWO, "MASTER_PORT": "99999"}, "MASTER_PORT is '99999', not a port"),
+    ],
+)
+def test_variables_that_can_not_be_meant(variables, fault, layout):
+    layout(**variables)
+    with pytest.raises(InputError) as caught:
+        start_processes("cpu", 0.01)
+    message = str(caught.value)
+    assert message.startswith(f"environment variables: {fault}; start several processes with torchrun")
+    unset = message.rpartition("unset ")[2].split()
+    layout(**{name: value for name, value in variables.items() if name not in unset})
+    assert start_processes("cpu", 0.01).size == 1  # the advice works
+
+
+@pytest.mark.parametrize("variables", [{}, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}])
+def test_one_process(variables, layout):
+    layout(**variables)
+    assert start_processes("cpu", 1) == World()
+
+
+def test_a_port_in_use_and_a_peer_that_never_comes(layout):
+    """Neither is contact that was lost; the line names what to change."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        port = str(other.getsockname()[1])
+        other.listen()
+        layout(**TWO | {"MASTER_PORT": port})
+        with pytest.raises(RunFault, match=rf"port {port} \(MASTER_PORT\) is in use .* set another one"):
+            start_processes("cpu", 0.01)
+    never = (
+        rf"never connected: of 2 processes \(WORLD_SIZE\), not all came to 127\.0\.0\.1:{port} \(MASTER_ADDR"
+    )
+    for rank in ("0", "1"):
+        layout(**TWO | {"MASTER_PORT": port, "RANK": rank})
+        with pytest.raises(RunFault, match=never):
+            start_processes("cpu", 0.01)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (RuntimeError("CUDA driver error: operation not supported"), "the GPU or its driver failed"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure\nCUDA kernel"), "the GPU or its"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "the GPU or its driver failed"),
+        (RuntimeError("Found no NVIDIA driver on your system."), "the GPU or its driver failed"),
+        (torch.OutOfMemoryError("CUDA out of memory."), "out of memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "out of memory"),
+        (dist.DistBackendError("NCCL communicator was aborted"), "lost contact with another process"),
+        (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer"), "lost contact"),
+    ],
+)
+def test_the_machines_faults_in_one_line(error, message):
+    with pytest.raises(RunFault, match=f"^{message}") as caught, faults_in_one_line():
+        raise error
+    assert str(caught.value).count("\n") == 0
+    vgpu = "PYTORCH_ALLOC_CONF=expandable_segments:False" in str(caught.value)
+    assert vgpu == message.startswith("the GPU")
+
+
+def test_a_mistake_in_the_code_keeps_its_traceback():
+    for text in ("expected all tensors on cuda:0 and cpu", "shapes differ", "error in a matrix"):
+        with pytest.raises(RuntimeError, match=text) as caught, faults_in_one_line():
+            raise RuntimeError(text)
+        assert not isinstance(caught.value, RunFault)
+
+
+def test_an_error_of_the_main_process_is_told_to_all():
+    def fail():
+        raise OSError(errno.EMFILE, "Too many open files", "checkpoint")
+
+    with pytest.raises(
+        RunFault, match=r"^checkpoint: Too many open files; allow more open files \(ulimit -n\)$"
+    ):
+        World().from_main(fail)

@@ -114,7 +114,8 @@ def test_what_only_linux_has_is_asked_for_on_linux_only(monkeypatch):
 def test_a_mac_has_one_process(monkeypatch):
     """Its GPU can't be shared, and there is no NCCL; without an NVIDIA GPU several processes use gloo."""
     monkeypatch.setattr(processes, "choose_device", torch.device)
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="several processes can't share MPS"):
         processes.start_processes("mps", 1)
     monkeypatch.delenv("WORLD_SIZE")

@@ -1,5 +1,6 @@
 """Text to shards, to the byte, through kills and a bad line."""
 
+import errno
 import gzip
 import hashlib
 import itertools
@@ -17,6 +18,7 @@ from conftest import ROOT, bin_shard, call, kill_until_done, make_shards, run, w
 from hub import COMMIT, serve
 from support.cli import InputError, RunFault, run_command
 from support.data import documents
+from support.data import hub as hub_module
 from support.data.documents import PIECE, File, Piece, Reading, chunks_of, cut_document, local_files
 from support.data.encodings import END_OF_TEXT, get_encoding
 from support.data.hub import Downloads
@@ -478,8 +480,11 @@ def test_a_full_disk_is_named_and_gone_on_from(tmp_path):
     small += "sys.argv[0] = 'fineweb.py'; runpy.run_path('fineweb.py', run_name='__main__')"
     done = run("-c", small, *flags, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert "edufineweb_val_000000.npy could not be written" in done.stderr
-    assert "free some disk space, then run the same command again" in done.stderr
+    assert (
+        "edufineweb_val_000000.npy could not be written (File too large); allow larger files" in done.stderr
+    )
+    assert "then run the same command again" in done.stderr
+    assert not list((tmp_path / "out").glob("*.tmp"))
     call("fineweb.py", *flags)
     assert tokens_in(tmp_path / "out") == stream_of(["a word " * 9000])
 
@@ -557,7 +562,11 @@ def test_the_systems_errors_are_not_damage(tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(np.lib.format, "open_memmap", Mock(side_effect=OSError(24, "Too many open files", "x")))
         done = make(tmp_path / "out", *flags, check=False)
-        assert (done.returncode, done.stderr) == (1, "error: x: Too many open files\n")
+        assert (done.returncode, done.stderr) == (
+            1,
+            f"error: {tmp_path}/out/edufineweb_val_000000.npy: Too many open files; allow more open files "
+            "(ulimit -n)\n",
+        )
     assert {path: path.read_bytes() for path in before} == before
 
 
@@ -850,11 +859,13 @@ def test_a_trial_downloads_only_what_it_needs(hub, tmp_path):
 FETCH = """
 import time
 import datasets
+import os
 from support.cli import RunFault
+from support.data import hub
 from support.data.hub import hub_or_disk, model_files
+hub.PATIENCE = float(os.environ.get("PATIENCE", 5))
 def rows():
-    with hub_or_disk("the rows"):
-        return datasets.load_dataset("some/rows", split="train")["text"][0]
+    return hub_or_disk("the rows", lambda: datasets.load_dataset("some/rows", split="train"))["text"][0]
 def weights():
     return model_files("some/model", "the model")[1].read_text()
 def fail(_):
@@ -869,7 +880,8 @@ for fetch in (rows, weights):
 
 
 def test_without_a_network_the_disk_serves(tmp_path):
-    """...at once; and what is not there is refused at once, in one line each."""
+    """...at once; and what is not there is refused at once, in one line each. A Hub that answers late is no
+    Hub that does not answer."""
     for name, text in (
         ("datasets/some/rows/data/train.jsonl", '{"text": "a row"}'),
         ("models/some/model/config.json", "{}"),
@@ -877,12 +889,76 @@ def test_without_a_network_the_disk_serves(tmp_path):
     ):
         (tmp_path / "hub" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "hub" / name).write_text(text)
-    with serve(tmp_path / "hub") as (env, _):
-        assert run("-c", FETCH, env=env).stdout == "a row\nweights\n"
+    with serve(tmp_path / "hub", delay=0.3) as (env, _):
+        assert run("-c", FETCH, env={**env, "PATIENCE": "0.1"}).stdout == "a row\nweights\n"
     assert run("-c", FETCH, env=env).stdout == "a row\nweights\n"
     lines = run("-c", FETCH, env={**env, "HF_HOME": str(tmp_path / "empty")}).stdout.splitlines()
     reason = f"{env['HF_ENDPOINT']} can't be reached, and no earlier download is on this disk"
     assert lines == [f"could not fetch the rows: {reason}", f"could not fetch the model: {reason}"]
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(time, "sleep", Mock(side_effect=AssertionError("waits")))
+
+
+def test_an_offline_mode_is_a_choice(no_waiting, monkeypatch):
+    """No attempt is repeated, and the line names the variable."""
+    from datasets import load_dataset
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for fetch in (
+        lambda: hub_module.dataset_files("some/rows", None, "main"),
+        lambda: hub_module.repository_files("some/rows", "main"),
+        lambda: hub_module.model_files("some/model-that-is-not-here", "the model"),
+        lambda: hub_module.hub_or_disk("rows", lambda: load_dataset("some/rows-that-are-not-here")),
+    ):
+        with pytest.raises(InputError, match="HF_HUB_OFFLINE is set, and no earlier download") as caught:
+            fetch()
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EACCES", "EROFS", "EMFILE", "EIO"])
+def test_what_this_machine_does_is_no_fault_of_the_hub(name, no_waiting, monkeypatch, tmp_path):
+    """Nothing is tried again; the reason stays what it is."""
+    error = OSError(getattr(errno, name), "the reason", "a/cache")
+    in_rust = RuntimeError(f"I/O error: the reason (os error {getattr(errno, name)})")
+    for of_this_disk in (error, in_rust):
+        with pytest.raises(OSError, match="the reason"):
+            hub_module.retried("a file", Mock(side_effect=of_this_disk))
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: True)
+    with pytest.raises(RunFault, match=r"could not fetch a file \(a/cache: the reason\); ") as caught:
+        hub_module.hub_or_disk("a file", Mock(side_effect=error))
+    assert ("free some disk space" in str(caught.value)) == (name in ("ENOSPC", "EDQUOT"))
+
+
+@pytest.mark.parametrize(
+    ("answers", "calls", "outcome"),
+    [
+        (True, [False], "fetched"),
+        (None, [True, False], "fetched"),  # late: this disk first, then the library decides
+        (False, [True], "can't be reached, and no earlier download is on this disk"),
+    ],
+)
+def test_a_probe_never_overrules_the_library(answers, calls, outcome, monkeypatch):
+    from huggingface_hub import constants
+
+    made = []
+
+    def fetch():
+        made.append(constants.HF_HUB_OFFLINE)
+        if constants.HF_HUB_OFFLINE:
+            raise ConnectionError("OfflineModeIsEnabled")
+        return "fetched"
+
+    monkeypatch.setattr(hub_module, "hub_answers", lambda: answers)
+    try:
+        said = hub_module.hub_or_disk("a file", fetch)
+    except RunFault as fault:
+        said = str(fault)
+    assert said.endswith(outcome)
+    assert (made, constants.HF_HUB_OFFLINE) == (calls, False)
 
 
 def test_the_next_file_comes_while_this_one_is_read(tmp_path):

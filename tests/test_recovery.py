@@ -18,6 +18,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 from conftest import ROOT, TINY, call, faulty, make_shards, run, run_folder, torchrun
 from support.cli import InputError, RunFault
@@ -790,7 +791,9 @@ def test_a_save_that_fails_is_said_and_leaves_nothing(failure, place, small_run,
     text = f"step 2: NOT SAVED: {reason or FAILURES[failure]}; the checkpoints before it are intact"
     assert small_run.said[1:] == [text]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_00001", "log.txt"]
-    with pytest.raises(RunFault, match="step 2, could not be saved"):
+    advice = "free some disk space" if isinstance(FAILURES[failure], OSError) else "remove the cause"
+    repeated = re.escape(f"step 2, could not be saved ({reason or FAILURES[failure]}); {advice}, then run it")
+    with pytest.raises(RunFault, match=repeated):
         small_run.folder.wait_for_save(2)
     small_run.save(3)
     small_run.folder.wait_for_save(3)
@@ -885,7 +888,8 @@ def test_a_full_disk_loses_nothing(flags, tmp_path, undisturbed):
     full = faulty(f"disk={size // 2}", *flags, "--resume", check=False)
     assert full.returncode == 1
     assert full.stdout.count("NOT SAVED") >= 2
-    assert "could not be saved; free some disk space, then run it again with --resume" in full.stderr
+    assert "could not be saved (File too large); allow larger files" in full.stderr
+    assert "then run it again with --resume" in full.stderr
     assert full.stderr.count("\n") == 1
     assert {file: sha256(file) for file in before} == before
     assert not list((tmp_path / "log").glob("*.tmp"))
@@ -899,7 +903,7 @@ def test_free_space_is_checked_before_a_save(flags, tmp_path, monkeypatch):
     done = call("train_gpt2.py", *flags, check=False)
     assert done.returncode == 1
     assert done.stdout.count("NOT SAVED: 0 MB are free, 10 MB are needed") == 5
-    assert "step 20, could not be saved" in done.stderr
+    assert "step 20, could not be saved (0 MB are free, 10 MB are needed); free some disk" in done.stderr
     assert not list((tmp_path / "log").glob("checkpoint_*"))
 
 
@@ -957,6 +961,29 @@ def test_half_a_checkpoint_and_a_pickle_bomb_are_passed_over(flags, tmp_path, un
     assert "resuming at step 8" in done.stdout  # the one that --keep_every has kept
     assert not (tmp_path / "executed").exists()
     assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("place", ["sha256", "torch.load"])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(number, os.strerror(number)) for number in (errno.EMFILE, errno.EACCES, errno.EIO)),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 5 bytes"),
+    ],
+    ids=str,
+)
+def test_the_systems_errors_set_no_checkpoint_aside(error, place, undisturbed, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    shutil.copytree(undisturbed, log)
+    before = sorted(log.rglob("*"))
+    folder = run_folder(log)
+    with monkeypatch.context() as patch:
+        target = (torch, "load") if place == "torch.load" else (folder_module, "sha256")
+        patch.setattr(*target, Mock(side_effect=error))
+        with pytest.raises(type(error), match=re.escape(str(error))):
+            folder.find_checkpoint()
+    assert sorted(log.rglob("*")) == before
+    assert folder.find_checkpoint() == []
 
 
 def test_only_damaged_checkpoints_are_not_a_reason_to_start_over(flags, tmp_path, undisturbed):

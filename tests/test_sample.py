@@ -79,6 +79,52 @@ def test_a_stream_shows_the_same_text(model_folder, monkeypatch):
     assert "the prompt has 40 tokens; the model sees the last 32" in long.stderr
 
 
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory):
+    """A tiny model with GPT-2's tokens."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    GPT(GPTConfig(block_size=64, n_layer=1, n_head=1, n_embd=8)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tokens"),
+    [
+        (b"\xef\xbb\xbfHello", [15496]),
+        (b"a\r\nb\r\n", [64, 198, 65, 198]),
+        (b"<|endoftext|>", [50256]),
+        (b"a<|endoftext|>b<|endoftext|>", [64, 50256, 65, 50256]),
+        (b"<|endoftext |>", None),  # what ordinary text is
+        (b"\xff", [4210]),
+    ],
+)
+def test_what_a_prompt_becomes(prompt, tokens, gpt2_folder, monkeypatch):
+    """Of a piped prompt, the mark at its beginning and Windows' ends of lines are not text; <|endoftext|> is
+    the token."""
+    asked = []
+    monkeypatch.setattr(sampling, "stream", lambda _, idx, *__, **___: asked.append(idx[0].tolist()) or ())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(prompt)))
+    call("sample.py", f"--model={gpt2_folder}", "--device=cpu", "--prompt=-")
+    encoding = get_encoding("gpt2")
+    assert asked == [tokens or encoding.encode_ordinary(prompt.decode())]
+
+
+def test_a_space_at_the_end_of_a_prompt_is_remarked(model_folder, gpt2_folder):
+    """GPT-2's tokens begin with the space; a byte is a byte."""
+    for prompt, folder, noted in (
+        ("Hello ", gpt2_folder, True),
+        ("Hello", gpt2_folder, False),
+        ("Hello\n", gpt2_folder, False),
+        ("", gpt2_folder, False),
+        ("Hello ", model_folder, False),
+    ):
+        done = call(
+            "sample.py", f"--model={folder}", f"--prompt={prompt}", "--max_new_tokens=1", "--device=cpu"
+        )
+        assert ("note: the prompt ends in a space" in done.stderr) == noted
+        assert "note:" not in done.stdout
+
+
 def test_a_text_ends_at_the_end_of_text_token(model_folder, tmp_path):
     """A model that always says <|endoftext|>: nothing is printed of it, and nothing is computed after it."""
     model = GPT.from_pretrained(model_folder)
@@ -159,6 +205,7 @@ def test_a_model_that_is_elsewhere_is_pointed_out(model_folder, tmp_path, monkey
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", offline)
+    monkeypatch.setattr("support.data.hub.hub_answers", lambda: True)
     with pytest.raises(RunFault, match=re.escape("no folder here has that name; did you mean log/demo?)")):
         find_model("demo")
     Path("log/demo").rename("log/gpt2")  # OpenAI's weights stay what the name means

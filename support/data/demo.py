@@ -12,6 +12,7 @@ from pathlib import Path
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
 from support.data.shards import ShardWriter, Stream, new_record, write_shards
+from support.files import own_name
 
 
 def write_demo_shards(output_dir: Path) -> None:
@@ -20,8 +21,7 @@ def write_demo_shards(output_dir: Path) -> None:
         return
     python = f"Python {sys.version.split()[0]}"
     print(f"writing the demo's data, the documentation text inside {python}, to {output_dir}/ (2 MB)")
-    temporary = output_dir.with_name(output_dir.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = own_name(output_dir)
     temporary.mkdir(parents=True)
     record = new_record(
         get_encoding("bytes"),
@@ -30,8 +30,14 @@ def write_demo_shards(output_dir: Path) -> None:
     )
     texts = enumerate(standard_library_prose())
     documents = Stream(Piece("standard library", i, text) for i, text in texts)
-    write_shards([documents], ShardWriter(temporary, record))
-    temporary.rename(output_dir)
+    try:
+        write_shards([documents], ShardWriter(temporary, record))
+        temporary.rename(output_dir)
+    except OSError:
+        if not (output_dir / "shards.json").exists():  # otherwise another demo was faster
+            raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def standard_library_prose() -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Downloads from the Hugging Face Hub: retried, resumed and verified."""
 
 import contextlib
-import errno
 import functools
 import json
 import math
@@ -16,12 +15,13 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from support.cli import CommandError, InputError, RunFault, brief, file_size, in_words
+from support.cli import CommandError, InputError, RunFault, advice, brief, file_size, in_words, remedy
 from support.data.documents import SUPPORTED, File, kind_of
 from support.files import sha256
 
 from tqdm import tqdm
 
+PATIENCE = 5  # seconds to wait for the Hub before this disk is searched
 RETRY_AFTER = (1, 5, 30, 120)  # seconds to wait before each new attempt to reach the Hub
 ADVICE = {  # for errors of huggingface_hub whose own message names a status only
     "GatedRepoError": "it is gated; accept its conditions on its page, then log in with `hf auth login`",
@@ -53,13 +53,30 @@ def hub_errors(wanted: str) -> Iterator[None]:
         yield
     except Exception as error:
         from_client = type(error).__module__.startswith(("http", "requests"))  # not all are OSErrors
-        full = getattr(error, "errno", None) == errno.ENOSPC
-        if full or not (from_client or isinstance(error, OSError | HFValidationError)):
-            raise
+        if remedy(error) and not isinstance(error, OSError):
+            raise OSError(in_words(error)) from error  # of this disk, from a library written in Rust
+        if remedy(error) or not (from_client or isinstance(error, OSError | HFValidationError)):
+            raise  # not a failed download: a full disk, a folder without permission, a mistake in the code
+        if is_offline(error):
+            raise InputError(
+                f"could not fetch {wanted}: HF_HUB_OFFLINE is set, and no earlier download of it is on this "
+                "disk; unset it, or name files on this disk"
+            ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = ADVICE.get(type(error).__name__, lines[0])
         kind = RunFault if may_pass(error) else InputError
         raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {reason}") from error
+
+
+def is_offline(error: BaseException) -> bool:
+    """Whether the library did not ask the Hub, since HF_HUB_OFFLINE forbids it, or a variable to that effect:
+    the user's choice, or that of `hub_or_disk`."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if "OfflineModeIsEnabled" in f"{type(chain).__name__} {chain}":  # datasets has it in the text only
+            return True
+        chain = chain.__cause__ or chain.__context__
+    return False
 
 
 def may_pass(error: BaseException | None) -> bool:
@@ -93,41 +110,46 @@ def retried(wanted: str, fetch: Callable[[], T]) -> T:
 
 
 @functools.cache
-def hub_answers() -> bool:
-    """Whether the Hub can be reached, asked once and with little patience."""
+def hub_answers() -> bool | None:
+    """Whether the Hub can be reached, asked once and with little patience: None if there is no answer yet."""
     from huggingface_hub import constants, get_session
 
     try:
-        get_session().head(constants.ENDPOINT, timeout=5)
-    except Exception:  # whatever the HTTP client of this release raises
-        return False
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # of whatever HTTP client this release has
+        refused = type(error).__name__ in ("ConnectError", "ConnectionError")  # no route, no name, no server
+        return False if refused else None
     return True
 
 
-@contextlib.contextmanager
-def hub_or_disk(wanted: str) -> Iterator[None]:
-    """`hub_errors`, for what may lie on this disk from an earlier download.
+def hub_or_disk(wanted: str, fetch: Callable[[], T]) -> T:
+    """Call `fetch()`, for what may lie on this disk from an earlier download. Raises what `hub_errors` does.
 
-    If the Hub can't be reached, its libraries look at the disk alone. By themselves they would try to reach
-    the Hub for half a minute first, and `datasets.load_dataset` has no argument against that. So this sets
+    If the Hub does not answer at once, its libraries look at the disk alone first; then, unless there is no
+    way to the Hub, they ask it with their own patience. By themselves they would try to reach the Hub for
+    half a minute before they look, and `datasets.load_dataset` has no argument against that. So this sets
     what the environment variable HF_HUB_OFFLINE sets.
     """
     from huggingface_hub import constants
 
-    answers, before = hub_answers(), constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not answers
     try:
+        if not constants.HF_HUB_OFFLINE and not hub_answers():
+            constants.HF_HUB_OFFLINE = True
+            try:
+                with hub_errors(wanted):
+                    return fetch()
+            except CommandError as error:
+                if hub_answers() is False:
+                    raise RunFault(
+                        f"could not fetch {wanted}: {constants.ENDPOINT} can't be reached, and no earlier "
+                        "download is on this disk"
+                    ) from error
+            finally:
+                constants.HF_HUB_OFFLINE = False
         with hub_errors(wanted):
-            yield
-    except CommandError as error:
-        if answers:
-            raise
-        raise RunFault(
-            f"could not fetch {wanted}: {constants.ENDPOINT} can't be reached, and no earlier download is "
-            "on this disk"
-        ) from error
-    finally:
-        constants.HF_HUB_OFFLINE = before
+            return fetch()
+    except OSError as error:  # of this disk
+        raise RunFault(f"could not fetch {wanted} ({in_words(error)}); {advice(error)}") from error
 
 
 # -----------------------------------------------------------------------------
@@ -167,7 +189,7 @@ def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
                     raise  # the Hub did not answer
         return None
 
-    with hub_or_disk(wanted):
+    def find() -> tuple[Path, Path]:
         config, weights = fetch("config.json"), fetch(*WEIGHTS)
         if config and weights:
             for name in ("tokenizer.json", "vocab.json"):
@@ -183,9 +205,11 @@ def model_files(repository: str, wanted: str) -> tuple[Path, Path]:
             return file, file
         if offline:
             raise FileNotFoundError("no earlier download is on this disk")
-    missing = "model.safetensors or pytorch_model.bin" if config else "config.json"
-    files = ", ".join(sorted(there)[:8]) + ", ..." * (len(there) > 8)
-    raise InputError(f"{wanted}: on the Hub it has no {missing}, only {files or 'nothing'}")
+        missing = "model.safetensors or pytorch_model.bin" if config else "config.json"
+        files = ", ".join(sorted(there)[:8]) + ", ..." * (len(there) > 8)
+        raise InputError(f"{wanted}: on the Hub it has no {missing}, only {files or 'nothing'}")
+
+    return hub_or_disk(wanted, find)
 
 
 def parts_of(index_file: Path) -> list[str]:
@@ -338,8 +362,8 @@ class Downloads:
 
         try:
             return retried(file.name, attempt)
-        except OSError as error:  # by now a CommandError, unless the disk is full
+        except OSError as error:  # by now a CommandError, unless this disk failed
             raise RunFault(
-                f"{file.name} could not be written ({in_words(error)}); free some disk space, then run the "
-                "same command again"
+                f"{file.name} could not be written ({in_words(error)}); {advice(error)}, then run the same "
+                "command again"
             ) from error

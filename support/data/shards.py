@@ -17,14 +17,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, BinaryIO, NotRequired, TypedDict
 
-from support.cli import InputError, RunFault, in_words, plural
+from support.cli import InputError, RunFault, advice, in_words, plural
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
 from support.data.order import Order, WindowOrder
 from support.data.tokens import encode_stream
-from support.files import check_not_pointer, sha256, to_json, write_file
+from support.files import allow_open_files, check_not_pointer, sha256, to_json, write_file
 
 import numpy as np
 import tiktoken
@@ -297,11 +297,11 @@ class ShardWriter:
         shards = self.record["shards"]
         path = self.folder / f"edufineweb_{'train' if shards else 'val'}_{len(shards):06d}.npy"
         try:
-            write_file(path, lambda file: np.save(file, self.buffer[: self.filled]))
+            write_file(path, lambda file: write_shard(file, self.buffer[: self.filled]))
         except OSError as error:
             raise RunFault(
-                f"{path} could not be written ({error.strerror or in_words(error)}); free some disk space, "
-                "then run the same command again"
+                f"{path} could not be written ({error.strerror or in_words(error)}); {advice(error)}, then "
+                "run the same command again"
             ) from error
         entry: ShardEntry = {
             "file": path.name,
@@ -340,6 +340,12 @@ class ShardWriter:
                 f"split, and leave none to train on; choose --val_size {val_size}{shorter}"
             )
         os.replace(self.folder / PARTIAL, self.folder / "shards.json")
+
+
+def write_shard(file: BinaryIO, tokens: np.ndarray) -> None:
+    """np.save, whose own error on a full disk has no number."""
+    np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(tokens))
+    file.write(tokens.data)
 
 
 def write_shards(
@@ -448,8 +454,10 @@ def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np
                 raise InputError(
                     f"{file}: {extra:,} bytes follow the {tokens.size:,} tokens of its header; {remedy}"
                 )
-    except (InputError, OSError):
+    except InputError:
         raise
+    except OSError as error:  # mmap's names no file
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     except Exception as error:  # NumPy parses the header as Python, so a damaged one can fail in any way
         raise InputError(f"{file}: empty, cut short or not a token shard ({error}); {remedy}") from error
     if tokens.dtype != np.uint16 or tokens.ndim != 1:
@@ -459,7 +467,9 @@ def open_shard(file: Path, remedy: str = "write it again with fineweb.py") -> np
 
 def open_bin(file: Path, remedy: str) -> np.ndarray:
     """Memory-map a `.bin` file. nanoGPT's two have no header: their names tell what they are."""
-    header = np.fromfile(file, dtype="<i4", count=256)
+    with open(file, "rb") as opened:
+        begin = opened.read(1024)
+    header = np.frombuffer(begin[: len(begin) // 4 * 4], dtype="<i4")
     if file.name in ("train.bin", "val.bin") and header[:1] != [20240520]:
         if (file.parent / "meta.pkl").exists():
             raise InputError(
@@ -502,6 +512,7 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
         )
     shown = (file for file in folder.iterdir() if not file.name.startswith("."))  # the Finder hides its notes
     files = sorted(file for file in shown if file.suffix in (".npy", ".bin"))
+    allow_open_files(len(files))
     record = read_record(folder / "shards.json") if (folder / "shards.json").exists() else None
     entries = {entry["file"]: entry for entry in record["shards"]} if record else {}
     if missing := entries.keys() - {file.name for file in files}:

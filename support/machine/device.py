@@ -59,6 +59,19 @@ PEAK_TFLOPS = {
     "RTX 5070": 61.7, "RTX 5070 Ti": 87.9, "RTX 5080": 112.6, "RTX 5090": 209.5,
 }  # fmt: skip
 
+# Of Linux's control groups, version 2 and 1: the line of /proc/self/cgroup that names this process's group,
+# where the groups lie, their files of limit and use, and the lines of memory.stat that count the page cache.
+CONTROL_GROUPS: tuple[tuple[bytes, str, str, str, bytes], ...] = (
+    (rb"^0::/(.*)", "sys/fs/cgroup", "memory.max", "memory.current", rb"^(?:in)?active_file (\d+)"),
+    (
+        rb"^\d+:(?:[^:]*,)?memory(?:,[^:]*)?:/(.*)",
+        "sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        rb"^total_(?:in)?active_file (\d+)",
+    ),
+)
+
 
 def choose_device(name: str = "auto") -> torch.device:
     """The device called `name`, or the best available. Raises InputError if there is no such device."""
@@ -195,35 +208,50 @@ def keep_freed_memory() -> None:
 
 
 def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
-    """The bytes that this process may use: a GPU's free memory, or its share of most of a computer's; at most
-    `limit_gb`. None if the system does not report it."""
+    """The bytes that this process may use: a GPU's free memory, or its share of most of a computer's or a
+    container's; at most `limit_gb`. None if the system does not report it."""
     size: float | None = None
     if device.type == "cuda":
         size = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     elif hasattr(os, "sysconf"):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # they share it
-        size = 0.9 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / processes
+        total = min(
+            [
+                os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+                *(limit for limit, _ in group_limits()),
+            ]
+        )
+        size = 0.9 * total / processes
     return min((limit for limit in (size, limit_gb and limit_gb * GB) if limit), default=None)
 
 
 def free_host_memory(root: Path = Path("/")) -> int:
-    """The bytes of host memory that this process can still take; 0 if the system does not report it.
-
-    Linux does, in proc(5) and, for a container or a batch job, in the control groups (version 2) it is in.
-    """
+    """The bytes of host memory that this process can still take; 0 if the system does not report it, as
+    Linux does in proc(5)."""
     try:
         (free,) = re.findall(rb"MemAvailable: +(\d+) kB", (root / "proc/meminfo").read_bytes())
-        groups = re.findall(rb"^0::/(.*)", (root / "proc/self/cgroup").read_bytes(), re.MULTILINE)
     except (OSError, ValueError):
         return 0
-    left, group = [1024 * int(free)], root / "sys/fs/cgroup" / os.fsdecode(b"".join(groups))
-    for folder in [group, *group.parents]:
-        with contextlib.suppress(OSError, ValueError):  # "max" is no limit; the outermost group has no files
-            limit, used = (int((folder / f"memory.{name}").read_bytes()) for name in ("max", "current"))
-            stat = (folder / "memory.stat").read_bytes()
-            cache = sum(map(int, re.findall(rb"^(?:in)?active_file (\d+)", stat, re.MULTILINE)))
-            left.append(limit - used + cache)
-    return max(0, min(left))
+    return max(0, min([1024 * int(free), *(limit - used for limit, used in group_limits(root))]))
+
+
+def group_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """The control groups with a limit that this process is in, those of a container or a batch job: each
+    one's limit, and how much is in use, without the page cache, which gives way; bytes."""
+    try:
+        own_groups = (root / "proc/self/cgroup").read_bytes()
+    except OSError:  # not Linux
+        return []
+    limits = []
+    for line, mount, *files, cached in CONTROL_GROUPS:
+        for name in re.findall(line, own_groups, re.MULTILINE):
+            group = root / mount / os.fsdecode(name)
+            for folder in [group, *group.parents]:
+                with contextlib.suppress(OSError, ValueError):  # no such folder; "max" is no limit
+                    limit, used = (int((folder / file).read_bytes()) for file in files)
+                    cache = re.findall(cached, (folder / "memory.stat").read_bytes(), re.MULTILINE)
+                    limits.append((limit, used - sum(map(int, cache))))
+    return limits
 
 
 @contextlib.contextmanager

@@ -3,7 +3,9 @@
 import contextlib
 import gc
 import os
+import re
 import signal
+import socket
 import stat
 import sys
 import time
@@ -14,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
-from support.cli import CommandError, InputError, RunFault, brief
+from support.cli import CommandError, InputError, RunFault, brief, in_words, with_remedy
 from support.machine.device import choose_device, is_out_of_memory, keep_freed_memory, memory_limit, type_of
 from support.machine.page_cache import read_into_cache
 
@@ -48,13 +50,16 @@ class World:
         return self.device if self.device.type == "cuda" else CPU
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Call `make()` in the main process; return its result, or raise its CommandError, in every one."""
+        """Call `make()` in the main process; return its result in every one. Its CommandError is raised in
+        every one, and its OSError too, as a RunFault."""
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome[0] = make()
             except CommandError as error:
                 outcome[1] = error
+            except OSError as error:
+                outcome[1] = RunFault(with_remedy(error))
         if self.size > 1:
             dist.broadcast_object_list(outcome, device=self.collective_device)
         if outcome[1]:
@@ -119,11 +124,10 @@ class World:
 def start_processes(wanted: str, timeout_minutes: float) -> World:
     """This process's World, on the `wanted` device, from torchrun's environment variables if they are set.
 
-    Raises InputError if the device is not available.
+    Raises InputError if the device is not available, or if the variables can't be meant; RunFault if the
+    processes don't find one another.
     """
-    rank = int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, local_rank, world_size = read_layout()
     device = choose_device(wanted)
     backend = type_of(device).backend
     if backend is None and world_size > 1:
@@ -142,21 +146,100 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
     store = None
     if world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
-        store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-            # After a restart (`torchrun --max_restarts`), the store still holds the addresses of dead
-            # processes, and gloo may wait for them. (Each host counts its own restarts: see docs/recipes.md.)
-            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-        gpu = device if backend == "nccl" else None  # else NCCL's barrier has to guess it
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu
-        )
+        with meeting(rank, timeout):
+            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+                # After a restart (`torchrun --max_restarts`), the store still holds the addresses of dead
+                # processes, and gloo may wait for them. (Each host counts its restarts: docs/recipes.md.)
+                store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            gpu = device if backend == "nccl" else None  # else NCCL's barrier has to guess it
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu
+            )
     return World(rank, world_size, device, store)
+
+
+def read_layout() -> tuple[int, int, int]:
+    """This process's RANK and LOCAL_RANK, and WORLD_SIZE, as torchrun sets them; 0, 0 and 1 without it.
+
+    Raises InputError, naming the variable, if one is no number, contradicts another, or is missing: variables
+    may be left over from another job, or set by hand.
+    """
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+
+    def check(right: bool, fault: str) -> None:
+        if not right:
+            raise InputError(
+                f"environment variables: {fault}; start several processes with torchrun, which sets them "
+                f"all; for one process: unset {' '.join(given)}",
+                this_process_only=True,
+            )
+
+    for name, text in given.items():
+        check(text.isdecimal(), f"{name} is {text!r}, not a number")
+    size = int(given.get("WORLD_SIZE", 1))
+    here = int(given.get("LOCAL_WORLD_SIZE", size))
+    rank, local_rank = int(given.get("RANK", 0)), int(given.get("LOCAL_RANK", 0))
+    of_size = f"WORLD_SIZE is {size}" if "WORLD_SIZE" in given else "WORLD_SIZE is not set"
+    check(rank < size, f"RANK is {rank}, but {of_size}")
+    check(here <= size, f"LOCAL_WORLD_SIZE is {here}, but {of_size}")
+    check(
+        local_rank < here,
+        f"LOCAL_RANK is {local_rank}, but "
+        + (f"LOCAL_WORLD_SIZE is {here}" if "LOCAL_WORLD_SIZE" in given else of_size),
+    )
+    if size > 1:
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+            check(bool(os.environ.get(name)), f"WORLD_SIZE is {size}, but {name} is not set")
+        port = os.environ["MASTER_PORT"]
+        check(port.isdecimal() and 0 < int(port) < 2**16, f"MASTER_PORT is {port!r}, not a port")
+    return rank, local_rank, size
+
+
+@contextlib.contextmanager
+def meeting(rank: int, timeout: timedelta) -> Iterator[None]:
+    """Inside, the processes find one another. Turns what can go wrong there into a RunFault. All but the main
+    process first wait until something listens at the address: PyTorch's own attempt ends in pages of its log,
+    without the reason."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    started = time.monotonic()
+    try:
+        while rank > 0:
+            try:
+                socket.create_connection(place, timeout=5).close()
+                break
+            except OSError as error:
+                if time.monotonic() - started > timeout.total_seconds():
+                    raise dist.DistError(in_words(error)) from error
+                time.sleep(0.2)
+        yield
+    except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            raise RunFault(
+                f"port {place[1]} (MASTER_PORT) is in use by another program or run; set another one",
+                this_process_only=True,
+            ) from error
+        if not lost_contact(error):
+            raise
+        raise RunFault(
+            f"never connected: of {os.environ['WORLD_SIZE']} processes (WORLD_SIZE), not all came to "
+            f"{place[0]}:{place[1]} (MASTER_ADDR, MASTER_PORT) within {timeout.total_seconds() / 60:.3g} "
+            "minutes (--timeout_minutes); start them all, and see that the network lets them through "
+            f"({brief(error)})",
+            this_process_only=True,
+        ) from error
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether this is an error of gloo, of NCCL, or of the store through which the processes meet."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 @contextlib.contextmanager
 def faults_in_one_line() -> Iterator[None]:
-    """Turn a full memory, and gloo's or NCCL's errors when another process is lost, into a RunFault."""
+    """Turn a full memory, a GPU's fault, and gloo's or NCCL's errors when another process is lost, into a
+    RunFault."""
     try:
         yield
     except RuntimeError as error:
@@ -167,8 +250,13 @@ def faults_in_one_line() -> Iterator[None]:
                 "the micro-batch that fits now, --micro_batch_size N sets one; the tokens of every step stay "
                 "the same"
             )
-        elif isinstance(error, dist.DistError) or "gloo" in said.lower():
+        elif lost_contact(error):
             fault = "lost contact with another process, which died or was cut off; continue with --resume"
+        elif re.search(r"\b(CUDA|cuDNN|CUBLAS|HIP)\b[^:]* error|NVIDIA driver|CUDA GPUs", str(error)):
+            fault = (
+                "the GPU or its driver failed; see what nvidia-smi says, then continue with --resume. If the "
+                "GPU is a vGPU, set PYTORCH_ALLOC_CONF=expandable_segments:False first"
+            )
         else:
             raise
         raise RunFault(f"{fault} ({said})", this_process_only=True) from error

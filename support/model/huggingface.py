@@ -9,7 +9,6 @@ import difflib
 import functools
 import json
 import operator
-import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -17,7 +16,7 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from support.cli import InputError, brief
+from support.cli import InputError, brief, speaks_for_host
 from support.data.encodings import END_OF_TEXT, get_encoding, letters, merges
 from support.data.hub import PICKLES, WEIGHTS, model_files, newest_pickle
 from support.files import check_not_pointer, to_json
@@ -91,7 +90,7 @@ def find_model(name_or_folder: str | Path) -> tuple[Path, Path]:
     if is_file or name.startswith((".", "/", "~", "log/")) or name.count("/") > 1:
         raise InputError(f"there is no {'file' if is_file else 'folder'} {name}{hint}")
     repository = f"openai-community/{name}" if name in OPENAI_MODELS else name
-    if os.environ.get("RANK", "0") == "0":
+    if speaks_for_host():
         print(f"looking for {repository} on the Hugging Face Hub", file=sys.stderr)
     return model_files(repository, f"the model {name!r} (no folder here has that name{hint})")
 

@@ -47,8 +47,8 @@ def read_event(line: bytes) -> tuple[int, str, float] | None:
 
 
 def load_log(file: Path) -> tuple[dict[str, Points], list[str]]:
-    """The events of a log.txt: finite values by kind, in the order of their steps; and a note if some lines
-    are left out. "train", "val" and "hella" are always among the kinds.
+    """The events of a log.txt: finite values by kind, in the order of their steps; and notes if some lines
+    are left out or replaced. "train", "val" and "hella" are always among the kinds.
 
     A later line replaces an earlier one of the same step and kind. An incomplete last line is ignored: the
     run may be writing it. Raises InputError, with the runs that lie deeper, if there is no such file.
@@ -68,7 +68,10 @@ def load_log(file: Path) -> tuple[dict[str, Points], list[str]]:
     not_finite = len(last) - sum(map(len, events.values()))
     counts = {"unreadable line": found.count(None), "non-finite value": not_finite}
     parts = [plural(n, noun) for noun, n in counts.items() if n]
-    return events, [f"the curves leave out {' and '.join(parts)} of {file}"] if parts else []
+    notes = [f"the curves leave out {' and '.join(parts)} of {file}"] if parts else []
+    if again := len(found) - found.count(None) - len(last):
+        notes.append(f"{file} repeats {plural(again, 'value')}; the later line counts")
+    return events, notes
 
 
 def read_log(file: Path) -> dict[str, Points]:

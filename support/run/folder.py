@@ -16,6 +16,7 @@ Training waits only while a checkpoint is copied to host memory: a thread writes
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -31,11 +32,11 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
-from support.cli import InputError, RunFault, in_words
+from support.cli import InputError, RunFault, advice, in_words
 from support.data import order
 from support.data.shards import Shards
-from support.files import flush_to_disk, lock_folder, sha256, to_json, write_file
-from support.machine.device import device_name, free_host_memory, to_host
+from support.files import flush_to_disk, lock_folder, sha256, to_json, try_to_save, write_file
+from support.machine.device import device_name, free_host_memory, is_out_of_memory, to_host
 from support.machine.processes import World
 from support.machine.sharding import collect, is_sharded, shard_states
 from support.model.huggingface import CARD, list_checkpoints, step_of
@@ -70,6 +71,7 @@ class RunFolder:
         self.saved_at = time.monotonic()
         self.writer = ThreadPoolExecutor(1)  # Python waits for its thread at exit: an error loses no save
         self.saving: Future[None] | None = None  # the save that the thread was last given
+        self.failed: BaseException | None = None  # why the last save that failed did so
         self.shards: Shards  # what the run trains on; `open` sets it
         self.recipe: dict[str, Any] = {}  # all settings that decide the run's numbers
         self.defaults: dict[str, Any] = {}  # the recipe of a default run, without the data
@@ -102,6 +104,7 @@ class RunFolder:
         self.recipe = self.config.recipe_fields() | asdict(model_config) | tokens
         self.defaults = type(self.config)().recipe_fields() | asdict(type(model_config)())
         self.first_step = self.world.from_main(self.open_here)
+        self.world.from_main(lambda: try_to_save(self.path, "--log_dir"))
         return self.first_step
 
     def open_here(self) -> int:
@@ -162,6 +165,8 @@ class RunFolder:
                 if not trainer.keys() >= {"step", "optimizer", "scaler", "rng", "recipe", "loss"}:
                     raise ValueError("trainer.pt lacks entries")
             except DAMAGE as error:
+                if is_out_of_memory(error):
+                    raise
                 self.print(f"DAMAGED: {folder}: {in_words(error).splitlines()[0]}; skipping it")
                 damaged.append(folder.name)
             else:
@@ -272,7 +277,8 @@ class RunFolder:
         with open(self.path / "log.txt", "ab", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
             try:
-                if self.unwritten and file.write(self.unwritten) < len(self.unwritten):
+                if self.unwritten and (n := file.write(self.unwritten)) < len(self.unwritten):
+                    file.write(self.unwritten[n:])  # raises the reason
                     raise OSError("log.txt could not be written")
             except OSError:
                 file.truncate(size)  # leave no half line
@@ -339,7 +345,8 @@ class RunFolder:
         with self.failure_reported(step):
             needed = size + 10_000_000
             if (free := shutil.disk_usage(self.path).free) < needed:
-                raise OSError(f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed")
+                reason = f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed"
+                raise OSError(errno.ENOSPC, reason)
             self.write_log()
             card = self.make_card(step, state)
             if not sharded and not in_place:
@@ -355,7 +362,10 @@ class RunFolder:
         """If what is done inside to save `step` fails: print the reason and leave nothing behind."""
         try:
             yield
-        except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as error:
+        except (OSError, RuntimeError, MemoryError, safetensors.SafetensorError) as caught:
+            reason = caught.__context__  # of PyTorch's error, which is about its own file format
+            error = reason if isinstance(reason, OSError) and isinstance(caught, RuntimeError) else caught
+            self.failed = error
             shutil.rmtree(self.path / f"checkpoint_{step:05d}.tmp", ignore_errors=True)
             self.print(f"step {step}: NOT SAVED: {in_words(error)}; the checkpoints before it are intact")
 
@@ -390,7 +400,8 @@ class RunFolder:
             raw_model.save_pretrained(temporary, weights)
             for name, contents in card.items():
                 (temporary / name).write_bytes(contents)
-            torch.save(trainer, temporary / "trainer.pt")
+            with open(temporary / "trainer.pt", "wb") as file:  # PyTorch's own would not tell why it failed
+                torch.save(trainer, file)
             sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
             (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8", newline="\n")
             for path in (*temporary.iterdir(), temporary, self.path / "log.txt"):
@@ -427,9 +438,16 @@ class RunFolder:
         """Wait for the save in flight. Raises RunFault, in every process, unless `step` has a checkpoint: the
         end of a run must not be lost silently."""
         self.finish_save()
-        if not self.world.from_main((self.path / f"checkpoint_{step:05d}").exists):
+        saved, reason, what_to_do = self.world.from_main(
+            lambda: (
+                (self.path / f"checkpoint_{step:05d}").exists(),
+                in_words(self.failed) if self.failed else "the checkpoint is gone",
+                advice(self.failed),
+            )
+        )
+        if not saved:
             raise RunFault(
-                f"the end of the run, step {step}, could not be saved; free some disk space, then run it "
+                f"the end of the run, step {step}, could not be saved ({reason}); {what_to_do}, then run it "
                 "again with --resume"
             )
 
