@@ -844,7 +844,7 @@ def test_killed_while_a_save_is_in_flight(flags, tmp_path, undisturbed):
 def test_a_second_ctrl_c_while_a_save_is_in_flight(flags, tmp_path):
     process = in_flight(flags, tmp_path)
     process.send_signal(signal.SIGINT)
-    time.sleep(0.8)  # the step is finished: the second save waits for the first
+    time.sleep(0.8)  # the loop has ended: the second save waits for the first
     process.send_signal(signal.SIGINT)
     sent = time.monotonic()
     process.communicate(timeout=30)
