@@ -38,7 +38,7 @@ from support.machine.device import (
     to_device,
     varying_shapes,
 )
-from support.machine.processes import World
+from support.machine.processes import World, faults_in_one_line
 from support.machine.sharding import gathered
 from support.model.huggingface import find_model
 from support.model.sampling import NOT_FINITE, KVCache
@@ -421,6 +421,7 @@ def evaluate(
 # -----------------------------------------------------------------------------
 
 
+@faults_in_one_line()
 def main(config: ScoreConfig) -> None:
     from train_gpt2 import GPT
 

@@ -16,6 +16,7 @@ from typing import Literal
 from support.cli import InputError, RunFault, run_command
 from support.data.encodings import get_encoding
 from support.machine.device import DeviceName, autocast_to, choose_device
+from support.machine.processes import faults_in_one_line
 from support.model.sampling import NOT_FINITE, PROMPT, stream
 
 import torch
@@ -44,6 +45,7 @@ class SampleConfig:
     device: DeviceName = "auto"
 
 
+@faults_in_one_line()
 def main(config: SampleConfig) -> None:
     from train_gpt2 import GPT
 

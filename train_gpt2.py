@@ -630,7 +630,7 @@ def list_tensors(config: TrainConfig) -> str:
 # main
 
 
-@faults_in_one_line()
+@faults_in_one_line(resumes=True)
 def main(config: TrainConfig) -> None:
     cli.check_numbers(config)
     if config.describe:

@@ -162,6 +162,9 @@ def test_the_machines_faults_in_one_line(error, message):
     assert str(caught.value).count("\n") == 0
     vgpu = "PYTORCH_ALLOC_CONF=expandable_segments:False" in str(caught.value)
     assert vgpu == message.startswith("the GPU")
+    assert "--resume" not in str(caught.value)
+    with pytest.raises(RunFault, match="--resume"), faults_in_one_line(resumes=True):
+        raise error
 
 
 def test_a_mistake_in_the_code_keeps_its_traceback():

@@ -237,9 +237,10 @@ def lost_contact(error: RuntimeError) -> bool:
 
 
 @contextlib.contextmanager
-def faults_in_one_line() -> Iterator[None]:
+def faults_in_one_line(resumes: bool = False) -> Iterator[None]:
     """Turn a full memory, a GPU's fault, and gloo's or NCCL's errors when another process is lost, into a
-    RunFault."""
+    RunFault. What to do then depends on whether the script can resume."""
+    again = "continue with --resume" if resumes else "run it again"
     try:
         yield
     except RuntimeError as error:
@@ -250,12 +251,14 @@ def faults_in_one_line() -> Iterator[None]:
                 "the micro-batch that fits now, --micro_batch_size N sets one; the tokens of every step stay "
                 "the same"
             )
+            if not resumes:
+                fault = "out of memory; --dtype bfloat16 needs less of a GPU, and --device cpu none"
         elif lost_contact(error):
-            fault = "lost contact with another process, which died or was cut off; continue with --resume"
+            fault = f"lost contact with another process, which died or was cut off; {again}"
         elif re.search(r"\b(CUDA|cuDNN|CUBLAS|HIP)\b[^:]* error|NVIDIA driver|CUDA GPUs", str(error)):
             fault = (
-                "the GPU or its driver failed; see what nvidia-smi says, then continue with --resume. If the "
-                "GPU is a vGPU, set PYTORCH_ALLOC_CONF=expandable_segments:False first"
+                f"the GPU or its driver failed; see what nvidia-smi says, then {again}. If the GPU is a "
+                "vGPU, set PYTORCH_ALLOC_CONF=expandable_segments:False first"
             )
         else:
             raise
