@@ -184,8 +184,8 @@ def groups_of(files: list[File]) -> list[list[File]]:
 
 
 def accept_changes(files: list[File], record: Record) -> None:
-    """Note in the record of an unfinished job which files have another size now, if none of their documents,
-    or not the last, is in a finished shard: a user may have mended a line there."""
+    """Note in the record of an unfinished job the new sizes of files that are not wholly in finished shards:
+    a user may have mended a line there."""
     first, last = record["shards"][0], record["shards"][-1]
     ends = {place["file"] for place in (last["ends_at"], *first.get("groups_end_at", []))}
     groups = [[file.name for file in group] for group in groups_of(files)]

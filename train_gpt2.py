@@ -141,10 +141,12 @@ class TrainConfig:
     val_every: int = 250  # steps between validation losses
     val_tokens: cli.PositiveInt = 10_485_760  # tokens of the validation split to measure on: 20 steps' worth
     hellaswag_every: int = 250  # steps between HellaSwag scores
-    hellaswag_data: Path | None = None  # a local HellaSwag .jsonl; default: from the Hub
+    hellaswag_data: Path | None = None  # local HellaSwag items, .jsonl or .parquet; default: from the Hub
     hellaswag_limit: cli.PositiveInt | None = None  # score only this many items, evenly spaced; default: all
     sample_every: int = 250  # steps between samples
-    checkpoint_every: int = 1000  # steps between checkpoints, at most 15 minutes; the last two are kept
+    checkpoint_every: int = (
+        1000  # steps between checkpoints, at most 15 minutes; the last two and the best stay
+    )
     keep_every: int = 5000  # steps between checkpoints that are kept for good
 
     # -- the machine
@@ -457,8 +459,8 @@ class GPT(nn.Module):
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int, **options: Any) -> torch.Tensor:
         """Continue each row of `idx`, (B, T): returns (B, T + max_new_tokens) int64. Each new token is drawn
-        from the model's probabilities for it; support/model/sampling.py has the loop, and explains the
-        `options` temperature, top_k, top_p, seed and compile."""
+        from the model's probabilities for it, and is -1 where those are not finite. The loop is in
+        support/model/sampling.py, with the `options` temperature, top_k, top_p, seed and compile."""
         return torch.cat((idx, *sampling.stream(self, idx, max_new_tokens, **options)), dim=1)
 
 

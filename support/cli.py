@@ -143,7 +143,7 @@ def run_command(
         sys.exit(1)
     except (CommandError, OSError) as error:
         if getattr(error, "this_process_only", True) or speaks_for_host():
-            print(f"error: {with_remedy(error)}", file=sys.stderr)
+            print(f"error: {with_remedy(error) if isinstance(error, OSError) else error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

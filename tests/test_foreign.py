@@ -594,8 +594,7 @@ def test_logits_that_overflow_end_in_one_line(tmp_path):
         assert "acc" not in done.stdout
     assert call("sample.py", f"--model={tmp_path}", "--device=cpu").returncode == 0
     encoding, autocast = get_encoding("bytes"), torch.autocast("cpu", dtype=torch.float16)
-    with pytest.raises(RunFault, match="sampling: the logits are not finite"):
-        sampling.write_samples(model, encoding, autocast)
+    assert sampling.write_samples(model, encoding, autocast)[0] == "(no text: the logits are not finite)"
     with pytest.raises(RunFault, match="not finite"), autocast:
         evaluate(model, [to_item(item, "")], encoding)
 

@@ -141,7 +141,7 @@ def test_what_is_not_utf8_is_named_with_how_much_of_it(tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
 def test_utf16_without_its_mark_is_refused(encoding, tmp_path):
     (tmp_path / "a.txt").write_bytes(("An English text. " * 40).encode(encoding))
-    assert "a.txt: a third of its first bytes are NUL" in refusal(
+    assert "a.txt: more than a third of its first bytes are NUL" in refusal(
         tmp_path / "out", f"--input={tmp_path}/a.txt"
     )
     if encoding == "utf-16-le":  # the remedy
@@ -151,10 +151,25 @@ def test_utf16_without_its_mark_is_refused(encoding, tmp_path):
         assert texts_of(tmp_path / "a.txt") == ["An English text. " * 40]
 
 
+def test_half_a_character_of_utf16_is_counted(tmp_path):
+    data = TEXT.encode("utf-16")
+    (tmp_path / "a.txt").write_bytes(data[:-1])
+    (tmp_path / "b.txt").write_bytes(data[:40] + b"\0\xd8" + data[40:])
+    said = make(tmp_path / "out", f"--input={tmp_path}", "--shard_size=700").stdout
+    assert "(U+FFFD stands for each): 2" in said
+
+
+def test_a_link_to_itself_is_an_error(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "a.txt")
+    assert "a.txt: a link to a file that does not exist" in refusal(tmp_path / "out", f"--input={tmp_path}")
+
+
 def test_an_archive_is_not_text(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.jsonl", "w") as file:
         file.writestr("x", "text")
-    assert "a.jsonl: a third of its first bytes are NUL" in refusal(tmp_path / "out", f"--input={tmp_path}")
+    assert "a.jsonl: more than a third of its first bytes are NUL" in refusal(
+        tmp_path / "out", f"--input={tmp_path}"
+    )
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "a.jsonl")
     assert "a.jsonl: a Parquet file; give it a name" in refusal(tmp_path / "out", f"--input={tmp_path}")
     (tmp_path / "a.jsonl").write_bytes(zstd(b'{"text": "a text"}\n' * 99)[:-9])

@@ -544,8 +544,10 @@ LOGS = {  # what log.txt and run.json hold besides a recipe, and what --resume m
     "the tutorial's": ("0 train 10.9\n19072 val 3.1\n", None, False),
     "another program's": ("0 train 10.9\n", {"lr": 1}, False),
     "a finished run's": ("0 train 10.9\n", {"result": {}}, False),
-    "a run's whose checkpoints are gone": ("0 train 10.9\n1500 train 3.2\n", {}, False),
-    "one's that died before its first save": ("0 val 10.9\n0 train 10.9\n700 train 4.2\n", {}, True),
+    "a run's whose checkpoints are gone": ("0 train 10.9\n700 train 4.2\n", {"saved": True}, False),
+    "an older version's": ("0 train 10.9\n", {"saved": None}, False),
+    "one's that never saves": ("0 train 10.9\n1 train 9.2\n", {"every": 0}, False),
+    "one's that died before its first save": ("0 val 10.9\n0 train 10.9\n1700 train 4.2\n", {}, True),
     "only evaluations": ("250 val 3.2\n", None, False),
 }
 
@@ -558,10 +560,12 @@ def test_a_log_without_its_checkpoint_is_not_erased(whose, tmp_path):
     folder.lock_file.close()
     (tmp_path / "log.txt").write_text(lines)
     if record is not None:
-        config = {"checkpoint_every": 1000}
+        config = {"checkpoint_every": record.get("every", 1000)}
         known = {"run_id": "1", "interruptions": 0, "train_config": config, "recipe": folder.recipe}
-        (tmp_path / "run.json").write_text(json.dumps(record if "lr" in record else known | record))
-    (tmp_path / "notes.tmp").write_text("somebody's")
+        known = record if "lr" in record else known | {"saved": False} | record
+        known = {name: value for name, value in known.items() if value is not None}
+        (tmp_path / "run.json").write_text(json.dumps(known))
+    (tmp_path / "notes.txt.tmp").write_text("somebody's")
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.name != ".lock"}
     again = run_folder(tmp_path, resume=True)
     if may_start:

@@ -118,10 +118,11 @@ def local_files(patterns: Sequence[str], output_dir: Path | None = None) -> list
             # A shell expands a glob itself; then the folder of the files it lists makes the group.
             place = str(file.parent if file == Path(pattern) else pattern)
             name = file.name if file == path else file.relative_to(path).as_posix()
-            found.setdefault(file.resolve(), (place, file, name))
+            found.setdefault(Path(os.path.realpath(file)), (place, file, name))
     if patterns and not found:
         raise InputError(f"--input {' '.join(patterns)}: all in --output_dir, which is left out")
-    print(in_all(left_out).removeprefix("; "), end="\n" if in_all(left_out) else "")
+    if note := in_all(left_out):
+        print(note.removeprefix("; "))
     groups: dict[tuple[str, str | None], list[tuple[str, Path]]] = {}
     for place, path, name in found.values():
         groups.setdefault((place, kind_of(path.name)), []).append((name, path))
@@ -147,6 +148,7 @@ def files_in(path: Path, output_dir: Path | None, left_out: Counter[str]) -> lis
     def fail(error: OSError) -> None:
         raise error
 
+    output = os.path.realpath(output_dir) + os.sep if output_dir else None
     files = [path]
     if path.is_dir():
         walk = os.walk(path, onerror=fail)
@@ -154,7 +156,8 @@ def files_in(path: Path, output_dir: Path | None, left_out: Counter[str]) -> lis
     kept: dict[Path, str] = {}  # each file, and the split that its name names
     for file in files:
         inside = file.relative_to(path).parts  # () for the file at `path`, which is named, not found
-        if output_dir and output_dir.resolve() in file.resolve().parents and (inside or file.name in RECORDS):
+        in_output = output and os.path.realpath(file).startswith(output)
+        if in_output and (inside or file.name in RECORDS):
             left_out["in --output_dir"] += 1
         elif any(part.startswith(".") or part == "__MACOSX" for part in inside):
             left_out["hidden file"] += 1
@@ -268,14 +271,17 @@ def open_text(path: Path) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
             buffered = io.BufferedReader(cast(io.RawIOBase, stream)) if stream is not raw else raw
             begin = buffered.peek(64)[:64]
             head = begin[:4]
+            codecs.register_error(
+                "lone", lambda error: ("\udc80", getattr(error, "end", 0))
+            )  # as ERRORS does
             if head in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
-                text = io.TextIOWrapper(buffered, "utf-32", "replace")
+                text = io.TextIOWrapper(buffered, "utf-32", "lone")
             elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                text = io.TextIOWrapper(buffered, "utf-16", "replace")
+                text = io.TextIOWrapper(buffered, "utf-16", "lone")
             elif 3 * begin.count(0) > len(begin):
                 raise InputError(
-                    f"{path}: a third of its first bytes are NUL, so it is not UTF-8; UTF-16 needs its "
-                    "byte-order mark: iconv -f UTF-16LE -t UTF-8 IN > OUT"
+                    f"{path}: more than a third of its first bytes are NUL, so it is not UTF-8; UTF-16 needs "
+                    "its byte-order mark: iconv -f UTF-16LE -t UTF-8 IN > OUT"
                 )
             else:
                 text = io.TextIOWrapper(buffered, "utf-8-sig", ERRORS)
@@ -396,8 +402,9 @@ def open_parquet(path: Path, column: str | None = None) -> Iterator["ParquetFile
                     f"{path}: no single column {column!r} but {schema.names}; name the one that holds "
                     "the text with --text_column"
                 )
-            for field in (schema.field(column),) if column is not None else ():
-                kind = field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type
+            if column is not None:
+                kind = schema.field(column).type
+                kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
                 if str(kind) not in STRINGS:
                     raise InputError(f"{path}: the column {column!r} holds {kind}, not strings")
             yield parquet

@@ -218,7 +218,7 @@ def parts_of(index_file: Path) -> list[str]:
         names = set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
         if any(Path(name).name != name for name in names):  # it must not lead out of the folder
             raise ValueError("a name with a folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{index_file}: not an index of weights ({brief(error)})") from error
     return sorted(names)
 

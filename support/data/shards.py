@@ -288,8 +288,8 @@ class ShardWriter:
             self.documents += piece.text is not None
             for name, n in self.document_remarks.items():
                 self.remarks[name] += 1
-                how_much = f": {n:,} of {self.characters:,} characters" if name in ("replaced", "nul") else ""
-                how_much = f": {n:,} times" if name == "end_of_text" else how_much
+                of_all = f": {n:,} of {self.characters:,} characters"
+                how_much = {"replaced": of_all, "nul": of_all, "end_of_text": f": {n:,} times"}.get(name, "")
                 self.remarked.setdefault(name, f"{piece.file}, document {piece.document + 1}{how_much}")
         return before - self.left
 
@@ -470,7 +470,7 @@ def open_bin(file: Path, remedy: str) -> np.ndarray:
     with open(file, "rb") as opened:
         begin = opened.read(1024)
     header = np.frombuffer(begin[: len(begin) // 4 * 4], dtype="<i4")
-    if file.name in ("train.bin", "val.bin") and header[:1] != [20240520]:
+    if file.name in ("train.bin", "val.bin") and (len(header) == 0 or header[0] != 20240520):
         if (file.parent / "meta.pkl").exists():
             raise InputError(
                 f"{file}: its tokens are those of the meta.pkl beside it, not GPT-2's; make shards of the "

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
+# What errors of a GPU, its driver or its libraries say, Triton's among them.
+GPU_FAULT = r"Triton Error \[|\b(CUDA|cuDNN|CUBLAS|HIP)( \w+)? error|NVIDIA driver|CUDA GPUs"
 CPU = torch.device("cpu")
 # It gathers one tensor from each process; PyTorch 2.13 has renamed it.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -209,6 +211,11 @@ def meeting(rank: int, timeout: timedelta) -> Iterator[None]:
             try:
                 socket.create_connection(place, timeout=5).close()
                 break
+            except socket.gaierror as error:
+                raise RunFault(
+                    f"MASTER_ADDR is {place[0]!r}, a name that does not resolve ({in_words(error)})",
+                    this_process_only=True,
+                ) from error
             except OSError as error:
                 if time.monotonic() - started > timeout.total_seconds():
                     raise dist.DistError(in_words(error)) from error
@@ -255,7 +262,7 @@ def faults_in_one_line(resumes: bool = False) -> Iterator[None]:
                 fault = "out of memory; --dtype bfloat16 needs less of a GPU, and --device cpu none"
         elif lost_contact(error):
             fault = f"lost contact with another process, which died or was cut off; {again}"
-        elif re.search(r"\b(CUDA|cuDNN|CUBLAS|HIP)\b[^:]* error|NVIDIA driver|CUDA GPUs", str(error)):
+        elif isinstance(error, torch.AcceleratorError) or re.search(GPU_FAULT, str(error)):
             fault = (
                 f"the GPU or its driver failed; see what nvidia-smi says, then {again}. If the GPU is a "
                 "vGPU, set PYTORCH_ALLOC_CONF=expandable_segments:False first"
@@ -275,7 +282,7 @@ def leave_terminal() -> None:
 
 
 class Stopped(BaseException):
-    """A signal has come, and this is a safe place to stop."""
+    """Raised at a safe place to stop, after a signal."""
 
 
 # Requests to stop: by a person, a closed terminal, a batch system near a limit. Windows has only two of them.
@@ -334,8 +341,8 @@ class StopSignals:
         """Raises Stopped after a signal to any process: in all of them, at the same place.
 
         With `all_meet`, every process calls this, before it communicates. The first one writes into the store
-        that all go on from there, or a process with a signal, that all stop where the foremost of them is
-        next. The others find it. In between, processes only look, and write after a signal.
+        that all go on from there; a process with a signal writes that all stop at the next place of the
+        foremost. The others find it. In between, processes only look, and write after a signal.
         """
         if not self.store:
             if self.received:

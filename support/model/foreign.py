@@ -5,7 +5,6 @@ That one form is transformers': its names, one tensor for the tied embedding and
 OpenAI's "Conv1D".
 """
 
-import os
 import re
 import sys
 import zipfile
@@ -13,7 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
-from support.cli import InputError, brief, in_words
+from support.cli import InputError, brief, in_words, speaks_for_host
 from support.data.hub import parts_of
 from support.files import check_not_pointer
 
@@ -33,7 +32,7 @@ SIZES = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd"}
 HARMLESS = {"bias", "dropout"}  # `read_tensors` deals with the first; the second acts in training alone
 # Classes whose objects are read as plain values: settings, and the numbers, paths and dates among them.
 SETTINGS = re.compile(r"(Config|Args|Arguments|Namespace|Path|Version)$|^(numpy|datetime)\.")
-REFUSED = "refused, for it names code: {}; only tensors and plain values are read, such as a state_dict()"
+REFUSED = "refused: it names code, {}; only tensors and plain values are read, such as a state_dict()"
 
 
 class Settings:
@@ -63,7 +62,7 @@ def unpickle(file: Path) -> dict[str, Any]:
             raise InputError(f"{file}: {REFUSED.format(', '.join(others[:3]))}")
         with torch.serialization.safe_globals(settings):
             saved = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
-    except InputError:
+    except (InputError, OSError):
         raise
     except UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))
@@ -90,9 +89,9 @@ def read_sizes(file: Path) -> dict[str, Any]:
             "into a folder, as pytorch_model.bin beside a config.json"
         )
     for name, value in sizes.items():
-        if value and name not in SIZES | HARMLESS:
+        if name not in SIZES | HARMLESS and not (value is None or (isinstance(value, int) and not value)):
             raise InputError(f"{file}: {key} has {name} = {value!r}, which GPT-2 has not")
-    if key == "model_args" and os.environ.get("RANK", "0") == "0":
+    if key == "model_args" and speaks_for_host():
         note = "today's nanoGPT computes GELU exactly, GPT-2 and this program by tanh (0.0005 apart at most)"
         print(f"note: {file}: {note}", file=sys.stderr)
     return {**sizes, "n_positions": sizes["block_size"]}
@@ -113,7 +112,7 @@ def read_file(file: Path) -> dict[str, torch.Tensor]:
         raise InputError(in_words(error)) from error
     saved = unpickle(file)
     weights = next((saved[key] for key in WEIGHTS_IN if isinstance(saved.get(key), dict)), saved)
-    if not all(isinstance(tensor, torch.Tensor) for tensor in weights.values()):
+    if not all(isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in weights.items()):
         raise InputError(f"{file}: holds no weights ({', '.join(map(str, [*saved][:5]))})")
     return weights
 
@@ -135,7 +134,7 @@ def read_tensors(weights_file: Path, vocab_size: int) -> dict[str, torch.Tensor]
     tensors = {plain_name(name): tensor for name, tensor in read_file(weights_file).items()}
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(MASKS)}
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             raise InputError(f"{weights_file}: {name} is {tensor.dtype}; quantized weights are refused")
         if not tensor.float().sum().isfinite():  # a sum is finite only if all are; quicker than to ask each
             raise InputError(

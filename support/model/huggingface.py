@@ -128,7 +128,7 @@ def read_config(config_file: Path, config_class: type["GPTConfig"]) -> dict[str,
         sizes["encoding"] = str(stored.get("encoding", "gpt2"))
     except InputError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{config_file}: not the configuration of a GPT-2 ({brief(error)})") from error
     if stored.get("model_type", "gpt2") not in ("gpt2", CHANGED):
         raise InputError(f"{config_file}: model_type is {stored['model_type']!r}, a GPT-2 has 'gpt2'")
@@ -166,7 +166,7 @@ def check_tokenizer(folder: Path, encoding: str, rows: int) -> None:
             theirs = {token: i for token, i in theirs.items() if i < rows}
         except InputError:
             raise
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             theirs = None  # another kind of tokenizer
         if theirs != {token: i for token, i in vocabulary(encoding).items() if i < rows}:
             raise InputError(f"{file}: another tokenizer than the encoding {encoding!r}, which is used here")

@@ -83,6 +83,7 @@ class RunFolder:
         self.plans: list[dict[str, Any]] = []  # changes of the run's length: at which step, and to what
         self.before: dict[str, Any] = {}  # the interrupted run's run.json
         self.facts: dict[str, Any] = {}  # the contents of run.json
+        self.saved = False  # whether the run has ever had a checkpoint
         self.samples: tuple[int, list[str]] | None = None  # step and texts of the latest samples
 
     # ------------------------------------------------------------------ opening
@@ -137,7 +138,8 @@ class RunFolder:
             aside = self.path / f"{name}.damaged"
             shutil.rmtree(aside, ignore_errors=True)
             (self.path / name).rename(aside)
-        for name in ("checkpoint_*", "log.txt*", "run.json*", "status.json*", "loss.png*"):  # a run's own
+        # A run's own, which was killed while it wrote:
+        for name in ("checkpoint_*", "trial.*", "log.txt.*", "run.json.*", "status.json.*", "loss.png.*"):
             for leftover in self.path.glob(f"{name}.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return self.trainer.get("step", 0)
@@ -170,16 +172,17 @@ class RunFolder:
                 self.print(f"DAMAGED: {folder}: {in_words(error).splitlines()[0]}; skipping it")
                 damaged.append(folder.name)
             else:
-                self.checkpoint, self.trainer = folder, trainer
+                self.checkpoint, self.trainer, self.saved = folder, trainer, True
                 break
         return damaged
 
     def check_nothing_is_lost(self) -> None:
-        """Raises InputError unless the run in the folder, which has no checkpoint, plainly died before its
-        first save. Only then may its log be cut back to nothing."""
+        """Raises InputError unless the run in the folder, which has no checkpoint, died before its first
+        save. Only then may its log be cut back to nothing."""
         steps = [event[0] for line in self.read_lines() if (event := read_event(line))]
-        first_save = self.before.get("train_config", {}).get("checkpoint_every", 0)
-        if "recipe" not in self.before or "result" in self.before or 0 < first_save < max(steps, default=0):
+        never_saves = self.before.get("train_config", {}).get("checkpoint_every") == 0
+        done = "result" in self.before or (never_saves and max(steps, default=0) > 0)
+        if done or self.before.get("saved", True):  # an older version did not record that
             raise InputError(
                 f"{self.path} holds the log of a run but no checkpoint to continue it from, and a new run "
                 "would erase that log; choose another --log_dir, or delete the folder to start over"
@@ -200,8 +203,9 @@ class RunFolder:
         if plan and len(plan) == len(different):
             earlier = replace(self.config, **plan)
             if all(self.get_lr(i, earlier) == self.get_lr(i, self.config) for i in range(step)):
-                self.plans.append({"step": step, **{name: now[name] for name in PLAN}})
-                self.print(f"a new plan from step {step} on: {'; '.join(changes)}")
+                if step:
+                    self.plans.append({"step": step, **{name: now[name] for name in PLAN}})
+                    self.print(f"a new plan from step {step} on: {'; '.join(changes)}")
                 return
         if different:
             rates = "a cosine's rates depend on its end from the first step on"
@@ -286,8 +290,8 @@ class RunFolder:
         self.unwritten = b""
 
     def write_facts(self, facts: dict[str, Any]) -> None:
-        """Write run.json: the facts of the run, and the recipe that --resume compares."""
-        self.facts = facts = facts | {"recipe": self.recipe}
+        """Write run.json: the facts of the run, and what --resume asks of it."""
+        self.facts = facts = facts | {"recipe": self.recipe, "saved": self.saved}
         if self.world.is_main:
             write_file(self.path / "run.json", lambda file: file.write(to_json(facts).encode()))
 
@@ -392,8 +396,7 @@ class RunFolder:
         trainer: dict[str, Any],
         card: dict[str, bytes],
     ) -> None:
-        """Write checkpoint_<step>; it is complete on disk before it gets its name. Then delete older ones,
-        except the last two, the best, and those at multiples of --keep_every."""
+        """Write checkpoint_<step>; it is complete on disk before it gets its name. Then delete older ones."""
         final = self.path / f"checkpoint_{step:05d}"
         temporary = self.path / f"{final.name}.tmp"
         with self.failure_reported(step):
@@ -408,12 +411,19 @@ class RunFolder:
                 flush_to_disk(path)
             os.rename(temporary, final)
             flush_to_disk(self.path)
-            best, _ = self.best_checkpoint()
+            self.print(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
+            self.delete_old_checkpoints()
+            if self.facts and not self.saved:
+                self.saved = True
+                self.write_facts(self.facts)
+
+    def delete_old_checkpoints(self) -> None:
+        """Delete all checkpoints except the last two, the best, and those at multiples of --keep_every."""
+        with contextlib.suppress(InputError, OSError):  # a log that can't be read: then all stay
+            best, every = self.best_checkpoint()[0], self.config.keep_every
             for old in list_checkpoints(self.path)[:-2]:
-                every = self.config.keep_every
                 if old != best and (not every or step_of(old) % every):
                     shutil.rmtree(old, ignore_errors=True)
-            self.print(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
 
     def best_checkpoint(self) -> tuple[Path | None, float]:
         """The checkpoint at whose step the log has the lowest validation loss, and that loss; None and nan
