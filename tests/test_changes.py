@@ -67,8 +67,8 @@ def test_a_value_is_one_call(change, flags, tmp_path, monkeypatch):
     wandb.finish = lambda: None
     wandb.log = lambda values, step: logged.append((step, values))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    step = "        report.step(step, train_loss, lr, grad_norm, time.perf_counter() - started)\n"
-    script = change((step, f"{step}        report.log(step, twice=torch.tensor(2 * train_loss))\n"))
+    step = "            report.step(step, train_loss, lr, grad_norm, time.perf_counter() - started)\n"
+    script = change((step, f"{step}            report.log(step, twice=torch.tensor(2 * train_loss))\n"))
     flags = (*flags, "--tracker=wandb")
     call(script, *flags)
     events = read_log(tmp_path / "log/log.txt")
@@ -87,7 +87,7 @@ def test_a_value_is_one_call(change, flags, tmp_path, monkeypatch):
 
 
 def test_a_flag_is_a_field_and_resume_compares_it(change, flags, tmp_path):
-    seed = "    seed: int = 1337"
+    seed = "    seed: cli.Seed = 1337"
     script = change((seed, f"    z_loss: float = 0.1  # my idea\n{seed}"))
     call(script, *flags, "--z_loss=0.2", "--max_steps=4")
     done = call(script, *flags, "--max_steps=4", "--resume", check=False)
@@ -100,7 +100,7 @@ def test_a_flag_is_a_field_and_resume_compares_it(change, flags, tmp_path):
 @pytest.mark.slow
 def test_a_run_from_before_the_flag_had_its_default(change, flags, tmp_path):
     call("train_gpt2.py", *flags)
-    seed = "    seed: int = 1337"
+    seed = "    seed: cli.Seed = 1337"
     script = change((seed, f"    z_loss: float = 0.1  # my idea\n{seed}"))
     shutil.rmtree(list_checkpoints(tmp_path / "log")[-1])
     done = call(script, *flags, "--z_loss=0.2", "--resume", check=False)
@@ -161,7 +161,10 @@ DROPOUT = (
         '    encoding: str = "gpt2"  # what',
         '    dropout: float = 0.0  # share of values set to zero\n    encoding: str = "gpt2"  # what',
     ),
-    ("    seed: int = 1337", "    dropout: float = 0.0  # share of values set to zero\n    seed: int = 1337"),
+    (
+        "    seed: cli.Seed = 1337",
+        "    dropout: float = 0.0  # share of values set to zero\n    seed: cli.Seed = 1337",
+    ),
     (
         "        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)\n",
         "        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)\n"

@@ -165,6 +165,7 @@ def test_an_error_is_printed_whatever_variables_are_left_over(environment, speak
     assert (done.returncode, done.stderr.startswith("error: ")) == (2, speaks)
 
 
+@pytest.mark.slow
 def test_openmp_threads_spin_little_unless_the_user_chose():
     """libgomp reads the variable when torch is imported; OMP_DISPLAY_ENV makes it print what it read."""
     show = {"OMP_DISPLAY_ENV": "verbose"}

@@ -269,7 +269,8 @@ else:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("what", ["validation", pytest.param("HellaSwag", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["validation", "HellaSwag"])
 def test_an_evaluation_takes_no_more_memory_at_its_end_than_at_its_beginning(what, tmp_path):
     """What is freed is kept for the next batch. A small tensor kept from each batch used to split it up: a
     validation grew by 5 GB in 200 batches."""

@@ -879,6 +879,7 @@ for fetch in (rows, weights):
 """
 
 
+@pytest.mark.slow
 def test_without_a_network_the_disk_serves(tmp_path):
     """...at once; and what is not there is refused at once, in one line each. A Hub that answers late is no
     Hub that does not answer."""

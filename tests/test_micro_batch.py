@@ -159,6 +159,7 @@ def test_a_resumed_run_tries_first_what_fitted_before(tmp_path, text_shards):
     assert "is finished" in other.stdout
 
 
+@pytest.mark.slow
 def test_out_of_memory_later_names_the_flags_to_go_on_with(tmp_path, text_shards):
     """And the run, when it is over, knows that it was interrupted."""
     flags = (*RUN, "--checkpoint_every=2", "--dollars_per_hour=1e6")
@@ -267,6 +268,7 @@ def compiled_run(monkeypatch, text_shards, log_dir, **changes):
     return "\n".join(said)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again_after_the_warm_up(compiler, monkeypatch, text_shards, tmp_path):
     """Neither by changes between training and evaluation."""
     find = micro_batch.find_micro_batch

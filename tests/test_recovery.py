@@ -167,6 +167,7 @@ def test_killed_at_every_flush_and_rename(flags, tmp_path, undisturbed):
         assert_same_end(tmp_path / "log", undisturbed)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_killed(flags, tmp_path, undisturbed):
     """The other ends within a minute, nothing is left running, and the run goes on. Until then they
     accumulated gradients over two micro-steps: their losses are those of one process."""
@@ -282,7 +283,8 @@ def test_a_pipe_whose_reader_ends_with_it(number, flags, tmp_path):
     assert list_checkpoints(tmp_path / "log")[-1].name == f"checkpoint_{stopped_at:05d}"
 
 
-@pytest.mark.parametrize("processes", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
 def test_a_terminal_that_is_closed_saves_the_last_finished_step(processes, flags, tmp_path, undisturbed):
     """As when an ssh connection is lost: SIGHUP arrives, and nothing can be printed any more."""
     ours, theirs = os.openpty()
@@ -479,6 +481,7 @@ def test_stopped_with_nothing_new_it_saves_nothing(begun, stop_at, flags, tmp_pa
     assert_same_end(tmp_path / "log", undisturbed)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_at_once_and_leaves_nothing(flags, tmp_path, undisturbed):
     """An evaluation may take long, and there is nothing to save: neither a checkpoint nor a run to resume."""
     process = start("slow_evaluation=5", *flags)
@@ -820,6 +823,7 @@ def in_flight(flags, tmp_path, faults=""):
     return process
 
 
+@pytest.mark.slow
 def test_a_signal_while_a_save_is_in_flight(flags, tmp_path, undisturbed):
     process = in_flight(flags, tmp_path)
     process.send_signal(signal.SIGTERM)
@@ -884,6 +888,7 @@ def test_two_processes_save_while_training_goes_on(flags, tmp_path, undisturbed)
 # ------------------------------------------------------------------ disks
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_nothing(flags, tmp_path, undisturbed):
     """Files may not grow to a checkpoint's size: saves fail, training goes on, and the next run resumes."""
     size = (undisturbed / "checkpoint_00020/trainer.pt").stat().st_size
@@ -1069,6 +1074,7 @@ def test_checkpoints_are_ordered_by_number_not_by_name(tmp_path):
     assert names == ["checkpoint_00005", "checkpoint_99999", "checkpoint_100000"]
 
 
+@pytest.mark.slow
 def test_slow_machines_save_by_the_clock(flags, tmp_path, undisturbed, monkeypatch):
     """15 minutes between checkpoints at most; here no time at all, at every step."""
     monkeypatch.setattr(folder_module, "SAVE_AT_LEAST_EVERY", 0.0)
@@ -1206,7 +1212,8 @@ def test_a_difference_with_braces_is_said_as_it_is(tmp_path):
         folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_run_whose_length_changed_has_the_bits_of_one_planned_so(optimizer, text_shards, tmp_path):
     """Prolonged at step 8, and brought to its end at step 12, which a second resume does not disturb."""
     trapezoid = *FLAGS, f"--data_dir={text_shards}", f"--optimizer={optimizer}", "--schedule=trapezoid"
@@ -1367,6 +1374,7 @@ def test_resume_starts_where_nothing_is(flags, tmp_path, undisturbed):
     assert read_log(tmp_path / "log/log.txt")["train"] == read_log(undisturbed / "log.txt")["train"][:2]
 
 
+@pytest.mark.slow
 def test_a_clock_set_back_harms_nothing(flags, tmp_path, undisturbed, monkeypatch):
     started, real_time = time.time(), time.time
     monkeypatch.setattr(time, "time", lambda: 2 * started - real_time())

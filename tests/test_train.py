@@ -355,6 +355,7 @@ def test_the_demo_runs(tmp_path):
     assert record["tokens"] > 1_000_000
 
 
+@pytest.mark.slow
 def test_the_demo_on_ones_own_text(tmp_path, text_shards, monkeypatch):
     """A folder that is not there is an error, not the demo's prose under another name."""
     monkeypatch.chdir(tmp_path)

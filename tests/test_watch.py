@@ -77,7 +77,8 @@ def test_any_other_value_has_a_curve_and_a_number(tmp_path):
     assert curves["b/acc"] == [(25, 1e-9, 1e-9, 1e-9)]
     assert data["steps"] == 399
     left_out = "the curves leave out 1 unreadable line and 1 non-finite value of"
-    assert data["notes"] == [f"{left_out} {folder / 'log.txt'}"]
+    again = "repeats 6 values; the later line counts"
+    assert data["notes"] == [f"{left_out} {folder / 'log.txt'}", f"{folder / 'log.txt'} {again}"]
     numbers = dict(data["numbers"])
     assert (numbers["ema (step 399)"], numbers["b/acc (step 25)"]) == (f"{math.sin(399):.4g}", "1e-09")
     json.dumps(data, allow_nan=False)
