@@ -460,6 +460,7 @@ def test_stopped_in_its_last_evaluation_a_run_is_finished_later(
     assert "SAVED" not in done.stdout
     assert_same_end(tmp_path / "log", undisturbed)
     assert (tmp_path / "log/checkpoint_00020/SHA256SUMS").read_bytes() == sums
+    assert "| 20 | 5,120 |" in (tmp_path / "log/checkpoint_00020/README.md").read_text()
     assert "is finished: its model is" in call("train_gpt2.py", *flags, "--resume").stdout
 
 

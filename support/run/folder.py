@@ -388,6 +388,14 @@ class RunFolder:
             self.print(f"step {step}: the model card could not be written: {error}")
             return {}
 
+    def renew_card(self, step: int, state: dict[str, Any]) -> None:
+        """Write the card of checkpoint_<step> again: a run that was stopped in its last evaluation had saved
+        before that."""
+        folder = self.path / f"checkpoint_{step:05d}"
+        if self.world.is_main and folder.exists():
+            for name, contents in self.make_card(step, state).items():
+                (folder / name).write_bytes(contents)
+
     def write_checkpoint(
         self,
         step: int,

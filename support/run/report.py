@@ -522,5 +522,7 @@ class Report:
             self.facts["result"] |= {"best_checkpoint": best.name, "best_validation_loss": loss}
         self.run.write_facts(self.facts)
         self.run.draw()  # The caption now has the duration.
+        if step == self.run.first_step:
+            self.run.renew_card(step, {"spent": self.spent})
         where = f"done: {plural(step, 'step')}; the run is in {self.config.log_dir}"
         self.close(f"{where}\n{closing_table(self.facts)}")
