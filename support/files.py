@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import mmap
 import os
 import platform
 import shutil
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from support.cli import InputError, file_size, in_words, remedy
+
+import numpy as np
 
 
 def sha256(path: Path) -> str:
@@ -118,6 +121,14 @@ def allow_open_files(n: int) -> None:
         wanted = soft + n if hard == resource.RLIM_INFINITY else min(soft + n, hard)
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def expect_random_reads(mapped: np.ndarray) -> None:
+    """Tell the system that a memory-mapped array will be read here and there: it then reads only what is
+    asked for. Otherwise it reads far around, and where memory is short, drops that before it is of use."""
+    file: mmap.mmap | None = getattr(mapped, "_mmap", None)
+    if file and hasattr(mmap, "MADV_RANDOM"):  # Windows has no such call
+        file.madvise(mmap.MADV_RANDOM)
 
 
 def check_disk(folder: Path, needed: float, purpose: str) -> str:

@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -166,6 +167,17 @@ def test_a_group_is_read_ahead_once_in_its_order(tmp_path, monkeypatch):
     assert calls == groups
     next(train_loader(shards, rows=3, seed=2).batches(12, 3))
     assert calls == [*groups, groups[1]]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_the_system_reads_ahead_only_where_that_helps(shuffle, tmp_path):
+    """In random order it would read far around each row. "rr" is Linux's flag for random reads."""
+    loader = train_loader(load_shards(make_shards(tmp_path, [3000, 3000, 3000])), shuffle=shuffle)
+    maps = Path("/proc/self/smaps").read_text().split("VmFlags:")  # the flags follow their mapping
+    here = [(i, text) for i, text in enumerate(maps) if f"{tmp_path}/edufineweb_train" in text]
+    assert len(here) == len(loader.files) == 2
+    assert all(("rr" in maps[i + 1].split("\n")[0].split()) == shuffle for i, _ in here)
 
 
 def test_files_are_read_within_the_free_memory(tmp_path, monkeypatch):

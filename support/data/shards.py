@@ -24,7 +24,14 @@ from support.data.documents import Piece
 from support.data.encodings import get_encoding
 from support.data.order import Order, WindowOrder
 from support.data.tokens import encode_stream
-from support.files import allow_open_files, check_not_pointer, sha256, to_json, write_file
+from support.files import (
+    allow_open_files,
+    check_not_pointer,
+    expect_random_reads,
+    sha256,
+    to_json,
+    write_file,
+)
 
 import numpy as np
 import tiktoken
@@ -397,6 +404,8 @@ class Shards:
     def order(self, split: str, T: int, rows_per_step: int, seed: int | None) -> Order:
         """The order of the windows of a split. Raises InputError if there is not one window of T + 1 tokens,
         or if a part of a mix has less than 2 of a step's rows."""
+        for tokens in self.tokens[split] if seed is not None else ():
+            expect_random_reads(tokens)
         parts = self.parts if self.shares else (self,)
         orders = [WindowOrder([len(tokens) for tokens in part.tokens[split]], T, seed) for part in parts]
         for part, order in zip(parts, orders, strict=True):
