@@ -44,6 +44,7 @@ from support.data.encodings import get_encoding
 from support.data.hub import Downloads, dataset_files
 from support.data.ready_shards import fetch_shards
 from support.data.shards import (
+    WINDOW,
     JobProgress,
     Place,
     Record,
@@ -55,10 +56,13 @@ from support.data.shards import (
     drop_damaged,
     find_record,
     new_record,
+    open_shard,
     write_shards,
 )
-from support.data.tokens import REMARKS
+from support.data.tokens import REMARKS, encode_piece
 from support.files import check_disk, lock_folder, remove_leftovers
+
+import numpy as np
 
 FINEWEB_EDU = "HuggingFaceFW/fineweb-edu"
 BYTES_PER_TOKEN = {"gpt2": 4.4, "bytes": 1.0}  # for English text
@@ -145,9 +149,10 @@ def estimate_tokens(config: ShardConfig, files: list[File]) -> float:
 
 def choose_shard_size(n_tokens: float) -> int:
     """100 million tokens, the tutorial's shard; if that would make fewer than ten shards, the largest of 1,
-    2, 5, 10, 20, 50 ... that makes ten."""
+    2, 5, 10, 20, 50 ... that makes ten. Of little text, three shards that can hold a row."""
     sizes = [digit * 10**power for power in range(9) for digit in (1, 2, 5)]
-    return max(size for size in sizes if size <= min(max(n_tokens / 10, 2), LARGEST_SHARD))
+    wanted = max(n_tokens / 10, min(n_tokens / 3, 2 * WINDOW), 2)
+    return max(size for size in sizes if size <= min(wanted, LARGEST_SHARD))
 
 
 def size_of_job(config: ShardConfig, files: list[File], shard_size: int, n_tokens: int) -> str:
@@ -183,9 +188,9 @@ def groups_of(files: list[File]) -> list[list[File]]:
     return [list(group) for _, group in itertools.groupby(files, key=lambda file: file.group)]
 
 
-def accept_changes(files: list[File], record: Record) -> None:
+def accept_changes(files: list[File], record: Record, folder: Path, reading: Reading) -> None:
     """Note in the record of an unfinished job the new sizes of files that are not wholly in finished shards:
-    a user may have mended a line there."""
+    a user may have mended a line there. Raises InputError if a file is not the one that was begun."""
     first, last = record["shards"][0], record["shards"][-1]
     ends = {place["file"] for place in (last["ends_at"], *first.get("groups_end_at", []))}
     groups = [[file.name for file in group] for group in groups_of(files)]
@@ -198,7 +203,33 @@ def accept_changes(files: list[File], record: Record) -> None:
     for entry in record["source"].get("files", []):
         if entry[0] in unread and entry[1] != sizes[entry[0]]:
             entry[1] = sizes[entry[0]]
+            if entry[0] == last["ends_at"]["file"]:
+                check_place(next(file for file in files if file.name == entry[0]), record, folder, reading)
             print(f"note: {entry[0]} has changed; what was read of it before stays in the shards")
+
+
+def check_place(file: File, record: Record, folder: Path, reading: Reading) -> None:
+    """Raises InputError unless the last document that went into the finished shards is in the file still, at
+    the same place."""
+    last = record["shards"][-1]
+    place, encoding = last["ends_at"], get_encoding(record["encoding"])
+    pieces: list[Piece] = []  # of that document
+    assert file.path is not None, "a local file"
+    for piece in read_documents(file, file.path, reading):
+        if piece.document >= place["document"] + (place["token"] > 0):
+            break
+        if piece.text is not None:
+            pieces = [piece] if piece.begins else [*pieces, piece]
+    none = np.empty(0, np.uint16)
+    tokens = np.concatenate([none, *(encode_piece(encoding, piece)[1] for piece in pieces)])
+    tokens = tokens[: place["token"] or len(tokens)]
+    end = open_shard(folder / last["file"])[-len(tokens) :]
+    begun = place["document"] > 0 or place["token"] > 0
+    if begun and not (len(tokens) and np.array_equal(tokens[-len(end) :], end)):
+        raise InputError(
+            f"{file.name} has changed before the place where the finished shards in {folder} end; choose "
+            "another --output_dir, or remove that one"
+        )
 
 
 def streams_of(
@@ -281,7 +312,7 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
     if record:
         settings["shard_size"] = config.shard_size or record["settings"].get("shard_size")
         if not (folder / "shards.json").exists():
-            accept_changes(files, record)
+            accept_changes(files, record, folder, reading)
         compare_records(folder, record, {"shards": None, "encoding": config.encoding, **source, **settings})
         if not drop_damaged(folder, record) and (folder / "shards.json").exists():
             n_shards = plural(len(record["shards"]), "shard")

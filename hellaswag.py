@@ -433,6 +433,8 @@ def main(config: ScoreConfig) -> None:
     device = choose_device(config.device)
     items = load_items(config.data, config.limit)
     if config.save_predictions:
+        if config.data and config.save_predictions.resolve() == config.data.resolve():
+            raise InputError(f"--save_predictions {config.data}: that file holds the items; choose another")
         config.save_predictions.touch()  # fails now, not after the last item
     dtype = getattr(torch, config.dtype)
     for name in config.model:

@@ -70,7 +70,9 @@ def main(config: SampleConfig) -> None:
 
     prompt = config.prompt
     if prompt == "-":
-        prompt = sys.stdin.buffer.read().decode("utf-8-sig", "replace").replace("\r\n", "\n")
+        data = sys.stdin.buffer.read()
+        encoded = "utf-16" if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+        prompt = data.decode(encoded, "replace").replace("\r\n", "\n")
     if prompt.endswith(" ") and encoding.name == "gpt2":
         print(
             "note: the prompt ends in a space; GPT-2's words begin with theirs: leave it out", file=sys.stderr

@@ -152,6 +152,8 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - the caller holds it
     except OSError as error:
         reason = "is a file, not a folder" if folder.is_file() else error.strerror or str(error)
+        if folder.is_symlink() and not os.path.exists(folder):
+            reason = "a link to a place that does not exist; is its disk mounted?"
         raise InputError(f"{flag} {folder}: {reason}") from error
     try:
         if os.name == "nt":
@@ -168,7 +170,8 @@ def lock_folder(folder: Path, flag: str) -> IO[str]:
             file.seek(0)
             raise InputError(f"{folder} is in use by {file.read() or 'another process'}") from error
         print(f"note: {folder} can't be locked ({error.strerror or error}); use it for one job at a time")
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
+    with contextlib.suppress(OSError):  # on a full disk the lock holds without a name
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
     return file

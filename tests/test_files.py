@@ -4,12 +4,14 @@ import errno
 import os
 import stat
 from pathlib import Path
+from unittest.mock import Mock
 
 from conftest import ROOT, TINY, call, make_shards, run
 from support.cli import InputError, RunFault, advice, with_remedy
 from support.data import demo
 from support.data.shards import load_shards
 from support.files import flush_to_disk, lock_folder, try_to_save, write_file
+from support.run.curves import read_run
 
 import pytest
 import safetensors
@@ -193,3 +195,16 @@ def test_only_a_full_disk_wants_space():
         "a.npy: Too many; allow more open"
     )
     assert with_remedy(InputError("what")) == "what"
+
+
+def test_a_link_to_a_disk_that_is_not_there(tmp_path):
+    (tmp_path / "scratch").symlink_to(tmp_path / "unmounted")
+    with pytest.raises(InputError, match=r"--log_dir .*scratch: a link to a place that does not exist"):
+        lock_folder(tmp_path / "scratch", "--log_dir")
+
+
+def test_a_record_that_can_not_be_read_is_not_taken_for_none(tmp_path, monkeypatch):
+    (tmp_path / "run.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_text", Mock(side_effect=PermissionError(13, "Permission denied", "x")))
+    with pytest.raises(PermissionError):
+        read_run(tmp_path)

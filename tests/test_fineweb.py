@@ -448,11 +448,11 @@ def test_a_job_with_groups_resumes_after_any_shard(tmp_path, monkeypatch):
 
 def test_the_size_of_a_shard_suits_the_input(tmp_path):
     """Ten shards or more, of a round number of tokens; the tutorial's for FineWeb-Edu."""
-    sizes = {3e9: 10**8, 10**9: 10**8, 9.9e8: 5 * 10**7, 3e6: 2 * 10**5, 12_345: 1000, 5: 2, 0: 2}
+    sizes = {3e9: 10**8, 10**9: 10**8, 9.9e8: 5 * 10**7, 3e6: 2 * 10**5, 12_345: 2000, 3600: 1000, 5: 2, 0: 2}
     assert {n: fineweb.choose_shard_size(n) for n in sizes} == sizes
-    (tmp_path / "x.txt").write_text("a word " * 1500)
+    (tmp_path / "x.txt").write_text("a word " * 3000)
     said = make(tmp_path / "out", f"--input={tmp_path}/x.txt").stdout
-    assert "in 11 shards of 1,000" in said
+    assert "in 11 shards of 2,000" in said
     assert "in 11 shards in" in said
     assert "is finished" in make(tmp_path / "out", f"--input={tmp_path}/x.txt").stdout
 

@@ -533,12 +533,17 @@ def test_another_tokenizer_of_as_many_tokens_is_refused(tmp_path):
     with_padding = {**stored, "added_tokens": [*stored["added_tokens"], {"content": "[PAD]", "id": 50257}]}
     (tmp_path / "tokenizer.json").write_text(json.dumps(with_padding))
     assert read_config(config, GPTConfig)["vocab_size"] == 50257
+    rules = stored["model"]["merges"]
+    other_rules = {**stored, "model": {**stored["model"], "merges": [rules[1], rules[0], *rules[2:]]}}
     stored["model"]["vocab"] = swapped(stored["model"]["vocab"])
     for name, contents in (
         ("vocab.json", swapped(json.loads(texts["vocab.json"]))),
         ("vocab.json", {token: i for token, i in json.loads(texts["vocab.json"]).items() if i}),
         ("vocab.json", []),
         ("tokenizer.json", stored),
+        ("tokenizer.json", other_rules),
+        ("tokenizer.json", with_padding | {"normalizer": {"type": "Lowercase"}}),
+        ("tokenizer.json", with_padding | {"pre_tokenizer": {"type": "Whitespace"}}),
         ("tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}, "added_tokens": []}),
     ):
         for file, text in texts.items():

@@ -403,3 +403,13 @@ def test_training_goes_on_without_hellaswag(text_shards, tmp_path):
         )
     assert done.stdout.count("training without HellaSwag: could not fetch Rowan/hellaswag") == 1
     assert "done: 3 steps" in done.stdout
+
+
+def test_predictions_never_take_the_place_of_the_items(tmp_path):
+    file = tmp_path / "items.jsonl"
+    file.write_text(json.dumps(GOOD))
+    flags = f"--data={file}", f"--save_predictions={tmp_path}/../{tmp_path.name}/items.jsonl"
+    done = call("hellaswag.py", *flags, check=False)
+    assert done.returncode == 2
+    assert "items.jsonl: that file holds the items; choose another" in done.stderr
+    assert file.read_text() == json.dumps(GOOD)

@@ -130,12 +130,16 @@ def test_a_mark_tells_the_encoding_and_the_first_bytes_the_packing(encoding, pac
 def test_what_is_not_utf8_is_named_with_how_much_of_it(tmp_path):
     (tmp_path / "good.txt").write_text("a good text " * 100)
     (tmp_path / "latin.txt").write_bytes("Grüße, schöne Grüße".encode("latin-1") * 5)
+    (tmp_path / "french.txt").write_bytes(
+        b"une \xe9cole, une for\xeat, un \xe9t\xe9 sans fin ni cesse. " * 30
+    )
     (tmp_path / "nul.txt").write_bytes(b"words and \0 a NUL " * 9)
     said = make(tmp_path / "out", f"--input={tmp_path}", "--shard_size=700").stdout
-    assert "(U+FFFD stands for each): 1 (first latin.txt, document 1: 25 of 95 characters)" in said
+    assert "(U+FFFD stands for each): 2 (first " in said
+    assert "latin.txt, document 1: 25 of 95 characters" in said or "french.txt, document 1: 120 of 1," in said
     assert "documents with NUL characters (kept): 1 (first nul.txt, document 1: 9 of 162 characters)" in said
     record = json.loads((tmp_path / "out/shards.json").read_text())
-    assert record["remarks"] == {"nul": 1, "replaced": 1}
+    assert record["remarks"] == {"nul": 1, "replaced": 2}
 
 
 @pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
@@ -157,6 +161,25 @@ def test_half_a_character_of_utf16_is_counted(tmp_path):
     (tmp_path / "b.txt").write_bytes(data[:40] + b"\0\xd8" + data[40:])
     said = make(tmp_path / "out", f"--input={tmp_path}", "--shard_size=700").stdout
     assert "(U+FFFD stands for each): 2" in said
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        ("Широкая электрификация южных губерний даст мощный толчок. " * 40).encode("cp1251"),
+        ("日本語のテキスト。" * 300).encode("shift-jis"),
+        random.Random(0).randbytes(5000),
+    ],
+)
+def test_another_encoding_is_refused(data, tmp_path):
+    (tmp_path / "a.txt").write_bytes(data)
+    said = refusal(tmp_path / "out", f"--input={tmp_path}/a.txt")
+    assert "a.txt: more than a tenth of it is not UTF-8: another encoding" in said
+
+
+def test_a_pipe_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "a.txt")
+    assert "a.txt: a pipe or a device, not a file" in refusal(tmp_path / "out", f"--input={tmp_path}/a.txt")
 
 
 def test_a_link_to_itself_is_an_error(tmp_path):
@@ -275,6 +298,21 @@ def test_a_line_mended_behind_the_last_shard_costs_no_shard(tmp_path, monkeypatc
     assert tokens_in(tmp_path / "out") == tokens_in(tmp_path / "fresh")
     broken.write_text("\n".join(rows[30:]))
     assert "files differ in ['y.jsonl'" in refusal(tmp_path / "out", *flags)  # finished
+
+
+@pytest.mark.parametrize("kind", ["another", "shorter", "earlier"])
+def test_another_file_of_that_name_is_refused(kind, tmp_path, monkeypatch):
+    """What the last finished shard ends with is not there any more."""
+    monkeypatch.setattr("support.data.tokens.TASK", 200)
+    rows = [json.dumps({"text": f"row {i} " * 9}) for i in range(130)]
+    (tmp_path / "x.jsonl").write_text("\n".join([*rows[:120], "{", *rows[120:]]))
+    flags = f"--input={tmp_path}/x.jsonl", "--shard_size=500"
+    assert "line 121: " in refusal(tmp_path / "out", *flags)
+    changed = {"another": rows[50:], "shorter": rows[:3], "earlier": ["{}", *rows]}[kind]
+    (tmp_path / "x.jsonl").write_text("\n".join(changed).replace("{}", '{"text": "one more"}'))
+    before = (tmp_path / "out/shards.partial.json").read_text()
+    assert "x.jsonl has changed before the place where" in refusal(tmp_path / "out", *flags)
+    assert (tmp_path / "out/shards.partial.json").read_text() == before
 
 
 def test_json_that_is_not_a_line_each_says_what_to_do(tmp_path):

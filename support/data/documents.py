@@ -112,8 +112,10 @@ def local_files(patterns: Sequence[str], output_dir: Path | None = None) -> list
         for file, path in files:
             if kind_of(file.name) is None:
                 raise InputError(f"--input {file}: ends in {file.suffix or 'nothing'}; {SUPPORTED}")
-            if not os.access(file, os.R_OK):
-                fault = "you may not read it" if file.exists() else "a link to a file that does not exist"
+            if not os.access(file, os.R_OK) or not file.is_file():
+                fault = "a link to a file that does not exist"
+                if os.path.exists(file):
+                    fault = "you may not read it" if file.is_file() else "a pipe or a device, not a file"
                 raise InputError(f"--input {file}: {fault}")
             # A shell expands a glob itself; then the folder of the files it lists makes the group.
             place = str(file.parent if file == Path(pattern) else pattern)
@@ -241,7 +243,8 @@ def read_documents(file: File, path: Path, reading: Reading, first: int = 0) -> 
                 chunks = None if text is None else chunks_of(text)
                 yield from cut_document(file.name, number, chunks, raw.tell)
         else:
-            parts = split_text(iter(lambda: text_file.read(PIECE), ""), reading.split_at)
+            chunks = iter(lambda: text_file.read(PIECE), "")
+            parts = split_text(check_utf8(chunks, path), reading.split_at)
             for number, part in itertools.groupby(parts, key=lambda pair: pair[0]):
                 if number >= first:
                     yield from cut_document(file.name, number, (text for _, text in part), raw.tell)
@@ -280,8 +283,8 @@ def open_text(path: Path) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
                 text = io.TextIOWrapper(buffered, "utf-16", "lone")
             elif 3 * begin.count(0) > len(begin):
                 raise InputError(
-                    f"{path}: more than a third of its first bytes are NUL, so it is not UTF-8; UTF-16 needs "
-                    "its byte-order mark: iconv -f UTF-16LE -t UTF-8 IN > OUT"
+                    f"{path}: more than a third of its first bytes are NUL: an archive, or UTF-16 without "
+                    "its byte-order mark, which iconv -f UTF-16LE -t UTF-8 IN > OUT makes readable"
                 )
             else:
                 text = io.TextIOWrapper(buffered, "utf-8-sig", ERRORS)
@@ -290,6 +293,19 @@ def open_text(path: Path) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
             if isinstance(error, OSError) and error.errno is not None:  # the system's, not the unpacker's
                 raise
             raise InputError(f"{path}: damaged, it can't be unpacked ({error})") from error
+
+
+def check_utf8(chunks: Iterable[str], path: Path) -> Iterator[str]:
+    """The chunks of a text. Raises InputError if more than a tenth of one is not UTF-8: then the text is in
+    another encoding, or there is none."""
+    for chunk in chunks:
+        wrong = len(re.findall("[\ud800-\udfff]", chunk)) if len(chunk) > 1000 and not chunk.isascii() else 0
+        if 10 * wrong > len(chunk):
+            raise InputError(
+                f"{path}: more than a tenth of it is not UTF-8: another encoding, which iconv -f ENCODING -t "
+                "UTF-8 IN > OUT makes readable, or no text"
+            )
+        yield chunk
 
 
 def split_text(chunks: Iterable[str], mark: str | None) -> Iterator[tuple[int, str]]:

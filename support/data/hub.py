@@ -55,7 +55,8 @@ def hub_errors(wanted: str) -> Iterator[None]:
         from_client = type(error).__module__.startswith(("http", "requests"))  # not all are OSErrors
         if remedy(error) and not isinstance(error, OSError):
             raise OSError(in_words(error)) from error  # of this disk, from a library written in Rust
-        if remedy(error) or not (from_client or isinstance(error, OSError | HFValidationError)):
+        strange = isinstance(error, json.JSONDecodeError)  # the page of a login portal, say
+        if remedy(error) or not (from_client or strange or isinstance(error, OSError | HFValidationError)):
             raise  # not a failed download: a full disk, a folder without permission, a mistake in the code
         if is_offline(error):
             raise InputError(
@@ -64,6 +65,7 @@ def hub_errors(wanted: str) -> Iterator[None]:
             ) from error
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason = ADVICE.get(type(error).__name__, lines[0])
+        reason = "its answer is not the Hub's; is there a proxy or a login page?" if strange else reason
         kind = RunFault if may_pass(error) else InputError
         raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {reason}") from error
 

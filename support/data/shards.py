@@ -410,9 +410,10 @@ class Shards:
         orders = [WindowOrder([len(tokens) for tokens in part.tokens[split]], T, seed) for part in parts]
         for part, order in zip(parts, orders, strict=True):
             if order.n_windows == 0:
+                longest = max(len(tokens) for tokens in part.tokens[split])
                 raise InputError(
                     f"{part.folder}: no shard of the {split} split has {T + 1} tokens, which one row of "
-                    f"--sequence_length {T} needs"
+                    f"--sequence_length {T} needs; lower it to at most {longest - 1}, or make larger shards"
                 )
         if self.shares and min(self.shares) * rows_per_step < 2:
             raise InputError(

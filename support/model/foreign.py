@@ -136,7 +136,8 @@ def read_tensors(weights_file: Path, vocab_size: int) -> dict[str, torch.Tensor]
     for name, tensor in tensors.items():
         if tensor.dtype not in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
             raise InputError(f"{weights_file}: {name} is {tensor.dtype}; quantized weights are refused")
-        if not tensor.float().sum().isfinite():  # a sum is finite only if all are; quicker than to ask each
+        total = tensor.sum(dtype=torch.float64)
+        if not total.isfinite():  # a sum is finite only if all are; quicker than to ask each
             raise InputError(
                 f"{weights_file}: {name} is not finite: its training diverged; take an earlier checkpoint"
             )

@@ -161,6 +161,7 @@ def check_tokenizer(folder: Path, encoding: str, rows: int) -> None:
         try:
             theirs = read_json(file)
             if name == "tokenizer.json":
+                check_rules(theirs, encoding)
                 added = {token["content"]: token["id"] for token in theirs["added_tokens"]}
                 theirs = theirs["model"]["vocab"] | added
             theirs = {token: i for token, i in theirs.items() if i < rows}
@@ -170,6 +171,16 @@ def check_tokenizer(folder: Path, encoding: str, rows: int) -> None:
             theirs = None  # another kind of tokenizer
         if theirs != {token: i for token, i in vocabulary(encoding).items() if i < rows}:
             raise InputError(f"{file}: another tokenizer than the encoding {encoding!r}, which is used here")
+
+
+def check_rules(tokenizer: dict[str, Any], encoding: str) -> None:
+    """Raises ValueError unless the rules of a tokenizer.json are the encoding's: with the same tokens, others
+    would cut a text elsewhere."""
+    own = [" ".join(pair) for pair in merges()] if encoding == "gpt2" else []
+    rules = [rule if isinstance(rule, str) else " ".join(rule) for rule in tokenizer["model"]["merges"]]
+    same = len(rules) != len(own) or rules == own  # before version 1.0, more rules had the same effect
+    if tokenizer.get("normalizer") or tokenizer["pre_tokenizer"]["type"] != "ByteLevel" or not same:
+        raise ValueError("other rules")
 
 
 # -----------------------------------------------------------------------------

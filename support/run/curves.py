@@ -81,13 +81,13 @@ def read_log(file: Path) -> dict[str, Points]:
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The contents of a run's run.json; empty if it has none (the tutorial's runs). Raises InputError if it
-    is damaged."""
+    is damaged, OSError if it can't be read."""
     file = folder / "run.json"
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(run, dict):
             raise ValueError("not an object")
-    except OSError:
+    except FileNotFoundError:
         return {}
     except ValueError as error:
         raise InputError(f"{file}: damaged ({error})") from error
