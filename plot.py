@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from support.cli import InputError, run_command
-from support.run.curves import draw_runs, save_picture
+from support.run.curves import draw_runs, new_figure, save_picture
 from support.run.watch import serve
 
 import numpy as np
@@ -46,10 +46,8 @@ class Watch:
 
 def draw_positions(weights: np.ndarray, out: Path, name: str) -> None:
     """Plot a position embedding matrix, (block_size, n_embd), to the image file `out`."""
-    from matplotlib.figure import Figure
-
     positions, channels = weights.shape
-    figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
+    figure = new_figure(figsize=(12, 5), dpi=120, layout="constrained")
     image, curves = figure.subplots(1, 2)
     image.imshow(weights, cmap="gray", aspect="auto", interpolation="nearest")
     image.set(title=f"position embeddings of {name}", xlabel="channel", ylabel="position")

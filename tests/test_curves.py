@@ -331,3 +331,9 @@ def test_positions(tmp_path):
     GPT(config).save_pretrained(tmp_path / "model")
     call("plot.py", "positions", tmp_path / "model", "--out", tmp_path / "wpe.png")
     assert (tmp_path / "wpe.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_backend_that_matplotlib_does_not_have(tmp_path):
+    (tmp_path / "log.txt").write_text("0 train 5.0\n1 train 4.0\n")
+    done = run("plot.py", "run", tmp_path, check=False, env={"MPLBACKEND": "foo"})
+    assert done.stderr == "error: MPLBACKEND is 'foo', which is no backend of matplotlib; unset it\n"

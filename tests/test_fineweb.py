@@ -26,6 +26,7 @@ from support.data.shards import ShardWriter, Stream, load_shards, new_record, re
 from support.data.tokens import encode_piece, encode_task
 from support.files import sha256
 
+import huggingface_hub
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -843,6 +844,25 @@ def test_a_line_that_stays_bad_ends_with_one(fault, status, message, hub, tmp_pa
     assert {path: sha256(path) for path in finished} == finished
     assert tokens_in(tmp_path / "out") == stream_of(texts)
     assert len(downloads_of(requests, "000_00000.parquet")) == 1
+
+
+@pytest.mark.parametrize(
+    ("make_error", "message"),
+    [
+        (lambda: json.loads("<html>Log in</html>"), "its answer is not the Hub's"),
+        (lambda: huggingface_hub.hf_api.RepoFile(**{"oid": "x"}), "its answer is not the Hub's"),
+    ],
+)
+def test_a_page_that_is_not_the_hubs_is_one_line(make_error, message):
+    """A login portal answers in HTML, a mirror in another form."""
+    message = f"could not fetch the list from the Hugging Face Hub: {message}"
+    with pytest.raises(RunFault, match=message), hub_module.hub_errors("the list"):
+        make_error()
+
+
+def test_a_mistake_here_is_not_blamed_on_the_hub():
+    with pytest.raises(KeyError), hub_module.hub_errors("the list"):
+        {}["name"]
 
 
 def test_a_trial_downloads_only_what_it_needs(hub, tmp_path):

@@ -55,7 +55,7 @@ def hub_errors(wanted: str) -> Iterator[None]:
         from_client = type(error).__module__.startswith(("http", "requests"))  # not all are OSErrors
         if remedy(error) and not isinstance(error, OSError):
             raise OSError(in_words(error)) from error  # of this disk, from a library written in Rust
-        strange = isinstance(error, json.JSONDecodeError)  # the page of a login portal, say
+        strange = isinstance(error, json.JSONDecodeError) or is_confused(error)
         if remedy(error) or not (from_client or strange or isinstance(error, OSError | HFValidationError)):
             raise  # not a failed download: a full disk, a folder without permission, a mistake in the code
         if is_offline(error):
@@ -68,6 +68,15 @@ def hub_errors(wanted: str) -> Iterator[None]:
         reason = "its answer is not the Hub's; is there a proxy or a login page?" if strange else reason
         kind = RunFault if may_pass(error) else InputError
         raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {reason}") from error
+
+
+def is_confused(error: BaseException) -> bool:
+    """Whether a library met an answer that is not the Hub's, such as the page of a login portal."""
+    trace = error.__traceback__
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    place = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return isinstance(error, TypeError | KeyError | AttributeError) and place.startswith("huggingface_hub")
 
 
 def is_offline(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -168,14 +169,22 @@ class DrawnRun(NamedTuple):
         return [loss for step, loss in points if step >= last_step / 50]
 
 
+def new_figure(**options: Any) -> "Figure":
+    """A figure. Raises InputError if the environment names a backend that matplotlib does not have."""
+    try:
+        from matplotlib.figure import Figure
+    except ValueError as error:
+        name = os.environ.get("MPLBACKEND")
+        raise InputError(f"MPLBACKEND is {name!r}, which is no backend of matplotlib; unset it") from error
+    return Figure(**options)
+
+
 def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
     """Plot the runs in `folders` to the image file `out`. Returns notes for the reader, a sentence each.
 
     Raises InputError for a folder without a run, a log without events, a damaged run.json, and an `out` that
     can't be written.
     """
-    from matplotlib.figure import Figure
-
     runs, notes = [], []
     for i, folder in enumerate(folders):
         events, left_out = load_log(folder / "log.txt")
@@ -193,7 +202,7 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
     columns = max(1, min(len(kinds), 3 if has_scores else 2))  # small panels side by side, one for a kind
     rows = math.ceil(len(kinds) / columns)
 
-    figure = Figure(figsize=(13 if has_scores else 8, 5.5 + 2.4 * rows), dpi=120, layout="constrained")
+    figure = new_figure(figsize=(13 if has_scores else 8, 5.5 + 2.4 * rows), dpi=120, layout="constrained")
     grid = figure.add_gridspec(1 + rows, 6, height_ratios=[5.5, *rows * [2.4]])
     losses = figure.add_subplot(grid[0, : 3 if has_scores else 6])
     draw_panel(losses, runs, f"loss, nats per {' or '.join(units)}", ["train", "val"])
