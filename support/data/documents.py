@@ -105,9 +105,11 @@ def local_files(patterns: Sequence[str], output_dir: Path | None = None) -> list
         paths = [Path(pattern)]
         if not paths[0].exists():
             paths = sorted(map(Path, glob.glob(pattern, recursive=True)))
-        files = [(file, path) for path in paths for file in files_in(path, output_dir, left_out)]
-        if not files and not left_out["in --output_dir"]:
-            there = f"no documents there; {SUPPORTED}{in_all(left_out)}" if paths else "no such file"
+        left_here: Counter[str] = Counter()
+        files = [(file, path) for path in paths for file in files_in(path, output_dir, left_here)]
+        left_out += left_here
+        if not files and not left_here["in --output_dir"]:
+            there = f"no documents there; {SUPPORTED}{in_all(left_here)}" if paths else "no such file"
             raise InputError(f"--input {pattern}: {there}")
         for file, path in files:
             if kind_of(file.name) is None:
@@ -274,9 +276,8 @@ def open_text(path: Path) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
             buffered = io.BufferedReader(cast(io.RawIOBase, stream)) if stream is not raw else raw
             begin = buffered.peek(64)[:64]
             head = begin[:4]
-            codecs.register_error(
-                "lone", lambda error: ("\udc80", getattr(error, "end", 0))
-            )  # as ERRORS does
+            # A lone surrogate for what can't be decoded, as with ERRORS, which UTF-16 does not take
+            codecs.register_error("lone", lambda error: ("\udc80", getattr(error, "end", 0)))
             if head in (b"\xff\xfe\0\0", b"\0\0\xfe\xff"):
                 text = io.TextIOWrapper(buffered, "utf-32", "lone")
             elif head[:2] in (b"\xff\xfe", b"\xfe\xff"):
