@@ -44,6 +44,7 @@ PHASES = {
 }
 STEPS, SAVED_AT = 5, 4  # The children train for so many steps, and resume at that one.
 HELLASWAG_ITEMS = 10
+SAFE_LR = 6e-4  # for a first step
 PROGRESS = r"warm-up|a micro-batch of|torch\.compile failed|step +\d+ \|"  # lines of a child that are shown
 GRACE = 10  # seconds for a child to end by itself, once another process's child has failed
 SAME_LOSS = 1e-3  # The losses of a resumed step differ by at most this share; on a CPU not at all.
@@ -70,6 +71,7 @@ def rehearse(config: "TrainConfig") -> "TrainConfig":
         tracker=None,
         max_steps=STEPS,
         warmup_steps=0,  # After a tiny update, a lost state of the optimizer would not show.
+        max_lr=min(config.max_lr, SAFE_LR),  # without a warm-up
         val_every=STEPS,
         val_tokens=size * config.sequence_length,  # one batch
         hellaswag_every=STEPS if config.hellaswag_every and trains else 0,
@@ -149,13 +151,14 @@ class Check:
         again = last_losses(self.folder)
         for warning in findings.warnings():
             self.print(f"WARNING: {warning}")
-        self.print(findings.table("the same digits" if again == losses else "the same loss within 0.1%"))
         faults = [
             f"the {name} of the resumed step is {again[name]}, and was {loss}: the checkpoint came back with "
             "other values, or the device computes wrongly; try another --log_dir, or --dtype float32"
             for name, loss in losses.items()
             if not abs(again[name] - loss) <= SAME_LOSS * abs(loss)  # written so that nan fails too
         ]
+        same = "the same digits" if again == losses else "the same losses within 0.1%"
+        self.print(findings.table("other losses" if faults else same))
         self.print_faults(faults)
         return 1 if faults else 0
 

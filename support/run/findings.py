@@ -17,7 +17,7 @@ from support.run.report import A_LONG_TIME, note_on, table
 if TYPE_CHECKING:
     from train_gpt2 import TrainConfig
 
-NOTES = ("training without HellaSwag: ", "note: ")  # beginnings of lines that a run prints and goes on
+NOTES = r"training without HellaSwag: |note: \S"  # beginnings of lines that a run prints and goes on
 FIRST_LOSS = 0.05  # The loss before training differs from that of a uniform guess by at most this share.
 FAR_BELOW = 0.6  # of what others report
 LINKS_SHARE = 0.1  # of a step, for its all-reduce
@@ -84,7 +84,7 @@ class Findings:
 
     def warnings(self) -> list[str]:
         """What the run survives, but nobody wants."""
-        found = [line for line in self.lines if line.startswith(NOTES)]
+        found = [line for line in self.lines if re.match(NOTES, line)]
         found += [*self.of_the_machine(), *self.of_the_speed(), *self.of_the_run()]
         return list(dict.fromkeys(found))
 
@@ -197,6 +197,7 @@ class Findings:
         config = self.config
         if not config.checkpoint_every:
             return "the whole run"
-        seconds = min(config.checkpoint_every * self.step_seconds, SAVE_AT_LEAST_EVERY) + self.save_seconds
+        steps = min(config.checkpoint_every, config.max_steps)
+        seconds = min(steps * self.step_seconds, SAVE_AT_LEAST_EVERY) + self.save_seconds
         cost = self.dollars(seconds)
         return duration(seconds) + ("" if cost is None else f" (${cost:,.2f})")
