@@ -30,6 +30,7 @@ from support.machine.processes import CHECK_PHASE, STOP_SIGNALS, find_store, rea
 from support.model.huggingface import list_checkpoints
 from support.run.curves import read_log, read_run
 from support.run.findings import Findings
+from support.run.report import check_tracker
 
 import torch.distributed as dist
 
@@ -44,10 +45,10 @@ PHASES = {
 }
 STEPS, SAVED_AT = 5, 4  # The children train for so many steps, and resume at that one.
 HELLASWAG_ITEMS = 10
-SAFE_LR = 6e-4  # for a first step
+SAFE_LR = 6e-4  # for a first step, without a warm-up
 PROGRESS = r"warm-up|a micro-batch of|torch\.compile failed|step +\d+ \|"  # lines of a child that are shown
 GRACE = 10  # seconds for a child to end by itself, once another process's child has failed
-SAME_LOSS = 1e-3  # The losses of a resumed step differ by at most this share; on a CPU not at all.
+SAME_LOSS = 1e-3  # The losses of a resumed step differ by at most this share; on a CPU, not at all.
 
 
 def rehearse(config: "TrainConfig") -> "TrainConfig":
@@ -62,6 +63,7 @@ def rehearse(config: "TrainConfig") -> "TrainConfig":
         sys.exit(0)
     _, _, size = read_layout()
     trains = phase == "train"
+    check_tracker(config.tracker)
     return replace(
         config,
         check=False,
@@ -70,8 +72,11 @@ def rehearse(config: "TrainConfig") -> "TrainConfig":
         verify=config.verify and trains,
         tracker=None,
         max_steps=STEPS,
-        warmup_steps=0,  # After a tiny update, a lost state of the optimizer would not show.
-        max_lr=min(config.max_lr, SAFE_LR),  # without a warm-up
+        # The same rate in all steps: after a tiny update, a lost state of the optimizer would not show.
+        warmup_steps=0,
+        max_lr=min(config.max_lr, SAFE_LR),
+        schedule="trapezoid",
+        cooldown=0.001,
         val_every=STEPS,
         val_tokens=size * config.sequence_length,  # one batch
         hellaswag_every=STEPS if config.hellaswag_every and trains else 0,
@@ -148,14 +153,14 @@ class Check:
                 shutil.rmtree(list_checkpoints(self.folder)[-1])
         if not findings:  # another process reports
             return 0
-        again = last_losses(self.folder)
+        again, tolerance = last_losses(self.folder), 0.0 if findings.on_cpu else SAME_LOSS
         for warning in findings.warnings():
             self.print(f"WARNING: {warning}")
         faults = [
             f"the {name} of the resumed step is {again[name]}, and was {loss}: the checkpoint came back with "
             "other values, or the device computes wrongly; try another --log_dir, or --dtype float32"
             for name, loss in losses.items()
-            if not abs(again[name] - loss) <= SAME_LOSS * abs(loss)  # written so that nan fails too
+            if not abs(again[name] - loss) <= tolerance * abs(loss)  # written so that nan fails too
         ]
         same = "the same digits" if again == losses else "the same losses within 0.1%"
         self.print(findings.table("other losses" if faults else same))

@@ -30,6 +30,7 @@ REPORTED = {
     "H100": (468_000, "llm.c, 8 cards"),
     "A100": (182_000, "build-nanogpt's video, compiled"),
     "RTX 4090": (105_000, "nanoGPT"),
+    "RTX 4070 SUPER": (56_000, "a fork of build-nanogpt, from its 50 hours"),
 }
 
 
@@ -157,6 +158,7 @@ class Findings:
         config, facts, machine, process = self.config, self.facts, self.machine, self.machine["processes"][0]
         cost, reported = self.dollars(self.training_seconds), self.reported()
         save = "" if config.checkpoint_every else "; but --checkpoint_every 0 saves none"
+        host = f"; of the host, {file_size(process['host_memory'])} free" if process["host_memory"] else ""
         driver = f"driver {process['driver']}, " if "driver" in process else ""
         rows: dict[str, str | None] = {
             "device": f"{facts['device']}; {plural(self.size, 'process')}",
@@ -164,6 +166,7 @@ class Findings:
             "links": machine["links"]
             and f"{machine['links'] / 1e9:.1f} GB/s (bus bandwidth of an all-reduce): "
             f"{1000 * self.links_seconds:.1f} ms for a step's gradients",
+            "memory": facts["memory"] + host,
             "precision": facts["precision"],
             "attention": facts["attention"],
             "batch": f"{plural(facts['micro_batch_size'], 'row')} x {config.sequence_length} tokens x "
@@ -179,7 +182,6 @@ class Findings:
             f"back, resumed: {resumed}{save}",
             "disk": f"{file_size(machine['disk_speed'])}/s written, {file_size(machine['disk_free'])} free, "
             f"up to {file_size(self.disk_needed)} needed",
-            "host memory": f"{file_size(process['host_memory'])} free" if process["host_memory"] else None,
             "speed": f"{self.rate:,.0f} tokens/s" + (f", MFU {self.mfu:.0%}" if self.mfu else ""),
             "others": reported and f"{reported[0]:,} tokens/s ({reported[1]})",
             "time": f"about {duration(self.training_seconds)} of training, plus evaluation",
