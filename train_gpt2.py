@@ -4,6 +4,7 @@ Let's reproduce GPT-2 (124M).
 One process:             python train_gpt2.py
 One node, 8 GPUs:        torchrun --standalone --nproc_per_node=8 train_gpt2.py
 No GPU, three minutes:   python train_gpt2.py --demo
+Before a long run:       the same command with --check
 After an interruption:   the same command with --resume
 
 The recipe is the one of the lecture: GPT-2's architecture, GPT-3's schedule, 10 billion tokens of

@@ -45,8 +45,9 @@ PHASES = {
 }
 STEPS, SAVED_AT = 5, 4  # The children train for so many steps, and resume at that one.
 HELLASWAG_ITEMS = 10
-SAFE_LR = 6e-4  # for a first step, without a warm-up
+SAFE_LR = 1e-4  # without a warm-up
 PROGRESS = r"warm-up|a micro-batch of|torch\.compile failed|step +\d+ \|"  # lines of a child that are shown
+TRACEBACK = "Traceback (most recent call last):"
 GRACE = 10  # seconds for a child to end by itself, once another process's child has failed
 SAME_LOSS = 1e-3  # The losses of a resumed step differ by at most this share; on a CPU, not at all.
 
@@ -102,9 +103,7 @@ class Check:
     def __init__(self, config: "TrainConfig"):
         self.config = config
         self.rank, _, self.size = read_layout()
-        self.folder = own_name(
-            config.log_dir / "trial"
-        )  # a name that the next run removes, should it be left
+        self.folder = own_name(config.log_dir / "trial")  # should it be left, the next run removes it
         self.limit = 60 * config.timeout_minutes  # seconds of a phase
         self.patience = timedelta(seconds=self.limit + 6 * GRACE)  # for another process's child to end
         self.lines: list[str] = []  # what this process's children have printed
@@ -192,6 +191,8 @@ class Check:
             errors = [
                 f"{name} ended a process; if nobody sent it, memory was short: see dmesg, and free some"
             ]
+        if TRACEBACK in lines:  # a mistake in the code
+            print("\n".join(lines[lines.index(TRACEBACK) :]), file=sys.stderr)
         if status and self.store:
             self.store.set("failed", "")
         return {"status": status, "errors": errors, "last": next(filter(None, reversed(lines)), "")}
@@ -232,9 +233,9 @@ class Check:
     def read_lines(self, child: "subprocess.Popen[str]", lines: list[str]) -> None:
         """Collect the lines that a child prints, and show its progress."""
         for line in child.stdout or ():
-            lines.append(line.strip())
+            lines.append(line.rstrip())
             if re.match(PROGRESS, line):
-                self.print(f"    {line.strip()}")
+                self.print(f"    {line.rstrip()}")
 
     def print(self, text: str) -> None:
         if self.rank == 0:
@@ -259,9 +260,9 @@ def told(ends: list[dict[str, Any]]) -> list[str]:
     knows more."""
     ranks = {line: rank for rank, end in reversed(list(enumerate(ends))) for line in end["errors"]}
     known = {line: rank for line, rank in ranks.items() if not line.startswith("lost contact")} or ranks
-    if not known:  # a mistake in the code, with a traceback
+    if not known:
         failed = next(rank for rank, end in enumerate(ends) if end["status"])
-        known = {f"unexpected, and not this machine's fault: {ends[failed]['last']}": failed}
+        known = {f"a process ended unexpectedly: {ends[failed]['last']}": failed}
     return [f"rank {rank}: {line}" if rank else line for line, rank in known.items()]
 
 
