@@ -13,6 +13,7 @@ from dataclasses import replace
 from conftest import ROOT, TINY, call, faulty, make_shards, run, torchrun
 from support.files import to_json
 from support.machine.device import card_name
+from support.run import check
 from support.run.check import Check, rehearse, told
 from support.run.findings import REPORTED, Findings
 from train_gpt2 import MAY_CHANGE, TrainConfig
@@ -46,8 +47,9 @@ def rows_of(output):
 # ------------------------------------------------------------------ the whole check
 
 
-def test_a_check_tries_everything_and_changes_nothing(text_shards, tmp_path):
+def test_a_check_tries_everything_and_changes_nothing(text_shards, tmp_path, monkeypatch):
     """Beside a run that exists: not a byte of it changes."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     log_dir = tmp_path / "deep/log"
     log_dir.mkdir(parents=True)
     (log_dir / "log.txt").write_text("0 train 5.0\n1 train 4.0\n")
@@ -194,13 +196,13 @@ def test_a_process_that_hangs_is_one_line(text_shards, tmp_path):
 def test_a_check_that_is_stopped_leaves_nothing(number, text_shards, tmp_path):
     command = [sys.executable, ROOT / "tests/faults.py", *flags(text_shards, tmp_path / "log")]
     env = {**os.environ, "FAULTS": "slow=1000", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    check = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not list(tmp_path.glob("log/trial.*/run.json")):
         time.sleep(0.1)
-        assert check.poll() is None
-    check.send_signal(number)
-    check.communicate(timeout=30)
-    assert check.returncode == 128 + number
+        assert process.poll() is None
+    process.send_signal(number)
+    process.communicate(timeout=30)
+    assert process.returncode == 128 + number
     assert list(tmp_path.iterdir()) == []
     ours = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True, check=False).stdout
     assert ours == ""
@@ -313,13 +315,13 @@ def test_a_warning(changes, warning, tmp_path):
 
 
 def test_a_run_that_would_take_years_is_not_tried(tmp_path):
-    check = Check(TrainConfig(log_dir=tmp_path))
-    check.folder.mkdir()
-    assert check.too_slow() is None
-    (check.folder / "run.json").write_text(to_json(FACTS | {"warm_up_step_seconds": 90.0}))
-    assert check.too_slow() is None
-    (check.folder / "run.json").write_text(to_json(FACTS | {"warm_up_step_seconds": 3600.0}))
-    assert "a step would take about 1 h 00 min" in check.too_slow()
+    trial = Check(TrainConfig(log_dir=tmp_path))
+    trial.folder.mkdir()
+    assert trial.too_slow() is None
+    (trial.folder / "run.json").write_text(to_json(FACTS | {"warm_up_step_seconds": 90.0}))
+    assert trial.too_slow() is None
+    (trial.folder / "run.json").write_text(to_json(FACTS | {"warm_up_step_seconds": 3600.0}))
+    assert "a step would take about 1 h 00 min" in trial.too_slow()
 
 
 def test_every_card_that_others_report_is_known():
@@ -330,9 +332,12 @@ def test_a_child_does_what_the_run_does(monkeypatch, tmp_path):
     """What decides the memory and the speed stays as the flags have it."""
     monkeypatch.setenv("GPT2_CHECK_PHASE", "train")
     monkeypatch.setenv("GPT2_CHECK_FOLDER", str(tmp_path))
+    asked: list[str] = []
+    monkeypatch.setattr(check, "check_tracker", asked.append)  # not every machine has one
     config = TrainConfig(check=True, resume=True, tracker="wandb", val_every=0)
     child = rehearse(config)
+    assert asked == ["wandb"]  # whether it is installed; nothing is sent to it
     different = {name for name, value in vars(config).items() if vars(child)[name] != value}
-    assert different - MAY_CHANGE == {"max_steps", "warmup_steps", "schedule", "cooldown"}
+    assert different - MAY_CHANGE == {"max_steps", "max_lr", "warmup_steps", "schedule", "cooldown"}
     assert (child.log_dir, child.resume, child.tracker) == (tmp_path, False, None)
     assert "check" in MAY_CHANGE  # --resume does not compare it
