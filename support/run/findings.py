@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 NOTES = r"training without HellaSwag: |note: \S"  # beginnings of lines that a run prints and goes on
 FIRST_LOSS = 0.05  # The loss before training differs from that of a uniform guess by at most this share.
 FAR_BELOW = 0.6  # of what others report
-LINKS_SHARE = 0.1  # of a step, for its all-reduce
+LINKS_SHARE = 0.2  # of a step, for its all-reduce
 USED_SHARE = 0.1  # of a GPU's memory, before a run begins: a context and NCCL take less
 MANY_EPOCHS = 1.1  # Less is what rounding makes of one epoch.
 
