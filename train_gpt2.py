@@ -4,6 +4,7 @@ Let's reproduce GPT-2 (124M).
 One process:             python train_gpt2.py
 One node, 8 GPUs:        torchrun --standalone --nproc_per_node=8 train_gpt2.py
 No GPU, three minutes:   python train_gpt2.py --demo
+Before a long run:       the same command with --check
 After an interruption:   the same command with --resume
 
 The recipe is the one of the lecture: GPT-2's architecture, GPT-3's schedule, 10 billion tokens of
@@ -39,8 +40,9 @@ from support.machine.divergence import check_finite
 from support.machine.processes import StopSignals, World, faults_in_one_line, start_processes
 from support.model import huggingface, muon, sampling
 from support.model.loss import chunked_cross_entropy, masked_cross_entropy
+from support.run import check
 from support.run.folder import RunFolder
-from support.run.report import Report, tensor_table
+from support.run.report import Report
 
 import numpy as np
 import tiktoken
@@ -113,6 +115,7 @@ class TrainConfig:
     log_dir: Path = Path("log")  # the run's folder: log, picture, checkpoints
     resume: bool = False  # continue from the newest checkpoint in log_dir; start if there is none
     verify: bool = False  # read every shard at the start and compare its checksum with shards.json
+    check: bool = False  # try everything on this machine: measure it, train five steps, resume; then stop
 
     # -- the model
     model: ModelName | None = None  # shape of the new model; default: gpt2
@@ -178,7 +181,8 @@ class TrainConfig:
 MAY_CHANGE = {
     # How often a run is measured and saved, and what it says, changes none of its losses.
     *("val_every", "val_tokens", "hellaswag_every", "hellaswag_data", "hellaswag_limit", "sample_every"),
-    *("checkpoint_every", "keep_every", "verify", "tracker", "dollars_per_hour", "describe"),
+    *("checkpoint_every", "keep_every", "verify", "check", "tracker", "dollars_per_hour"),
+    "describe",
     *("log_dir", "resume"),
     # Another machine sees the same tokens in every step; its losses are equal within the precision.
     *("device", "dtype", "compile", "micro_batch_size", "memory_limit_gb", "shard", "recompute"),
@@ -623,9 +627,9 @@ def estimate_val_loss(
 def list_tensors(config: TrainConfig) -> str:
     """The state dictionary of the model that the flags describe, as a table."""
     if config.init_from:
-        return tensor_table(GPT.from_pretrained(config.init_from).state_dict())
+        return huggingface.tensor_table(GPT.from_pretrained(config.init_from).state_dict())
     name = encoding_of(config.data_dir[0]) or ("bytes" if config.demo else "gpt2")
-    return tensor_table(GPT(choose_model_config(config, get_encoding(name))).state_dict())
+    return huggingface.tensor_table(GPT(choose_model_config(config, get_encoding(name))).state_dict())
 
 
 # -----------------------------------------------------------------------------
@@ -638,6 +642,8 @@ def main(config: TrainConfig) -> None:
     if config.describe:
         print(list_tensors(config))
         return
+    if config.check:  # the script runs as a child of itself; only a child goes on, with fewer steps
+        config = check.rehearse(config)
     world = start_processes(config.device, config.timeout_minutes)
     device, W, T = world.device, world.size, config.sequence_length
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it

@@ -4,6 +4,8 @@ Not a test: `train_gpt2.py` with the faults named in $FAULTS, "name=value" separ
     gradients=FILE        write the gradients that the optimizer is given to FILE + rank
     tokens=FILE           write a line per step and window to FILE + rank: the step, and a hash of the tokens
     nan=RANK:STEP         the loss of that rank is NaN from that step on
+    die=RANK:STEP         that rank is killed in that step
+    forget=WHAT           a run that resumes forgets its "weights" or its "moments"
     nan_gradient=STEP     the gradients are NaN from that step on, the loss is not
     oom=ROWS[:CHUNKED]    more rows at once are out of memory (more than CHUNKED with the loss in chunks)
     oom_step=STEP         there is too little memory from that step on
@@ -98,6 +100,8 @@ def begin_micro_step(step, x, y):
     time.sleep(float(faults.get("slow", 0)))
     if step >= int(faults.get("oom_step", 2**31)) and faults.get("oom_rank", rank) == rank:
         raise torch.OutOfMemoryError(OOM)
+    if faults.get("die") == f"{rank}:{step}":
+        os.kill(os.getpid(), signal.SIGKILL)
     bad_rank, bad_step = faults.get("nan", ":").split(":")
     return rank == bad_rank and step >= int(bad_step)
 
@@ -117,6 +121,19 @@ def faulty_forward(self, idx, targets=None):
 
 
 train_gpt2.GPT.forward = faulty_forward
+
+if "forget" in faults:
+    restore = run_folder.RunFolder.restore
+
+    def forgetful(self, optimizer, scaler):
+        restore(self, optimizer, scaler)
+        for group in optimizer.param_groups if self.first_step else ():
+            for parameter in group["params"]:
+                forgotten = {"weights": [parameter.data], "moments": optimizer.state[parameter].values()}
+                for tensor in forgotten[faults["forget"]]:
+                    tensor.zero_()
+
+    run_folder.RunFolder.restore = forgetful
 
 if "nan_gradient" in faults:
     clip = torch.nn.utils.clip_grad_norm_

@@ -167,3 +167,15 @@ def test_a_model_divided_within_two_hosts(two_hosts, text_shards, tmp_path):
     shutil.rmtree(last)
     assert "resuming at step 10" in go("shard", "--shard", "--resume")
     assert (sha256(last / "model.safetensors"), (tmp_path / "shard/log.txt").read_bytes()) == whole
+
+
+@pytest.mark.slow
+def test_two_hosts_are_checked_in_step(two_hosts, text_shards, tmp_path):
+    """--check runs phase after phase on both; no phase meets what the one before left in the store."""
+    flags = (*TINY, f"--data_dir={text_shards}", f"--log_dir={tmp_path}/log", "--max_steps=40", "--check")
+    hosts = start_hosts(flags, processes=2)
+    outputs = [host.communicate(timeout=240) for host in hosts]
+    assert all(host.returncode == 0 for host in hosts), outputs
+    assert sum(out.count("resumed: the same digits") for out, _ in outputs) == 1
+    assert sum("4 processes" in out for out, _ in outputs) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -93,13 +93,19 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({platform.machine()}, {os.cpu_count()} cores)"
 
 
-def peak_flops(name: str) -> float | None:
-    """The peak FLOP/s of the device that torch.cuda calls `name`; None if it is not in the table."""
+def card_name(name: str) -> str | None:
+    """The row of PEAK_TFLOPS for the device that torch.cuda calls `name`; None if it is not in the table."""
     name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
     card = re.sub(r"([- ](SXM\d?|PCIe|PCIE|\d+GB|HBM\w+))+$", "", name)
     if card + " PCIe" in PEAK_TFLOPS and "PCIe" in name:
         card += " PCIe"
-    return PEAK_TFLOPS[card] * 1e12 if card in PEAK_TFLOPS else None
+    return card if card in PEAK_TFLOPS else None
+
+
+def peak_flops(name: str) -> float | None:
+    """The peak FLOP/s of the device that torch.cuda calls `name`; None if it is not in the table."""
+    card = card_name(name)
+    return PEAK_TFLOPS[card] * 1e12 if card else None
 
 
 # -----------------------------------------------------------------------------

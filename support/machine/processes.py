@@ -27,6 +27,8 @@ import torch.distributed as dist
 T = TypeVar("T")
 # What errors of a GPU, its driver or its libraries say, Triton's among them.
 GPU_FAULT = r"Triton Error \[|\b(CUDA|cuDNN|CUBLAS|HIP)( \w+)? error|NVIDIA driver|CUDA GPUs"
+# The environment variable that says which phase of a check (support/run/check.py) a process belongs to.
+CHECK_PHASE = "GPT2_CHECK_PHASE"
 CPU = torch.device("cpu")
 # It gathers one tensor from each process; PyTorch 2.13 has renamed it.
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -149,16 +151,26 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
     if world_size > 1:
         timeout = timedelta(minutes=timeout_minutes)
         with meeting(rank, timeout):
-            store, _, _ = next(dist.rendezvous("env://", rank, world_size, timeout=timeout))
+            store = find_store(rank, world_size, timeout)
+            # After a restart (`torchrun --max_restarts`), or in a check's next phase, the store still holds
+            # the addresses of dead processes, and gloo may wait for them.
             if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-                # After a restart (`torchrun --max_restarts`), the store still holds the addresses of dead
-                # processes, and gloo may wait for them. (Each host counts its restarts: docs/recipes.md.)
+                # Each host counts its restarts: docs/recipes.md.
                 store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+            if CHECK_PHASE in os.environ:
+                store = dist.PrefixStore(os.environ[CHECK_PHASE], store)
             gpu = device if backend == "nccl" else None  # else NCCL's barrier has to guess it
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=world_size, timeout=timeout, device_id=gpu
             )
     return World(rank, world_size, device, store)
+
+
+def find_store(rank: int, size: int, timeout: timedelta) -> dist.Store:
+    """The store through which `size` processes meet: torchrun's or, without torchrun, one that the process of
+    rank 0 holds. Raises RunFault if they don't find one another."""
+    with meeting(rank, timeout):
+        return next(dist.rendezvous("env://", rank, size, timeout=timeout))[0]
 
 
 def read_layout() -> tuple[int, int, int]:

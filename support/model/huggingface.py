@@ -113,6 +113,13 @@ def list_checkpoints(log_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def tensor_table(tensors: dict[str, torch.Tensor]) -> str:
+    """A table of a model's state dictionary: names, shapes, numbers of elements."""
+    rows = [f"{name:36} {list(t.shape)!s:16} {t.numel():>12,}" for name, t in tensors.items()]
+    total = sum(t.numel() for name, t in tensors.items() if name != "lm_head.weight")
+    return "\n".join([*rows, f"{total:,} parameters; lm_head.weight is transformer.wte.weight"])
+
+
 def read_config(config_file: Path, config_class: type["GPTConfig"]) -> dict[str, Any]:
     """The fields of GPTConfig that a Hugging Face config.json, or another script's checkpoint, has: the sizes
     of a GPT-2, and fields that were added to the class. Rows that pad the vocabulary are not counted.

@@ -238,13 +238,6 @@ def closing_table(facts: Facts) -> str:
     return table(rows, 17)
 
 
-def tensor_table(tensors: dict[str, torch.Tensor]) -> str:
-    """A table of a model's state dictionary: names, shapes, numbers of elements."""
-    rows = [f"{name:36} {list(t.shape)!s:16} {t.numel():>12,}" for name, t in tensors.items()]
-    total = sum(t.numel() for name, t in tensors.items() if name != "lm_head.weight")
-    return "\n".join([*rows, f"{total:,} parameters; lm_head.weight is transformer.wte.weight"])
-
-
 # -----------------------------------------------------------------------------
 # the report
 
