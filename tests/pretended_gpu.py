@@ -464,7 +464,7 @@ def pretended_gpu(count=1, free=79 * GB, capability=(9, 0), compiles=False):
 
     def init_process_group(backend, *, device_id=None, **options):
         assert backend == "nccl"
-        assert device_id == gpu.device, "without device_id, NCCL's barrier has to guess the GPU"
+        assert device_id == gpu.device, f"NCCL is told {device_id}, the current GPU is {gpu.device}"
         init("gloo", **options)
         from torch.distributed.tensor import DTensor  # takes a second
 
@@ -512,6 +512,7 @@ def pretended_gpu(count=1, free=79 * GB, capability=(9, 0), compiles=False):
             "max_memory_allocated": of_one_gpu(lambda _: gpu.peak),
             "max_memory_reserved": of_one_gpu(lambda _: gpu.peak),
             "mem_get_info": of_one_gpu(lambda _: (int(gpu.free - gpu.allocated), gpu.card.total_memory)),
+            "reset_peak_memory_stats": of_one_gpu(lambda _: setattr(gpu, "peak", gpu.allocated)),
             "set_per_process_memory_fraction": set_fraction,
             "manual_seed": lambda seed: None, "manual_seed_all": lambda seed: None,
         },

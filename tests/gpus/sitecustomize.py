@@ -8,5 +8,5 @@ if number := os.environ.get("PRETENDED_GPUS"):
     sys.path.insert(1, str(Path(__file__).parent.parent))
     from pretended_gpu import pretended_gpu
 
-    here = pretended_gpu(count=int(number))
+    here = pretended_gpu(count=int(number), compiles=True)
     here.__enter__()  # to the end of the process
