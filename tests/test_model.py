@@ -320,6 +320,28 @@ def test_a_compiled_step_serves_all_positions_and_the_next_text(compilations):
         assert all(meta["tensor_dict"]["_dynamo_static_input_type"] == "unguarded" for meta in writes)
 
 
+def test_texts_of_a_shape_share_the_memory_that_a_graph_knows(compilations, monkeypatch):
+    """CUDA graphs are recorded for addresses: new ones for every text would be a graph for every text. Two
+    texts that are written in turns have one each. What a text leaves behind, even NaN, is gone."""
+    model, idx = sharp_model(), torch.randint(0, 300, (2, 9))
+    expected = model.generate(idx, 50, temperature=0)
+    made, new = [], sampling.CompiledStep
+    monkeypatch.setattr(sampling, "CompiledStep", lambda *given: made.append(new(*given)) or made[-1])
+    model.generate(idx[:, :5], 50, compile=True)
+    for tensor in (made[0].caches[0].keys, made[0].caches[1].values):
+        tensor.fill_(math.nan)
+    for _ in range(2):
+        assert torch.equal(model.generate(idx, 50, temperature=0, compile=True), expected)
+        next(itertools.islice(sampling.stream(model, idx, 50, compile=True), 3, None))  # and no further
+    assert len(made) == 1
+    in_turns = [sampling.stream(model, idx, 50, temperature=0, compile=True) for _ in range(2)]
+    for token, first, second in zip(expected[:, 9:].split(1, dim=1), *in_turns, strict=True):
+        assert torch.equal(first, token)
+        assert torch.equal(second, token)
+    assert len(made) == 2
+    assert compilations.frame_count == 1
+
+
 def test_where_compilation_fails_sampling_goes_on(compilations, monkeypatch, capsys):
     """And says so once: the next text is not compiled either."""
 
