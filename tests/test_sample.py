@@ -257,3 +257,21 @@ def test_a_model_with_another_vocabulary_is_refused(tmp_path):
     done = call("sample.py", f"--model={tmp_path}", check=False)
     assert done.returncode == 2
     assert "the model has 999 tokens, its encoding 'bytes' 257" in done.stderr
+
+
+def test_a_narrow_dtype_converts_the_matrices_before_the_first_token(model_folder, monkeypatch, capsys):
+    """And writes the text that autocast writes without."""
+    seen, stream = [], sample.stream
+
+    def look(model, *given, **options):
+        seen.append((model.lm_head.weight.dtype, model.transformer.wte.weight.dtype))
+        return stream(model, *given, **options)
+
+    config = SampleConfig(str(model_folder), "Once", temperature=0, dtype="bfloat16", device="cpu")
+    monkeypatch.setattr(sample, "stream", look)
+    main(config)
+    converted = capsys.readouterr().out
+    monkeypatch.setattr(sample, "convert_matrices", lambda *_: None)
+    main(config)
+    assert capsys.readouterr().out == converted
+    assert seen == [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]

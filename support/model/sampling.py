@@ -17,6 +17,7 @@ from support.machine.sharding import gathered
 
 import tiktoken
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -200,6 +201,19 @@ class CompiledStep:
             logits = self.read(model, token, self.caches)
         self.position += 1
         return logits
+
+
+def convert_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the linear layers' weights and biases, once, to what autocast would convert them to: the logits
+    under autocast stay the same to the bit. A CUDA graph would convert all of them for every token.
+
+    All else stays float32. The head, tied to the embedding, gets a matrix of its own, so a model treated so
+    is no longer to be trained or saved.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            for name, parameter in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
 
 
 # Each model's compiled steps that no text uses at present, by shape and dtype. A CUDA graph is recorded for
