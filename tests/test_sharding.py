@@ -74,6 +74,8 @@ def divided_work(rank, world_size, folder):
     with sharding.weights_on_main_only(True, world):
         model = whole_model()
     model = sharding.divide(model, CONFIG, world, torch.float32)
+    with torch.no_grad(), sharding.gathered(model):  # a sample before the first step, as --val_every 0 has it
+        model.hidden_states(ROWS[0, 0, None, :-1])
     optimizer = configure_optimizer(model, CONFIG)
     found = train_here(model, optimizer, ROWS.chunk(world_size, dim=1)[rank])
     weights = {name: sharding.full_tensor(p.detach()) for name, p in model.named_parameters()}

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from support.cli import InputError
+from support.machine.device import autocast_to
 from support.machine.processes import World
 
 import torch
@@ -102,9 +103,13 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     gradients = 4 * sum(p.numel() for p in model.parameters())
     model.gradients_are_large = gradients > UNSHARDED_GRADIENTS * limit
     weights = unsharded.state_dict() if world.is_main else {}
-    with torch.no_grad():
+    with torch.no_grad(), autocast_to(world.device, dtype):
         for name, parameter in model.named_parameters():
             parameter.copy_(shard_tensor(weights.get(name), parameter))
+        # FSDP takes what computes first for the whole, and refuses the rest later: the whole computes first,
+        # since a sample or a score, which calls its parts, may come before the first step.
+        model(torch.zeros(1, 1, dtype=torch.int64, device=world.device))
+        model.reshard()
     return model
 
 
