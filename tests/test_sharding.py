@@ -85,6 +85,7 @@ def divided_work(rank, world_size, folder):
         torch.equal(kept[name], weights[name]) if rank == 0 else kept[name] is None for name in weights
     )
     assert not model.gradients_are_large
+    sharding.divide(whole_model(), CONFIG, world, torch.bfloat16)  # what a CPU with units for it computes in
     scarce = sharding.divide(whole_model(), replace(CONFIG, memory_limit_gb=1e-6), world, torch.float32)
     assert scarce.gradients_are_large
     states = [t for state in optimizer.state.values() for t in state.values() if sharding.is_sharded(t)]

@@ -81,7 +81,8 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     Args:
         unsharded: on the host. Only the main process's weights count; every other process gets its shards of
             them, tensor by tensor, so its own may be on the meta device, which has none.
-        dtype: of the matrix products. In bfloat16 weights travel so, too; gradients are summed in float32.
+        dtype: of the matrix products. In bfloat16 a GPU's weights travel so, too (a CPU's layer norm takes no
+            such mixture); gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -92,7 +93,7 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     shards = count_shards(config, world)
     sizes = {"shards": shards} if shards == world.size else {"copies": world.size // shards, "shards": shards}
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    narrow = torch.bfloat16 if dtype == torch.bfloat16 else None
+    narrow = torch.bfloat16 if dtype == torch.bfloat16 and world.device.type != "cpu" else None
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
         fully_shard(block, mesh=mesh, mp_policy=policy)
