@@ -340,7 +340,7 @@ def test_the_harness_protocol_by_hand(files, model):
     means = [loss / len(ending) for loss, ending in zip(sums, endings, strict=True)]
     assert score.predictions[0]["loss_mean"] == pytest.approx(means, rel=1e-5)
     assert "harness protocol" in str(score)
-    flags = f"--model={files}/model", f"--data={files}/items.jsonl", "--protocol=harness"
+    flags = f"--model={files}/model", f"--data={files}/items.jsonl", "--protocol=harness", "--device=cpu"
     lacking = call("hellaswag.py", *flags, check=False)
     assert lacking.returncode == 2
     assert "item 0 has no activity_label, ctx_a and ctx_b" in lacking.stderr
@@ -411,7 +411,7 @@ def test_predictions_never_take_the_place_of_the_items(tmp_path):
     file = tmp_path / "items.jsonl"
     file.write_text(json.dumps(GOOD))
     flags = f"--data={file}", f"--save_predictions={tmp_path}/../{tmp_path.name}/items.jsonl"
-    done = call("hellaswag.py", *flags, check=False)
+    done = call("hellaswag.py", *flags, "--device=cpu", check=False)
     assert done.returncode == 2
     assert "items.jsonl: that file holds the items; choose another" in done.stderr
     assert file.read_text() == json.dumps(GOOD)
