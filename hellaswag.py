@@ -130,10 +130,11 @@ class Limits:
 LIMITS = {"cpu": Limits(8_192, 32, 2, 128), "gpu": Limits(65_536, 512, 16, 4_096)}
 
 
-def limits_for(model: "GPT") -> Limits:
-    """The limits of the model's device. A model larger than 124M gets fewer tokens, for the same memory."""
-    device, config = next(model.parameters()).device, model.config
-    limits = LIMITS["cpu" if device.type == "cpu" else "gpu"]
+def limits_for(model: "GPT", kind: str | None = None) -> Limits:
+    """The limits of `kind`, by default the model's device. A model larger than 124M gets fewer tokens, for
+    the same memory."""
+    own_kind = "cpu" if next(model.parameters()).device.type == "cpu" else "gpu"
+    limits, config = LIMITS[kind or own_kind], model.config
     tokens = limits.tokens * 12 * 768 // max(12 * 768, config.n_layer * config.n_embd)
     return replace(limits, tokens=tokens)
 
@@ -287,15 +288,17 @@ def batches(rendered: list[Rendered], limits: Limits) -> Iterator[list[Rendered]
         yield batch
 
 
-def score_within_memory(model: "GPT", batch: list[Rendered], limits: Limits) -> torch.Tensor:
-    """`score_batch`, in a CPU's small batches if memory is too short for a GPU's large ones."""
-    small = LIMITS["cpu"]
-    try:
-        return score_batch(model, batch, limits)
-    except RuntimeError as error:
-        if limits == small or not is_out_of_memory(error):
-            raise
-    return torch.cat([score_batch(model, part, small) for part in batches(batch, small)])
+def score_within_memory(model: "GPT", batch: list[Rendered], limits: Limits) -> tuple[torch.Tensor, Limits]:
+    """`score_batch`, in a CPU's small batches if memory is too short for a GPU's large ones; and the limits
+    for the next batch, which stay small: every failure makes the device wait and empties its cache."""
+    small = limits_for(model, "cpu")
+    if limits != small:
+        try:
+            return score_batch(model, batch, limits), limits
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+    return torch.cat([score_batch(model, part, small) for part in batches(batch, small)]), small
 
 
 @torch.no_grad()
@@ -383,7 +386,8 @@ def evaluate(
     with gathered(model), varying_shapes(), bar:
         for batch in batches(own, limits):
             on_part(len(order), len(own))
-            sums[len(order) : len(order) + len(batch)] = score_within_memory(model, batch, limits)
+            losses_of_batch, limits = score_within_memory(model, batch, limits)
+            sums[len(order) : len(order) + len(batch)] = losses_of_batch
             order += batch
             bar.update(len(batch))
             if progress and time.monotonic() - shown_at > 1:  # reading the losses waits for the device

@@ -17,7 +17,7 @@ from support.cli import InputError, RunFault, run_command
 from support.data.encodings import get_encoding
 from support.machine.device import DeviceName, autocast_to, choose_device
 from support.machine.processes import faults_in_one_line
-from support.model.sampling import NOT_FINITE, PROMPT, stream
+from support.model.sampling import NOT_FINITE, PROMPT, convert_matrices, stream
 
 import torch
 
@@ -88,6 +88,7 @@ def main(config: SampleConfig) -> None:
     if config.stream:
         print("> " + prompt, end="", flush=True)
     dtype = getattr(torch, config.dtype)
+    convert_matrices(model, dtype)
     started, n_steps = time.perf_counter(), 0
     with autocast_to(device, dtype):
         for step in stream(

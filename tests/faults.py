@@ -187,9 +187,9 @@ if "backend" in faults:
     device.choose_compile = lambda wanted, _: (wanted, "on")
 
 if "hosts" in faults:
-    on_each = int(os.environ["WORLD_SIZE"]) // int(faults["hosts"])
-    os.environ["LOCAL_WORLD_SIZE"] = str(on_each)
-    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % on_each)
+    on_a_host = int(os.environ["WORLD_SIZE"]) // int(faults["hosts"])
+    os.environ["LOCAL_WORLD_SIZE"] = str(on_a_host)
+    os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % on_a_host)
 
 if "unsharded_gradients" in faults:
     sharding.UNSHARDED_GRADIENTS = float(faults["unsharded_gradients"])

@@ -275,6 +275,21 @@ def test_drawings_are_timed_on_a_whole_run(monkeypatch):
     }
 
 
+def test_texts_are_compared_in_float32_and_timed_in_the_dtype(monkeypatch, capsys):
+    """In bfloat16 logits tie: greedy texts of a random model differ by the order of a sum."""
+    dtypes, generate = [], sampling.GPT.generate
+
+    def look(model, *given, **options):
+        dtypes.append(model.lm_head.weight.dtype)
+        return generate(model, *given, **options)
+
+    monkeypatch.setattr(sampling.GPT, "generate", look)
+    tiny = sampling.Config(n=1, batch_sizes=(1, 2), new_tokens=3, n_layer=1, n_embd=64, dtype="bfloat16")
+    results = sampling.measure(tiny)["by_batch_size"]
+    assert [figures["same_text"] for figures in results.values()] == [True, True]
+    assert dtypes == 2 * [torch.float32, torch.bfloat16, torch.bfloat16]
+
+
 @pytest.mark.slow
 def test_the_command_in_miniature(tmp_path):
     """All four parts on a CPU, in processes of their own, as the command makes them on a GPU."""

@@ -1,9 +1,13 @@
 """Shards and the order of tokens: the same windows in every step, whatever the layout."""
 
+import ctypes
 import io
 import json
+import mmap
+import os
 import shutil
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -204,6 +208,38 @@ def test_files_are_read_within_the_free_memory(tmp_path, monkeypatch):
             read[name] += n
         assert dict(read) == expected
         assert list(dict.fromkeys(name for name, _ in sizes)) == list(expected)
+
+
+def in_memory(file):
+    """The share of a file's pages in the system's page cache, see mincore(2)."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(file, "r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
+        pages = (ctypes.c_ubyte * -(-len(mapped) // mmap.PAGESIZE))()
+        view = ctypes.c_char.from_buffer(mapped)
+        status = libc.mincore(ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapped)), pages)
+        del view
+    assert status == 0
+    return sum(page & 1 for page in pages) / len(pages)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for its page cache")
+def test_the_shards_of_a_cold_disk_are_in_memory_before_their_rows_are_asked_for(tmp_path):
+    """Otherwise each row is a read of its own from the disk: shards are mapped, and rows lie anywhere."""
+    shards = load_shards(make_shards(tmp_path, [10**6, 2 * 10**6, 2 * 10**6]))
+    loader = train_loader(shards)
+    files = [*shards.files["val"], *loader.files]
+    for file in files:
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if max(map(in_memory, files)) > 0.2:
+        pytest.skip("this file system keeps its files in memory")
+    next(loader.batches(0, 1))
+    until = time.monotonic() + 20
+    while min(map(in_memory, loader.files)) < 1 and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [in_memory(file) for file in loader.files] == [1, 1]
+    assert in_memory(files[0]) < 0.2  # what no step takes is not read
 
 
 def test_one_process_of_a_host_reads_ahead(monkeypatch):

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Literal
 
 import train_gpt2
-from conftest import CPU, TINY, make_shards, run
-from support.cli import parse
+from conftest import CPU, TINY, call, make_shards, run
+from support.cli import InputError, parse
 from support.machine import device
 from support.machine.device import (
     choose_dtype,
@@ -220,6 +220,102 @@ def test_another_kind_of_device_is_a_row(monkeypatch, text_shards, tmp_path):
     train_gpt2.main(config)
     assert read_run(tmp_path / "log")["micro_batch_size"] == 2  # rows of 32 tokens: 64 at most
     assert device.DeviceName == Literal["auto", "cuda", "mps", "cpu"]  # the flag is made of the table
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """Writes a program of this name, which the PATH finds first; PyTorch finds no GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+
+    def write(says, status=0):
+        program = tmp_path / "bin/nvidia-smi"
+        program.write_text(f"#!/bin/sh\necho '{says}'\nexit {status}\n")
+        program.chmod(0o755)
+
+    return write
+
+
+LISTED = "GPU 0: NVIDIA H200 (UUID: GPU-7c1f9d3e)"
+FAILED = "NVIDIA-SMI has failed because it couldn t communicate with the NVIDIA driver."
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
+@pytest.mark.parametrize(
+    ("says", "status", "vendor", "meant"),
+    [
+        (LISTED, 0, None, True),
+        (f"A warning.\n{LISTED}\nGPU 1: Tesla T4", 0, None, True),
+        ("No devices were found", 6, "0x8086", False),  # a host where clusters are only logged into
+        (FAILED, 9, None, False),
+        (FAILED, 9, "0x10de", True),  # a driver that is not loaded
+    ],
+)
+def test_a_gpu_is_meant_where_its_program_or_the_bus_lists_one(
+    says, status, vendor, meant, nvidia_smi, tmp_path
+):
+    (tmp_path / "sys/bus/pci/devices/0000:41:00.0").mkdir(parents=True)
+    if vendor:
+        (tmp_path / "sys/bus/pci/devices/0000:41:00.0/vendor").write_text(f"{vendor}\n")
+    nvidia_smi(says, status)
+    assert device.nvidia_gpu_is_meant(tmp_path) == meant
+
+
+def test_the_bus_alone_means_no_gpu(tmp_path, monkeypatch):
+    """A laptop whose card draws the screen, without NVIDIA's driver; a container without the host's GPUs."""
+    (tmp_path / "sys/bus/pci/devices/0000:01:00.0").mkdir(parents=True)
+    (tmp_path / "sys/bus/pci/devices/0000:01:00.0/vendor").write_text("0x10de\n")
+    monkeypatch.setattr(device.shutil, "which", lambda _: None)
+    assert not device.nvidia_gpu_is_meant(tmp_path)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
+@pytest.mark.parametrize(
+    ("cuda", "visible", "said", "why"),
+    [
+        (None, None, None, "is a build without CUDA; https://pytorch.org/get-started/locally has"),
+        ("13.0", "", "No CUDA GPUs are available", "CUDA_VISIBLE_DEVICES is ''; unset it"),
+        ("13.0", "9", "No CUDA GPUs are available", "CUDA_VISIBLE_DEVICES is '9'; unset it"),
+        ("13.0", None, "No CUDA GPUs are available", "No CUDA GPUs are available; see what nvidia-smi says"),
+        ("13.0", "0", "The NVIDIA driver on your system is too old (found version 11040)", r"11040\); see"),
+        ("13.0", None, "Found no NVIDIA driver on your system.", "NVIDIA driver on your system.; see"),
+    ],
+)
+def test_why_there_is_no_gpu_is_said_instead_of_training_on_the_cpu(
+    cuda, visible, said, why, nvidia_smi, monkeypatch
+):
+    def init():
+        raise RuntimeError(said)
+
+    nvidia_smi(LISTED)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in ("auto", "cuda"):
+        with pytest.raises(InputError, match=f"^--device {name}: .*{why}"):
+            device.choose_device(name)
+    assert device.choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
+def test_every_script_stops_in_one_line_where_a_gpu_is_meant(nvidia_smi, text_shards, tmp_path):
+    nvidia_smi(LISTED)
+    GPT(GPTConfig(16, 300, 1, 1, 16)).save_pretrained(tmp_path / "model")
+    training = ("train_gpt2.py", *TINY, "--device=auto", f"--data_dir={text_shards}")
+    training = (*training, f"--log_dir={tmp_path / 'log'}")
+    model = f"--model={tmp_path / 'model'}"
+    for command in (training, ("sample.py", model), ("hellaswag.py", model, "--data=x.jsonl")):
+        done = call(*command, check=False)
+        assert done.returncode == 2
+        assert done.stdout == ""
+        assert done.stderr.startswith("error: --device auto: this machine has an NVIDIA GPU, but PyTorch")
+        assert done.stderr.endswith("; --device cpu does without it\n")
+        assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "log").exists()
 
 
 def test_where_compilation_is_not_tried(monkeypatch):

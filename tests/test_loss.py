@@ -1,11 +1,12 @@
 """Every way to compute the loss gives the plain loss and its gradients."""
 
 from support.machine.device import autocast_to
-from support.model.loss import masked_cross_entropy
+from support.model.loss import chunk_loss, masked_cross_entropy
 from train_gpt2 import GPT, GPTConfig
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = GPTConfig(block_size=64, vocab_size=300, n_layer=3, n_head=2, n_embd=48)
 
@@ -38,6 +39,45 @@ def test_the_loss_in_chunks_and_recomputed_blocks_have_the_plain_gradients(dtype
         assert not found["transformer.wte.weight"][300:].any()  # padding
         for name, gradient in expected.items():
             assert (found[name] - gradient).norm() < tolerance * gradient.norm(), (name, chunks, recompute)
+
+
+class Operations(TorchDispatchMode):
+    """Notes what PyTorch runs, and the row lengths in memory of what its matrix products read and write."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.row_lengths = [], set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.names.append(function.name())
+        if function.name() == "aten::mm":
+            self.row_lengths |= {max(tensor.stride()) for tensor in (*args, result)}
+        return result
+
+
+def test_the_products_of_a_chunk_have_whole_rows():
+    """A GPU's units read 16 bytes at once, 8 numbers of 16 bits: 384 are whole rows, the vocabulary's 300 are
+    not."""
+    model, x = GPT(SMALL).pad_vocabulary(), torch.randint(0, 300, (2, 16))
+    model.loss_chunks = 4
+    with Operations() as operations:
+        model(x, x).backward()
+    assert 384 in operations.row_lengths
+    assert 300 not in operations.row_lengths
+
+
+def test_a_chunk_takes_few_launches_off_the_cpu():
+    """Its logits are taken in larger pieces: on the meta device, as on any but a CPU."""
+    launches = []
+    for device in ("cpu", "meta"):
+        h, w = torch.zeros(1024, 48, device=device), torch.zeros(384, 48, device=device)
+        targets = torch.zeros(1024, dtype=torch.int64, device=device)
+        with Operations() as operations:
+            chunk_loss(h, w, targets, 300, 1.0, grad_h=torch.zeros_like(h), grad_w=torch.zeros_like(w))
+        launches.append(len(operations.names))
+    assert launches[0] > 250
+    assert launches[1] < 75
 
 
 def test_an_evaluation_in_chunks_makes_no_gradient(monkeypatch):

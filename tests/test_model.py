@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from support.cli import InputError
 from support.data.encodings import get_encoding
+from support.machine.device import autocast_to
 from support.model import sampling
 from support.model.huggingface import read_config
 from support.model.sampling import COMPILE_FROM, FixedKVCache, choose_token
@@ -15,6 +16,7 @@ from train_gpt2 import GPT, MODEL_SHAPES, GPTConfig
 import pytest
 import safetensors.torch
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -318,6 +320,52 @@ def test_a_compiled_step_serves_all_positions_and_the_next_text(compilations):
         writes = [node.args[0].meta for node in graph.graph.nodes if node.target == "index_copy_"]
         assert len(writes) == 2 * TINY.n_layer
         assert all(meta["tensor_dict"]["_dynamo_static_input_type"] == "unguarded" for meta in writes)
+
+
+def test_texts_of_a_shape_share_the_memory_that_a_graph_knows(compilations, monkeypatch):
+    """CUDA graphs are recorded for addresses: new ones for every text would be a graph for every text. Two
+    texts that are written in turns have one each. What a text leaves behind, even NaN, is gone."""
+    model, idx = sharp_model(), torch.randint(0, 300, (2, 9))
+    expected = model.generate(idx, 50, temperature=0)
+    made, new = [], sampling.CompiledStep
+    monkeypatch.setattr(sampling, "CompiledStep", lambda *given: made.append(new(*given)) or made[-1])
+    model.generate(idx[:, :5], 50, compile=True)
+    for tensor in (made[0].caches[0].keys, made[0].caches[1].values):
+        tensor.fill_(math.nan)
+    for _ in range(2):
+        assert torch.equal(model.generate(idx, 50, temperature=0, compile=True), expected)
+        next(itertools.islice(sampling.stream(model, idx, 50, compile=True), 3, None))  # and no further
+    assert len(made) == 1
+    in_turns = [sampling.stream(model, idx, 50, temperature=0, compile=True) for _ in range(2)]
+    for token, first, second in zip(expected[:, 9:].split(1, dim=1), *in_turns, strict=True):
+        assert torch.equal(first, token)
+        assert torch.equal(second, token)
+    assert len(made) == 2
+    assert compilations.frame_count == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_matrices_are_converted_once_for_the_same_logits(dtype):
+    """Under autocast, read at once and compiled token by token: the same bits. The graph for a token converts
+    no weight; before, it converts every matrix and its bias."""
+    torch.compiler.reset()
+    idx, found = torch.randint(0, 300, (3, 20)), []
+    for convert in (False, True):
+        model, graphs = sharp_model(), []
+        if convert:
+            sampling.convert_matrices(model, dtype)
+        backend = aot_autograd(fw_compiler=lambda graph, _, graphs=graphs: graphs.append(graph) or graph)
+        with torch.no_grad(), autocast_to(torch.device("cpu"), dtype):
+            caches = model.new_caches(20)
+            logits = [model(idx), model(idx[:, :19], caches=caches)]
+            fixed = [FixedKVCache(cache, 20, torch.tensor([19])) for cache in caches]
+            logits.append(torch.compile(sampling.next_logits, backend=backend)(model, idx[:, 19:], fixed))
+            logits.append(sampling.next_logits(model, idx[:, 19:], caches))
+        casts = [node for graph in graphs for node in graph.graph.nodes if "_to_copy" in str(node.target)]
+        found.append((logits, sum(node.args[0].op == "placeholder" for node in casts)))
+    (plain, before), (converted, after) = found
+    assert all(map(torch.equal, plain, converted))
+    assert (before, after) == (8 * TINY.n_layer + 1, 0)  # four layers with a bias in a block, and the head
 
 
 def test_where_compilation_fails_sampling_goes_on(compilations, monkeypatch, capsys):

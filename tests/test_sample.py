@@ -132,20 +132,18 @@ def test_a_text_ends_at_the_end_of_text_token(model_folder, tmp_path):
         model.transformer.ln_f.weight.zero_()
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[256])
     model.save_pretrained(tmp_path)
+    flags = ("--device=cpu", "--prompt=Hello", "--num_samples=1", "--temperature=0")
     for more in ((), ("--stream",)):
-        done = call(
-            "sample.py", f"--model={tmp_path}", "--prompt=Hello", "--num_samples=1", "--temperature=0", *more
-        )
+        done = call("sample.py", f"--model={tmp_path}", *flags, *more)
         assert done.stdout == "> Hello\n"
         assert "1 text of up to 1 tokens" in done.stderr
 
 
 def test_the_likeliest_text_is_written_once(model_folder):
-    done = call("sample.py", f"--model={model_folder}", "--temperature=0", "--max_new_tokens=4")
+    flags = (f"--model={model_folder}", "--device=cpu", "--temperature=0", "--max_new_tokens=4")
+    done = call("sample.py", *flags)
     assert "1 text of up to 4 tokens" in done.stderr
-    done = call(
-        "sample.py", f"--model={model_folder}", "--temperature=0", "--max_new_tokens=4", "--num_samples=3"
-    )
+    done = call("sample.py", *flags, "--num_samples=3")
     assert "3 texts of up to 4 tokens" in done.stderr
 
 
@@ -177,7 +175,7 @@ def test_generation_leaves_the_model_alone(model_folder):
     ],
 )
 def test_bad_input_gets_one_line(flags, message, model_folder):
-    done = call("sample.py", f"--model={model_folder}", *flags, check=False)
+    done = call("sample.py", f"--model={model_folder}", "--device=cpu", *flags, check=False)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert message in done.stderr
 
@@ -254,6 +252,24 @@ def test_a_model_with_another_vocabulary_is_refused(tmp_path):
     GPT(
         GPTConfig(block_size=16, vocab_size=999, n_layer=1, n_head=1, n_embd=8, encoding="bytes")
     ).save_pretrained(tmp_path)
-    done = call("sample.py", f"--model={tmp_path}", check=False)
+    done = call("sample.py", f"--model={tmp_path}", "--device=cpu", check=False)
     assert done.returncode == 2
     assert "the model has 999 tokens, its encoding 'bytes' 257" in done.stderr
+
+
+def test_a_narrow_dtype_converts_the_matrices_before_the_first_token(model_folder, monkeypatch, capsys):
+    """And writes the text that autocast writes without."""
+    seen, stream = [], sample.stream
+
+    def look(model, *given, **options):
+        seen.append((model.lm_head.weight.dtype, model.transformer.wte.weight.dtype))
+        return stream(model, *given, **options)
+
+    config = SampleConfig(str(model_folder), "Once", temperature=0, dtype="bfloat16", device="cpu")
+    monkeypatch.setattr(sample, "stream", look)
+    main(config)
+    converted = capsys.readouterr().out
+    monkeypatch.setattr(sample, "convert_matrices", lambda *_: None)
+    main(config)
+    assert capsys.readouterr().out == converted
+    assert seen == [(torch.bfloat16, torch.float32), (torch.float32, torch.float32)]

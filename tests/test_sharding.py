@@ -74,6 +74,8 @@ def divided_work(rank, world_size, folder):
     with sharding.weights_on_main_only(True, world):
         model = whole_model()
     model = sharding.divide(model, CONFIG, world, torch.float32)
+    with torch.no_grad(), sharding.gathered(model):  # a sample before the first step, as --val_every 0 has it
+        model.hidden_states(ROWS[0, 0, None, :-1])
     optimizer = configure_optimizer(model, CONFIG)
     found = train_here(model, optimizer, ROWS.chunk(world_size, dim=1)[rank])
     weights = {name: sharding.full_tensor(p.detach()) for name, p in model.named_parameters()}
@@ -83,6 +85,7 @@ def divided_work(rank, world_size, folder):
         torch.equal(kept[name], weights[name]) if rank == 0 else kept[name] is None for name in weights
     )
     assert not model.gradients_are_large
+    sharding.divide(whole_model(), CONFIG, world, torch.bfloat16)  # what a CPU with units for it computes in
     scarce = sharding.divide(whole_model(), replace(CONFIG, memory_limit_gb=1e-6), world, torch.float32)
     assert scarce.gradients_are_large
     states = [t for state in optimizer.state.values() for t in state.values() if sharding.is_sharded(t)]

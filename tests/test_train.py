@@ -340,6 +340,7 @@ def test_the_demo_runs(tmp_path):
     done = run(
         ROOT / "train_gpt2.py",
         "--demo",
+        "--device=cpu",
         "--max_steps=4",
         "--val_tokens=4096",
         "--sample_every=0",

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from support.cli import InputError
+from support.cli import InputError, brief
 
 import numpy as np
 import torch
@@ -74,12 +75,51 @@ CONTROL_GROUPS: tuple[tuple[bytes, str, str, str, bytes], ...] = (
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """The device called `name`, or the best available. Raises InputError if there is no such device."""
+    """The device called `name`, or for "auto" the best available. Raises InputError if there is no such
+    device, or if "auto" would mean the CPU of a machine whose NVIDIA GPU is meant."""
     if name == "auto":
         name = next(name for name, kind in DEVICES.items() if kind.is_available())
+        if name == "cpu" and nvidia_gpu_is_meant():
+            raise InputError(
+                f"--device auto: this machine has an NVIDIA GPU, but PyTorch finds none: {why_no_cuda()}; "
+                "--device cpu does without it"
+            )
     if not DEVICES[name].is_available():
-        raise InputError(f"--device {name}: PyTorch {torch.__version__} finds no such device")
+        why = why_no_cuda() if name == "cuda" else f"PyTorch {torch.__version__} finds no such device"
+        raise InputError(f"--device {name}: {why}")
     return torch.device(DEVICES[name].torch_type)
+
+
+def nvidia_gpu_is_meant(root: Path = Path("/")) -> bool:
+    """Whether a user of this machine expects an NVIDIA GPU: nvidia-smi, a part of the driver, is on the PATH,
+    and it or, where the driver fails, Linux's list of PCI devices has one. The driver's other files are no
+    evidence: containers without a GPU see the host's. Neither are several processes: CPUs train so, too."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return False
+    listed = b""
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        listed = subprocess.run([program, "-L"], capture_output=True, timeout=60, check=False).stdout
+    vendors = [file.read_bytes().strip() for file in root.glob("sys/bus/pci/devices/*/vendor")]
+    return re.search(rb"^GPU \d+:", listed, re.MULTILINE) is not None or b"0x10de" in vendors
+
+
+def why_no_cuda() -> str:
+    """Why PyTorch finds no NVIDIA GPU, and what to do about it."""
+    if torch.version.cuda is None:
+        return (
+            f"PyTorch {torch.__version__} is a build without CUDA; https://pytorch.org/get-started/locally "
+            "has the command for one with it"
+        )
+    said = ""
+    try:
+        torch.cuda.init()
+    except Exception as error:  # RuntimeError of many kinds
+        said = brief(error)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and "No CUDA GPUs" in said:
+        return f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or let it name a GPU"
+    return f"{said}; see what nvidia-smi says; a newer driver or a restart may help"
 
 
 def type_of(device: torch.device) -> DeviceType:

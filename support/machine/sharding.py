@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from support.cli import InputError
+from support.machine.device import autocast_to
 from support.machine.processes import World
 
 import torch
@@ -80,8 +81,8 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     Args:
         unsharded: on the host. Only the main process's weights count; every other process gets its shards of
             them, tensor by tensor, so its own may be on the meta device, which has none.
-        dtype: of the matrix products. In bfloat16 a GPU's weights travel so, too; gradients are summed in
-            float32.
+        dtype: of the matrix products. In bfloat16 a GPU's weights travel so, too (a CPU's layer norm takes no
+            such mixture); gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -92,7 +93,6 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     shards = count_shards(config, world)
     sizes = {"shards": shards} if shards == world.size else {"copies": world.size // shards, "shards": shards}
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
-    # On a CPU, autocast leaves a norm's input in float32, and a norm takes no narrower weights then.
     narrow = torch.bfloat16 if dtype == torch.bfloat16 and world.device.type != "cpu" else None
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:
@@ -104,9 +104,13 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     gradients = 4 * sum(p.numel() for p in model.parameters())
     model.gradients_are_large = gradients > UNSHARDED_GRADIENTS * limit
     weights = unsharded.state_dict() if world.is_main else {}
-    with torch.no_grad():
+    with torch.no_grad(), autocast_to(world.device, dtype):
         for name, parameter in model.named_parameters():
             parameter.copy_(shard_tensor(weights.get(name), parameter))
+        # FSDP takes what computes first for the whole, and refuses the rest later: the whole computes first,
+        # since a sample or a score, which calls its parts, may come before the first step.
+        model(torch.zeros(1, 1, dtype=torch.int64, device=world.device))
+        model.reshard()
     return model
 
 

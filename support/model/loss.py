@@ -9,8 +9,13 @@ from typing import Any
 
 import torch
 
-FLOAT_ROWS = 64  # rows of a chunk's logits that exist in float32 at a time
 COLUMN_BLOCKS = 8  # column blocks of the head's gradient, computed one at a time
+
+
+def float_rows(device: torch.device) -> int:
+    """How many rows of a chunk's logits exist in float32 at a time: on a CPU what its cache holds (13 MB);
+    elsewhere each piece costs some 17 launches, which take longer than the work of a few rows."""
+    return 64 if device.type == "cpu" else 1024
 
 
 def masked_cross_entropy(logits: torch.Tensor, targets: torch.Tensor, vocab_size: int) -> torch.Tensor:
@@ -73,7 +78,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         device = hidden.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else hidden.dtype  # of the matrix products
-        w = weight[:vocab_size].to(dtype)
+        w = weight.to(dtype)  # with its padding: a GPU multiplies slowly where 50,257 numbers are a row
         count = (targets != -100).sum()
         total = torch.zeros((), device=hidden.device)
         # float16 ends at 65,504: a frequent token's sum over a chunk must stay below
@@ -84,7 +89,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunks = zip(*(tensor.chunk(n_chunks) for tensor in (hidden, targets, grad_hidden)), strict=True)
         with torch.autocast(device, enabled=False):
             for h, t, grad_h in chunks:
-                total += chunk_loss(h.to(dtype), w, t, shrink, grad_h=grad_h, grad_w=grad_weight)
+                h = h.to(dtype)
+                total += chunk_loss(h, w, t, vocab_size, shrink, grad_h=grad_h, grad_w=grad_weight)
         return total / count
 
     @staticmethod
@@ -98,25 +104,28 @@ def chunk_loss(
     h: torch.Tensor,
     w: torch.Tensor,
     targets: torch.Tensor,
+    vocab_size: int,
     shrink: float,
     grad_h: torch.Tensor,
     grad_w: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The summed cross-entropy from hidden states (N, n_embd) and the head's weight (vocab_size, n_embd).
-    Puts its gradient, times `shrink`, into grad_h (N, n_embd) and adds it to grad_w (columns, n_embd)."""
+    """The summed cross-entropy from hidden states (N, n_embd) and the head's weight (columns, n_embd). Puts
+    its gradient, times `shrink`, into grad_h (N, n_embd) and adds it to grad_w (columns, n_embd)."""
     logits = h @ w.t()
-    pieces = zip(logits.split(FLOAT_ROWS), targets.split(FLOAT_ROWS), strict=True)
+    logits[:, vocab_size:].fill_(-torch.inf)  # the padding gets a probability of 0, and a gradient of 0
+    n = float_rows(h.device)
+    pieces = zip(logits.split(n), targets.split(n), strict=True)
     total = torch.stack([to_gradient(rows, t, shrink) for rows, t in pieces]).sum()
     if grad_w is not None:
         grad_h.copy_(logits @ w)
-        blocks = grad_w[: len(w)].chunk(COLUMN_BLOCKS)
+        blocks = grad_w.chunk(COLUMN_BLOCKS)
         for block, columns in zip(blocks, logits.chunk(COLUMN_BLOCKS, dim=1), strict=True):
             block += columns.t() @ h
     return total
 
 
 def to_gradient(logits: torch.Tensor, targets: torch.Tensor, shrink: float) -> torch.Tensor:
-    """Turn logits (N, vocab_size) into the gradient of their summed cross-entropy, times `shrink`, in place;
+    """Turn logits (N, columns) into the gradient of their summed cross-entropy, times `shrink`, in place;
     returns that sum, a scalar. Targets (N,) of -100 are ignored."""
     valid, targets = (targets != -100)[:, None], targets.clamp(min=0)[:, None]
     values = logits.float()  # the same memory if they are float32 already

@@ -4,10 +4,12 @@ Sampling: draw the next token from the model's probabilities, again and again.
 The keys and values of what was read are kept in a cache, which scoring uses too; training does not.
 """
 
+import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from support.cli import brief
 from support.machine.device import choose_compile, varying_shapes
@@ -15,6 +17,7 @@ from support.machine.sharding import gathered
 
 import tiktoken
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -84,10 +87,17 @@ class FixedKVCache(KVCache):
 
     def __init__(self, cache: KVCache, length: int, position: torch.Tensor):
         super().__init__(length)
-        room = (0, 0, 0, length - cache.n_read)  # zeros: empty memory may hold NaNs, which no mask hides
-        self.keys = F.pad(cache.keys[:, :, : cache.n_read], room)
-        self.values = F.pad(cache.values[:, :, : cache.n_read], room)
+        shape = (*cache.keys.shape[:2], length, cache.keys.size(3))
+        self.keys, self.values = cache.keys.new_empty(shape), cache.values.new_empty(shape)
         self.position = position
+        self.begin(cache)
+
+    def begin(self, cache: KVCache) -> None:
+        """Go on from `cache`, in the same memory. The rest becomes zeros: it may hold NaNs, which no mask
+        hides."""
+        for own, given in ((self.keys, cache.keys), (self.values, cache.values)):
+            own[:, :, : cache.n_read] = given[:, :, : cache.n_read]
+            own[:, :, cache.n_read :].zero_()
 
     def positions(self, T: int, device: torch.device) -> torch.Tensor:
         return self.position
@@ -137,18 +147,20 @@ def stream(
     enough = length - tokens.size(1) >= COMPILE_FROM
     compiled, _ = choose_compile(compile and enough, idx.device)
     caches, step = model.new_caches(length), None
-    for n in range(max_new_tokens):
-        if compiled and n == 1:  # the prompt has been read
-            step = CompiledStep(model, caches, min(math.ceil(length / 128) * 128, block_size))
-        with varying_shapes():
-            if tokens.size(1) > block_size:
-                logits = next_logits(model, tokens[:, -block_size:])
-            else:
-                logits = step(unread) if step else next_logits(model, unread, caches)
-        unread = choose_token(logits, temperature, top_k, top_p, generator)
-        tokens = torch.cat((tokens, unread), dim=1)
-        finite = logits.amax(dim=-1, keepdim=True).isfinite()
-        yield unread.masked_fill(~finite, -1)  # so whoever reads the tokens knows, without another wait
+    with contextlib.ExitStack() as at_the_end:
+        for n in range(max_new_tokens):
+            if compiled and n == 1:  # the prompt has been read
+                fixed_length = min(math.ceil(length / 128) * 128, block_size)
+                step = at_the_end.enter_context(compiled_step(model, caches, fixed_length))
+            with varying_shapes():
+                if tokens.size(1) > block_size:
+                    logits = next_logits(model, tokens[:, -block_size:])
+                else:
+                    logits = step(model, unread) if step else next_logits(model, unread, caches)
+            unread = choose_token(logits, temperature, top_k, top_p, generator)
+            tokens = torch.cat((tokens, unread), dim=1)
+            finite = logits.amax(dim=-1, keepdim=True).isfinite()
+            yield unread.masked_fill(~finite, -1)  # so whoever reads the tokens knows, without another wait
 
 
 def next_logits(model: "GPT", idx: torch.Tensor, caches: list[KVCache] | None = None) -> torch.Tensor:
@@ -163,26 +175,68 @@ class CompiledStep:
     A replay overwrites the logits of the one before.
     """
 
-    def __init__(self, model: "GPT", caches: list[KVCache], length: int):
-        self.model = model
+    def __init__(self, caches: list[KVCache], length: int):
         # filled by the device, because it would have to wait for a copy
         self.position = torch.full((1,), caches[0].n_read, device=caches[0].keys.device)
-        self.caches: list[KVCache] = [FixedKVCache(cache, length, self.position) for cache in caches]
-        for cache in self.caches:
+        self.fixed = [FixedKVCache(cache, length, self.position) for cache in caches]
+        self.caches: list[KVCache] = [*self.fixed]  # as the model takes them
+        for cache in self.fixed:
             for tensor in (cache.keys, cache.values):  # a graph writes only to addresses that it knows
                 torch._dynamo.mark_static_address(tensor, guard=False)
         self.read = torch.compile(next_logits, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
-    def __call__(self, token: torch.Tensor) -> torch.Tensor:
+    def begin(self, caches: list[KVCache]) -> None:
+        """Go on from the `caches` of another text."""
+        self.position.fill_(caches[0].n_read)
+        for own, given in zip(self.fixed, caches, strict=True):
+            own.begin(given)
+
+    def __call__(self, model: "GPT", token: torch.Tensor) -> torch.Tensor:
         """(B, 1) int64 to (B, vocab_size) float32."""
         try:
-            logits = self.read(self.model, token, self.caches)
+            logits = self.read(model, token, self.caches)
         except Exception as error:  # any compiler error; uncompiled, a real fault recurs
             print(f"torch.compile failed, sampling goes on without it ({brief(error)})", file=sys.stderr)
             torch.compiler.set_stance("force_eager")
-            logits = self.read(self.model, token, self.caches)
+            logits = self.read(model, token, self.caches)
         self.position += 1
         return logits
+
+
+def convert_matrices(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the linear layers' weights and biases, once, to what autocast would convert them to: the logits
+    under autocast stay the same to the bit. A CUDA graph would convert all of them for every token.
+
+    All else stays float32. The head, tied to the embedding, gets a matrix of its own, so a model treated so
+    is no longer to be trained or saved.
+    """
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            for name, parameter in layer.named_parameters(recurse=False):
+                setattr(layer, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+
+
+# Each model's compiled steps that no text uses at present, by shape and dtype. A CUDA graph is recorded for
+# the addresses of its caches: with new caches for every text, every text would add a graph.
+IDLE_STEPS: "WeakKeyDictionary[GPT, dict[Any, CompiledStep]]" = WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def compiled_step(model: "GPT", caches: list[KVCache], length: int) -> Iterator[CompiledStep]:
+    """A CompiledStep that goes on from `caches`: an idle one, or a new one. After the block it is idle."""
+    idle = IDLE_STEPS.setdefault(model, {})
+    keys = caches[0].keys
+    kind = (length, keys.size(0), keys.dtype, keys.device)
+    step = idle.pop(kind, None)
+    if step is None:
+        step = CompiledStep(caches, length)
+    else:
+        step.begin(caches)
+    try:
+        yield step
+    finally:
+        if len(idle) < torch._dynamo.config.recompile_limit:  # more kinds are not compiled
+            idle[kind] = step
 
 
 def choose_token(
