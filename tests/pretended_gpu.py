@@ -172,6 +172,9 @@ class OnGPU(torch.Tensor):
     def cpu(self) -> torch.Tensor:
         return self.to(HOST)
 
+    def __repr__(self) -> str:
+        return f"{self.values}, on {self.device}"
+
     def tolist(self) -> Any:
         gpu.wait("tolist")
         return self.detach().values.tolist()

@@ -1,6 +1,7 @@
 """What a GPU decides, on one that is not there (pretended_gpu.py): waits, copies, NCCL's rules, memory."""
 
 import contextlib
+import functools
 import gc
 import json
 import multiprocessing
@@ -9,12 +10,16 @@ import shutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from dataclasses import replace
 from typing import Any
 
+import benchmarks.gpu
+import benchmarks.sampling
+import benchmarks.training
 import train_gpt2
-from conftest import call
+from conftest import ROOT, call, run, torchrun
 from hellaswag import Item, batches, fit, limits_for, render, score_batch
 from pretended_gpu import GB, NONSENSE
 from pretended_gpu import pretended_gpu as pretended
@@ -334,6 +339,48 @@ def test_the_scripts_print_what_they_print_on_a_cpu(config, tmp_path):
         call("plot.py", "positions", config.log_dir, "--out", tmp_path / "positions.png")
 
 
+def test_the_benchmarks_measure():
+    """Parts of `python -m benchmarks.gpu`, in miniature."""
+    sizes = {"device": "cuda", "n_layer": 2, "n_embd": 64, "n": 1}
+    training = benchmarks.training.Config(**sizes, batch_size=1, micro_steps=1, sequence_length=16)
+    sampling = benchmarks.sampling.Config(**sizes, new_tokens=3, batch_sizes=(1,))
+    with pretended(compiles=True):
+        facts = benchmarks.gpu.gather_facts("cuda", 64)
+        assert (facts["memory"], facts["dtype"]) == (80 * GB, "bfloat16")
+        for way in ("matmul", "ours compiled"):
+            assert benchmarks.training.measure(way, training, seconds=1.0)["step_seconds"]
+        assert benchmarks.sampling.measure(sampling)
+
+
+GPUS = {"PYTHONPATH": f"{ROOT / 'tests/gpus'}{os.pathsep}{ROOT}"}
+
+
+@pytest.mark.slow
+def test_the_benchmarks_run_as_one_command(config, tmp_path):
+    """Parts b, c and d: nothing fails."""
+    done = run("-m", "benchmarks.gpu", "--tiny", "--device=cuda", "--parts", "b", "c", "d",
+               f"--data_dir={config.data_dir[0]}", f"--hellaswag_data={config.hellaswag_data}",
+               f"--out={tmp_path / 'out'}", env={**GPUS, "PRETENDED_GPUS": "1"}, timeout=600)  # fmt: skip
+    assert "failed" not in done.stdout, done.stdout
+    (file,) = (tmp_path / "out").glob("*_tiny.json")
+    assert json.loads(file.read_text())["parts"].keys() == {"b", "c", "d"}
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_check(processes, config, tmp_path):
+    names = ("n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "device")
+    small = replace(config, device="cuda")
+    flags = [f"--{name}={getattr(small, name)}" for name in names]
+    flags += [f"--data_dir={config.data_dir[0]}", "--hellaswag_every=0", "--sample_every=0"]
+    command = ("train_gpt2.py", *flags, f"--log_dir={tmp_path / 'log'}", "--check")
+    launch = run if processes == 1 else functools.partial(torchrun, processes)
+    done = launch(*command, env={**GPUS, "PRETENDED_GPUS": str(processes)}, timeout=600)
+    assert f"NVIDIA H100 80GB HBM3; {processes} process" in done.stdout
+    assert "read back, resumed: the same digits" in done.stdout
+    assert ("GB/s (bus bandwidth" in done.stdout) == (processes == 2)
+    assert not (tmp_path / "log").exists()
+
+
 # -----------------------------------------------------------------------------
 # two GPUs
 
@@ -372,10 +419,17 @@ def two_processes(config: TrainConfig, count: int = 2) -> Any:
     both = [fork.Process(target=work, args=(rank, config, port, count)) for rank in range(2)]
     for process in both:
         process.start()
-    for rank, process in enumerate(both):
-        process.join(100)
+    deadline = time.monotonic() + 200
+    while any(process.is_alive() for process in both) and time.monotonic() < deadline:
+        both[0].join(0.1)
+        if any(process.exitcode for process in both):  # the other one may wait for it
+            break
+    for process in both:
+        process.join(1)
         process.kill()
-        assert process.exitcode == 0, config.log_dir.with_name(f"said{rank}").read_text()
+        process.join()
+    said = [config.log_dir.with_name(f"said{rank}").read_text() for rank in range(2)]
+    assert [process.exitcode for process in both] == [0, 0], "\n".join(said)
     return read_log(config.log_dir / "log.txt")
 
 

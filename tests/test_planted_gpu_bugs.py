@@ -73,7 +73,7 @@ BUGS = {
     "an index on the host": Bug(
         "hellaswag.py",
         "idx, row, position = to_device(device, padded, *np.nonzero(scored))",
-        "(idx,), (row, position) = to_device(device, padded), map(torch.as_tensor, np.nonzero(scored))",
+        "idx, row, position = to_device(device, padded, *np.nonzero(scored)); position = position.cpu()",
         "scoring_never_waits",
         wait="an index on the host",
     ),
