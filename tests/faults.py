@@ -170,7 +170,9 @@ if "backend" in faults:
     device.choose_compile = lambda wanted, _: (wanted, "on")
 
 if "hosts" in faults:
-    os.environ["LOCAL_WORLD_SIZE"] = str(int(os.environ["WORLD_SIZE"]) // int(faults["hosts"]))
+    on_host = int(os.environ["WORLD_SIZE"]) // int(faults["hosts"])
+    os.environ["LOCAL_WORLD_SIZE"] = str(on_host)
+    os.environ["LOCAL_RANK"] = str(int(rank) % on_host)
 
 if "unsharded_gradients" in faults:
     sharding.UNSHARDED_GRADIENTS = float(faults["unsharded_gradients"])
