@@ -280,6 +280,13 @@ def test_the_micro_batch_is_computed(monkeypatch):
         rows, chunks = fit
         needed = least_bytes(config, xl, rows, chunks, 8) / 2**30
         assert needed < 0.93 * gigabytes
+    # Muon's states are smaller; its update takes less than a row of activations, but more than one computed
+    # again.
+    muons = replace(config, optimizer="muon")
+    spared = 4 * 12 * 48 * 1600**2 / 4
+    assert least_bytes(config, xl, 1, 1, 4) - least_bytes(muons, xl, 1, 1, 4) == spared
+    config, muons = replace(config, recompute=True), replace(muons, recompute=True)
+    assert 0 < least_bytes(config, xl, 1, 1, 4) - least_bytes(muons, xl, 1, 1, 4) < 0.5 * spared
     monkeypatch.setattr(World, "memory_limit", lambda *_: 6 * 2**30)
     with pytest.raises(InputError, match="out of memory with a micro-batch of 1 row"):
         most_rows(sizes, trials.should_fit, 8)
@@ -487,6 +494,11 @@ def test_what_cannot_fit_says_what_would(monkeypatch):
     eight = Hosts(0, 8, torch.device("cpu"))
     object.__setattr__(eight, "local", [8] * 8)
     assert "2.90 GB for weights" in check_memory(CONFIG, xl, eight)
+    # With Muon, 12 bytes for each number of the blocks' matrices, 16 for each of the rest.
+    assert "2.21 GB for weights, gradients and the optimizer's state" in check_memory(MUON, xl, eight)
+    monkeypatch.setattr(World, "memory_limit", lambda *_: 17.0 * 2**30)
+    with pytest.raises(InputError, match=r"17.72 GB .* optimizer's state; .* 3 such devices"):
+        check_memory(replace(MUON, shard=False), xl, World(0, 1, torch.device("cuda")))
 
 
 def test_alone_it_needs_torchrun(flags, tmp_path):
