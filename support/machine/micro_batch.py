@@ -102,9 +102,8 @@ def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World)
     total = state_bytes(config, model_config)
     own = total / shards
     adamw = config.optimizer == "adamw"
-    need = (
-        f"{own / GB:.2f} GB for weights, gradients and the optimizer's {'two moments' if adamw else 'state'}"
-    )
+    state = "two moments" if adamw else "state"
+    need = f"{own / GB:.2f} GB for weights, gradients and the optimizer's {state}"
     if shards > 1:
         need += f", {total / GB:.2f} GB divided among {shards} processes"
     limit = world.memory_limit(config.memory_limit_gb)

@@ -92,25 +92,28 @@ class Muon(torch.optim.AdamW):
                 self.step_matrices(group)
 
     def step_matrices(self, group: dict[str, Any]) -> None:
-        found_inf = getattr(self, "found_inf", torch.zeros((), device=group["params"][0].device))
-        lr = group["lr"] * (1 - found_inf)  # found_inf is 1: skip the step
+        device = group["params"][0].device
+        found_inf = getattr(self, "found_inf", torch.zeros((), device=device))  # 1: skip the step
+        lr = group["lr"] * (1 - found_inf)
         same_shape = defaultdict(list)  # (rows, columns) of a matrix -> parameters and their parts
         for parameter, parts in zip(group["params"], group["parts"], strict=True):
             state = self.state[parameter]
             if not state:
-                state["step"] = lr.new_zeros(())  # AdamW expects it when it loads a state
+                state["step"] = torch.zeros((), device=device)  # AdamW expects it when it loads a state
                 state["momentum_buffer"] = torch.zeros_like(parameter)
             same_shape[len(parameter) // parts, parameter.size(1)].append((parameter, parts))
         for shape, parameters in same_shape.items():
             weights = [local_tensor(parameter) for parameter, _ in parameters]
             averages = torch.cat([self.average(parameter, found_inf) for parameter, _ in parameters])
-            updates = self.orthogonalize_together(averages, shape[0], parameters)
+            updates = orthogonalize_together(averages.to(self.dtype), shape[0], parameters, self.world)
+            updates = updates.to(averages.dtype)
             updates *= -lr * RMS_OF_ADAMW * math.sqrt(max(shape))  # U V^T has an RMS of 1 / sqrt(max(shape))
             torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
             torch._foreach_add_(weights, updates.split([len(weight) for weight in weights]))
 
     def average(self, parameter: torch.Tensor, found_inf: torch.Tensor) -> torch.Tensor:
-        """Add a parameter's gradient to its momentum; returns the average of its gradients."""
+        """Add a parameter's gradient to its momentum; returns the average of its gradients. Of a sharded
+        parameter, all this is about the rows that this process has."""
         state = self.state[parameter]
         state["step"] += 1 - found_inf
         momentum, gradient = map(local_tensor, (state["momentum_buffer"], parameter.grad))
@@ -119,29 +122,6 @@ class Muon(torch.optim.AdamW):
         momentum.lerp_(gradient, 1 - MOMENTUM)
         return gradient.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
 
-    def orthogonalize_together(
-        self, matrices: torch.Tensor, rows: int, parameters: list[tuple[torch.Tensor, int]]
-    ) -> torch.Tensor:
-        """`orthogonalize`, divided among the processes.
-
-        Args:
-            matrices: (all rows that this process has of them, columns), one matrix below the other.
-            rows: of a whole matrix.
-            parameters: what the matrices are parts of, and into how many each is cut.
-        """
-        X = matrices.to(self.dtype)
-        if shards := processes_with_shards(parameters[0][0]):
-            held = [
-                [n for p, parts in parameters for n in rows_in_shard(p.size(0), parts, rank, shards.size())]
-                for rank in range(shards.size())
-            ]
-            X = orthogonalize_shards(X, rows, held, shards)
-        elif self.world and self.world.size > 1:
-            X = orthogonalize_copies(X.view(-1, rows, X.size(1)), self.world)
-        else:
-            X = orthogonalize(X.view(-1, rows, X.size(1)))
-        return X.flatten(0, -2).to(matrices.dtype)
-
 
 # -----------------------------------------------------------------------------
 # the work, divided among the processes
@@ -149,7 +129,32 @@ class Muon(torch.optim.AdamW):
 # Each process owns some of the matrices of one shape, and orthogonalizes these. If each has a copy of the
 # model, an owner has its matrices, and the others get its results: an all-gather. If each has a shard, it
 # has some rows of every matrix. An all-to-all brings an owner the rows of its matrices from all processes,
-# and another all-to-all takes the results back. No process ever has more matrices whole than its own.
+# and another all-to-all takes the results back: no process has more matrices whole than its own.
+
+
+def orthogonalize_together(
+    matrices: torch.Tensor, rows: int, parameters: list[tuple[Any, int]], world: World | None
+) -> torch.Tensor:
+    """`orthogonalize` of matrices of one shape, divided among the processes.
+
+    Args:
+        matrices: (all rows that this process has, columns), one matrix below the other; may be overwritten.
+        rows: of a whole matrix.
+        parameters: whose parts the matrices are, one after another, and into how many each is cut.
+        world: as for Muon.
+
+    Returns:
+        The results, of the shape of `matrices`: of each, the rows that this process has.
+    """
+    if group := processes_with_shards(parameters[0][0]):
+        held = [
+            [n for p, parts in parameters for n in rows_in_shard(len(p), parts, rank, group.size())]
+            for rank in range(group.size())
+        ]
+        return orthogonalize_shards(matrices, rows, held, group)
+    X = matrices.view(-1, rows, matrices.size(1))
+    X = orthogonalize_copies(X, world) if world and world.size > 1 else orthogonalize(X)
+    return X.flatten(0, 1)
 
 
 def orthogonalize_copies(matrices: torch.Tensor, world: World) -> torch.Tensor:
@@ -168,15 +173,16 @@ def orthogonalize_shards(
     """`orthogonalize` of n matrices of which each process in the group has some rows.
 
     Args:
-        shards: (n matrices' rows that this process has, columns), contiguous; overwritten by the results.
+        shards: (all rows that this process has, columns), contiguous; overwritten by the results.
         rows: of a whole matrix.
-        held: held[r][i] is how many rows of matrix i process r has; each has those below the previous one's.
+        held: held[r][i] is how many rows of matrix i process r has. A process has those that follow on the
+            previous one's.
     """
     rank, size = group.rank(), group.size()
     share = math.ceil(len(held[0]) / size)
-    owned = [slice(r * share, (r + 1) * share) for r in range(size)]  # the last ones may be shorter, or empty
-    to_owners = [sum(held[rank][part]) for part in owned]  # in rows
-    of_own = [heights[owned[rank]] for heights in held]  # as `held`, for this process's own matrices
+    owned = [slice(r * share, (r + 1) * share) for r in range(size)]  # the last processes may have less
+    to_owners = [sum(held[rank][matrices]) for matrices in owned]  # rows
+    of_own = [heights[owned[rank]] for heights in held]  # `held` of the matrices that this process owns
     from_all = [sum(heights) for heights in of_own]
 
     own = shards.new_empty(sum(from_all), shards.size(1))
