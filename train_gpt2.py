@@ -158,7 +158,7 @@ class TrainConfig:
     compile: bool = True  # use torch.compile where it works: CUDA with a C compiler
     micro_batch_size: cli.PositiveInt | None = None  # rows per forward pass; default: the most that fit
     memory_limit_gb: cli.PositiveFloat | None = None  # GB (2**30 bytes) to take of a GPU; default: all
-    shard: bool = False  # divide a model too large for a card among the processes of a host; AdamW only
+    shard: bool = False  # divide a model too large for a card among the processes of a host
     recompute: bool = False  # compute the blocks again in the backward pass: less memory, more time
     timeout_minutes: cli.PositiveFloat = 10.0  # give up on another process that does not answer for this long
 

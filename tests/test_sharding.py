@@ -1,5 +1,6 @@
 """A model divided among the processes: the losses of DDP, the same checkpoint, to and fro."""
 
+import copy
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from support.files import sha256
 from support.machine import micro_batch, sharding
 from support.machine.micro_batch import Trials, check_memory, least_bytes, most_rows
 from support.machine.processes import World
+from support.model import muon
 from support.model.huggingface import list_checkpoints
 from support.run.curves import read_log, read_run
 from train_gpt2 import GPT, GPTConfig, TrainConfig, configure_optimizer
@@ -27,6 +29,7 @@ import torch.multiprocessing as mp
 SMALL = GPTConfig(block_size=16, vocab_size=97, n_layer=2, n_head=2, n_embd=32)
 CONFIG = TrainConfig(shard=True, max_lr=1e-2)
 LAST_DIGIT = 1.01e-6  # log.txt has six
+OPTIMIZERS = {"adamw": LAST_DIGIT, "muon": 1e-5}  # how far 20 losses may differ from those with copies
 FLAGS = (*TINY, "--max_steps=20", "--val_every=10", "--sample_every=10", "--checkpoint_every=10")
 
 
@@ -61,9 +64,9 @@ def train_here(model, optimizer, rows):
     return found
 
 
-def whole_model():
+def whole_model(shape=SMALL):
     torch.manual_seed(CONFIG.seed)
-    return GPT(SMALL).pad_vocabulary()
+    return GPT(shape).pad_vocabulary()
 
 
 def divided_work(rank, world_size, folder):
@@ -110,6 +113,77 @@ def test_a_few_steps_are_those_of_one_process(processes, tmp_path):
         assert own == pytest.approx(3 * 4 * sum(p.numel() for p in model.parameters()) / processes, rel=0.1)
 
 
+# ------------------------------------------------------------------ Muon
+
+MUON = replace(CONFIG, optimizer="muon")
+# On 4 processes, matrices of 6 rows lie in shards of 2, 2, 2 and 0; queries, keys and values, of 6 each, in
+# shards of 5, 5, 5 and 3. There are 8 square matrices, 2 tall ones and 2 wide ones.
+UNEVEN = GPTConfig(block_size=16, vocab_size=97, n_layer=2, n_head=2, n_embd=6)
+
+
+def muon_work(rank, world_size, folder):
+    """One of the processes: trains, with a step that is not finite; the state makes a round trip."""
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world_size
+    )
+    world = World(rank, world_size, CPU.device)
+    largest, alone, exchange = {}, muon.orthogonalize, dist.all_to_all_single
+
+    def counted(matrices):
+        largest[matrices.shape[1:]] = len(matrices)
+        return alone(matrices)
+
+    def exchange_as_nccl(output, given, *splits, group):
+        assert output.is_contiguous()
+        assert given.is_contiguous()
+        exchange(output, given, *splits, group=group)
+
+    muon.orthogonalize, dist.all_to_all_single = counted, exchange_as_nccl
+    model = sharding.divide(whole_model(UNEVEN), MUON, world, torch.float32)
+    optimizer = configure_optimizer(model, MUON, world)
+    found = train_here(model, optimizer, ROWS[:2].chunk(world_size, dim=1)[rank])
+    before = sharding.collect((dict(model.named_parameters()), optimizer.state_dict()["state"]), keep=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    optimizer.zero_grad()
+    after = sharding.collect((dict(model.named_parameters()), optimizer.state_dict()["state"]), keep=True)
+    optimizer = configure_optimizer(model, MUON, world)
+    sharding.shard_states(optimizer, copy.deepcopy(after[1]) if world.is_main else {}, world)
+    again = sharding.collect(optimizer.state_dict()["state"], keep=True)
+    found += train_here(model, optimizer, ROWS[2:].chunk(world_size, dim=1)[rank])
+    end = sharding.collect(dict(model.named_parameters()), keep=True)
+    states = [t for state in optimizer.state.values() for t in state.values() if sharding.is_sharded(t)]
+    own = sum(t.to_local().nbytes for t in states)
+    torch.save((found, before, after, again, end, own, largest), folder / f"rank{rank}")
+    dist.destroy_process_group()
+
+
+def test_muon_has_the_losses_of_one_process_with_shards_that_end_anywhere(tmp_path):
+    """Four steps on four processes; each has its share of the momentum, and orthogonalizes its own matrices
+    only. A step that is not finite leaves all as it was, and so does a checkpoint."""
+    mp.start_processes(muon_work, (4, tmp_path), nprocs=4, start_method="fork")
+    model = whole_model(UNEVEN)
+    optimizer = configure_optimizer(model, MUON)
+    expected = train_here(model, optimizer, ROWS)
+    ranks = [torch.load(tmp_path / f"rank{rank}", weights_only=False) for rank in range(4)]
+    means = [sum(found) / 4 for found in zip(*(found for found, *_ in ranks), strict=True)]
+    assert means == pytest.approx(expected, abs=1e-6)
+    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.dim())
+    for rank, (_, before, after, again, end, own, largest) in enumerate(ranks):
+        for (name, weight), start in zip(before[0].items(), after[0].values(), strict=True):
+            assert torch.equal(weight, start), name
+        for i, state in before[1].items():
+            assert all(torch.equal(t, after[1][i][name]) for name, t in state.items())
+            assert all(torch.equal(t, again[i][name]) for name, t in state.items())
+        for name, parameter in model.named_parameters():
+            if not name.endswith("c_attn.bias"):  # the keys' has no gradient but noise, which AdamW lifts
+                assert torch.allclose(end[name], parameter, atol=1e-4), name
+        assert own < moments / 4 * 1.2
+        assert largest == {(6, 6): 2, (24, 6): int(rank < 2), (6, 24): int(rank < 2)}
+
+
 def test_a_divided_run_has_the_losses_of_one_process(flags, tmp_path):
     """The short version of the next one: losses, the validation, and each process's share of the bytes."""
     flags = (*flags, "--max_steps=4", "--val_every=2", "--checkpoint_every=0", "--sample_every=0")
@@ -124,16 +198,18 @@ def test_a_divided_run_has_the_losses_of_one_process(flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("processes", [2, 4])
-def test_it_trains_as_ddp_does(processes, flags, tmp_path):
-    """20 losses within 1e-6, validation and samples, the checkpoint's files and tensors, and each process
-    holds its share of the bytes; then SIGKILL's effect: what was lost is trained again to the same bits."""
-    flags = (*flags, "--micro_batch_size=2" if processes == 2 else "--micro_batch_size=1")
+def test_it_trains_as_ddp_does(processes, optimizer, flags, tmp_path):
+    """20 losses within 1e-6 (with Muon 1e-5), validation and samples, the checkpoint's files and tensors, and
+    each process holds its share of the bytes; then SIGKILL's effect: what was lost is trained again to the
+    same bits."""
+    flags = (*flags, f"--optimizer={optimizer}", f"--micro_batch_size={4 // processes}")
     ddp, shard = tmp_path / "ddp", tmp_path / "shard"
     plain = train(processes, flags, ddp, faults=f"bytes={ddp}.bytes")
     divided = train(processes, flags, shard, "--shard", faults=f"bytes={shard}.bytes")
     assert "divided among" in divided.stdout
-    assert losses(shard) == pytest.approx(losses(ddp), abs=LAST_DIGIT)
+    assert losses(shard) == pytest.approx(losses(ddp), abs=OPTIMIZERS[optimizer])
     assert losses(shard, "val") == pytest.approx(losses(ddp, "val"), abs=1e-4)
     said = [[line for line in done.stdout.split("\n") if "sample:" in line] for done in (plain, divided)]
     assert said[0] == said[1] != []
@@ -156,9 +232,11 @@ def test_it_trains_as_ddp_does(processes, flags, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize(("first", "second"), [("divided", "whole"), ("whole", "divided")])
-def test_a_run_goes_on_the_other_way(first, second, flags, tmp_path):
+def test_a_run_goes_on_the_other_way(first, second, optimizer, flags, tmp_path):
     """Begun divided among two, continued whole in one process; and back."""
+    flags = (*flags, f"--optimizer={optimizer}")
 
     def go(way, *more):
         arguments = (*flags, "--micro_batch_size=2", f"--log_dir={tmp_path}", *more)
@@ -205,6 +283,13 @@ def test_the_micro_batch_is_computed(monkeypatch):
         rows, chunks = fit
         needed = least_bytes(config, xl, rows, chunks, 8) / 2**30
         assert needed < 0.93 * gigabytes
+    # Muon's states are smaller; its update takes less than a row of activations, but more than one computed
+    # again.
+    muons = replace(config, optimizer="muon")
+    spared = 4 * 12 * 48 * 1600**2 / 4
+    assert least_bytes(config, xl, 1, 1, 4) - least_bytes(muons, xl, 1, 1, 4) == spared
+    config, muons = replace(config, recompute=True), replace(muons, recompute=True)
+    assert 0 < least_bytes(config, xl, 1, 1, 4) - least_bytes(muons, xl, 1, 1, 4) < 0.5 * spared
     monkeypatch.setattr(World, "memory_limit", lambda *_: 6 * 2**30)
     with pytest.raises(InputError, match="out of memory with a micro-batch of 1 row"):
         most_rows(sizes, trials.should_fit, 8)
@@ -238,15 +323,18 @@ def test_gradients_exchanged_always_or_at_the_end(short, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("faults", ["hosts=2", "hosts=2 unsharded_gradients=0"])
-def test_a_copy_on_each_host(faults, flags, tmp_path):
+@pytest.mark.parametrize(
+    ("faults", "optimizer"),
+    [("hosts=2", "adamw"), ("hosts=2 unsharded_gradients=0", "adamw"), ("hosts=2", "muon")],
+)
+def test_a_copy_on_each_host(faults, optimizer, flags, tmp_path):
     """Four processes as if on two hosts: each host has a copy of the model, divided among its two."""
-    flags = (*flags, "--micro_batch_size=1")
+    flags = (*flags, f"--optimizer={optimizer}", "--micro_batch_size=1")
     ddp, copies = tmp_path / "ddp", tmp_path / "copies"
     train(4, flags, ddp)
     done = train(4, flags, copies, "--shard", faults=f"{faults} bytes={copies}.bytes")
     assert "divided among 2 processes" in done.stdout
-    assert losses(copies) == pytest.approx(losses(ddp), abs=LAST_DIGIT)
+    assert losses(copies) == pytest.approx(losses(ddp), abs=OPTIMIZERS[optimizer])
     train(2, flags, tmp_path / "two", "--shard", faults=f"bytes={tmp_path / 'two.bytes'}")
     assert (tmp_path / "copies.bytes3").read_text() == (tmp_path / "two.bytes1").read_text()
     last = list_checkpoints(copies)[-1]
@@ -298,9 +386,11 @@ def test_compilation_fails_and_training_goes_on(where, short, tmp_path):
 
 
 @pytest.mark.slow
-def test_float16_skips_the_same_steps(flags, tmp_path):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_float16_skips_the_same_steps(optimizer, flags, tmp_path):
     """A gradient that overflows in one process's share is skipped by all; the end has DDP's losses."""
-    flags = (*flags, "--micro_batch_size=2", "--dtype=float16", "--checkpoint_every=12")
+    flags = (*flags, f"--optimizer={optimizer}", "--micro_batch_size=2", "--dtype=float16")
+    flags = (*flags, "--checkpoint_every=12")
     for way, more in (("ddp", ()), ("shard", ("--shard",))):
         train(2, flags, tmp_path / way, *more, faults=f"scale={2.0**26}")
     states = [torch.load(tmp_path / way / "checkpoint_00020/trainer.pt") for way in ("ddp", "shard")]
@@ -316,11 +406,11 @@ def test_float16_skips_the_same_steps(flags, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_process_out_of_memory_ends_all(rank, short, tmp_path):
+@pytest.mark.parametrize(("rank", "optimizer"), [(0, "adamw"), (1, "adamw"), (1, "muon")])
+def test_a_process_out_of_memory_ends_all(rank, optimizer, short, tmp_path):
     """One line from each process, and none waits."""
     started = time.monotonic()
-    flags = (*short, "--micro_batch_size=2", "--shard", "--timeout_minutes=0.5")
+    flags = (*short, f"--optimizer={optimizer}", "--micro_batch_size=2", "--shard", "--timeout_minutes=0.5")
     done = train(2, flags, tmp_path, faults=f"oom_step=6 oom_rank={rank}", check=False)
     assert done.returncode != 0
     assert time.monotonic() - started < 90
@@ -332,8 +422,16 @@ def test_a_process_out_of_memory_ends_all(rank, short, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_of_two_is_killed_and_the_run_goes_on(flags, tmp_path):
-    flags = (*flags, "--micro_batch_size=2", "--checkpoint_every=5", "--shard", "--timeout_minutes=0.5")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_one_of_two_is_killed_and_the_run_goes_on(optimizer, flags, tmp_path):
+    flags = (
+        *flags,
+        f"--optimizer={optimizer}",
+        "--micro_batch_size=2",
+        "--checkpoint_every=5",
+        "--shard",
+        "--timeout_minutes=0.5",
+    )
     whole, killed, steps = tmp_path / "whole", tmp_path / "killed", tmp_path / "steps"
     train(2, flags, whole)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -374,9 +472,7 @@ def test_what_is_refused():
     object.__setattr__(two, "local", [2, 2])
     with pytest.raises(InputError, match="start them with torchrun"):
         sharding.count_shards(CONFIG, one)
-    with pytest.raises(InputError, match="Muon needs whole matrices"):
-        sharding.count_shards(replace(CONFIG, optimizer="muon"), two)
-    assert sharding.count_shards(TrainConfig(optimizer="muon"), two) == 1
+    assert sharding.count_shards(TrainConfig(), two) == 1
     assert sharding.count_shards(CONFIG, two) == 2
 
 
@@ -401,6 +497,11 @@ def test_what_cannot_fit_says_what_would(monkeypatch):
     eight = Hosts(0, 8, torch.device("cpu"))
     object.__setattr__(eight, "local", [8] * 8)
     assert "2.90 GB for weights" in check_memory(CONFIG, xl, eight)
+    # With Muon, 12 bytes for each number of the blocks' matrices, 16 for each of the rest.
+    assert "2.21 GB for weights, gradients and the optimizer's state" in check_memory(MUON, xl, eight)
+    monkeypatch.setattr(World, "memory_limit", lambda *_: 17.0 * 2**30)
+    with pytest.raises(InputError, match=r"17.72 GB .* optimizer's state; .* 3 such devices"):
+        check_memory(replace(MUON, shard=False), xl, World(0, 1, torch.device("cuda")))
 
 
 def test_alone_it_needs_torchrun(flags, tmp_path):

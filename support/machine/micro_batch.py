@@ -81,12 +81,29 @@ def micro_batch_sizes(config: "TrainConfig", model_config: "GPTConfig", world: W
     return sizes
 
 
+def block_matrices(model_config: "GPTConfig") -> int:
+    """How many numbers the blocks' matrices have: attention 4 C x C, MLP 8 C x C."""
+    return 12 * model_config.n_layer * model_config.n_embd**2
+
+
+def state_bytes(config: "TrainConfig", model_config: "GPTConfig") -> int:
+    """Bytes for weights, gradients and the optimizer's state, in float32: AdamW keeps two moments of each
+    parameter, Muon one of each of the blocks' matrices."""
+    numbers = 4 * model_config.n_parameters
+    if config.optimizer == "muon":
+        numbers -= block_matrices(model_config)
+    return 4 * numbers
+
+
 def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World) -> str:
-    """Describe the memory for weights, gradients and AdamW's moments. InputError if they alone can't fit."""
+    """Describe the memory for weights, gradients and the optimizer's state. InputError if they alone can't
+    fit."""
     shards = count_shards(config, world)
-    total = 4 * 4 * model_config.n_parameters  # bytes, in float32
+    total = state_bytes(config, model_config)
     own = total / shards
-    need = f"{own / GB:.2f} GB for weights, gradients and the optimizer's two moments"
+    adamw = config.optimizer == "adamw"
+    state = "two moments" if adamw else "state"
+    need = f"{own / GB:.2f} GB for weights, gradients and the optimizer's {state}"
     if shards > 1:
         need += f", {total / GB:.2f} GB divided among {shards} processes"
     limit = world.memory_limit(config.memory_limit_gb)
@@ -96,8 +113,9 @@ def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World)
             enough = math.ceil(total / (limit / 2))  # shards that leave half of the memory free
             launch = f"torchrun --nproc_per_node={enough} and --shard"
             advice += f", or divide it among {enough} such devices: {launch}"
+        each = f", {own / 4 / GB:.2f} GB each" if adamw else ""
         raise InputError(
-            f"a model of {model_config.n_parameters:,} parameters needs {need}, {own / 4 / GB:.2f} GB each; "
+            f"a model of {model_config.n_parameters:,} parameters needs {need}{each}; "
             f"{device_name(world.device)} has {limit / GB:.2f} GB for it: {advice}"
         )
     return need
@@ -106,15 +124,20 @@ def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World)
 def least_bytes(
     config: "TrainConfig", model_config: "GPTConfig", rows: int, chunks: int, shards: int = 1
 ) -> float:
-    """What a step keeps in a GPU's memory at the least: weights, gradients and moments, and for each token,
-    in every layer, 37 bytes per channel (with --recompute 4), and its logits in 16 bits: read from the code
-    that PyTorch 2.13 generates for a compiled step in bfloat16."""
+    """What a step keeps in a GPU's memory at the least: weights, gradients and the optimizer's state, and for
+    each token, in every layer, 37 bytes per channel (with --recompute 4), and its logits in 16 bits: read
+    from the code that PyTorch 2.13 generates for a compiled step in bfloat16."""
     blocks = (4 if config.recompute else 37) * model_config.n_layer * model_config.n_embd
     per_token = blocks + 2 * model_config.vocab_size / chunks
-    states = 16 * model_config.n_parameters / shards
-    if shards > 1:  # the embedding and its gradient, gathered
-        states += 8 * model_config.vocab_size * model_config.n_embd
-    return states + rows * config.sequence_length * per_token
+    tokens = rows * config.sequence_length
+    states = state_bytes(config, model_config) / shards
+    if shards == 1:
+        return states + tokens * per_token
+    gathered = 8 * model_config.vocab_size * model_config.n_embd  # the embedding and its gradient
+    # Muon's update, after the backward pass: the matrices of one shape, a third of all, as averages in
+    # float32 and in six tensors of 16 bits.
+    update = 16 * block_matrices(model_config) / 3 / shards if config.optimizer == "muon" else 0
+    return states + max(gathered + tokens * per_token, update)
 
 
 # -----------------------------------------------------------------------------

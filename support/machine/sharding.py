@@ -17,6 +17,7 @@ from support.machine.device import autocast_to
 from support.machine.processes import World
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -38,8 +39,6 @@ def count_shards(config: "TrainConfig", world: World) -> int:
         return 1
     if world.size == 1:
         raise InputError("--shard divides the model among several processes: start them with torchrun")
-    if config.optimizer == "muon":
-        raise InputError("--shard with --optimizer muon: Muon needs whole matrices; use --optimizer adamw")
     on_hosts = set(world.from_all(int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
     return world.size if len(on_hosts) > 1 or on_hosts == {1} else on_hosts.pop()
 
@@ -149,6 +148,16 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return cast(Any, tensor).full_tensor() if is_sharded(tensor) else tensor
 
 
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard, some of the first dimension; of a tensor that is not sharded, all of it."""
+    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+
+
+def processes_with_shards(tensor: torch.Tensor) -> "dist.ProcessGroup | None":
+    """The processes that together have the tensor, in the order of its shards; None if it is not sharded."""
+    return cast(Any, tensor).device_mesh.get_group("shards") if is_sharded(tensor) else None
+
+
 def shard_tensor(tensor: torch.Tensor | None, like: Any) -> torch.Tensor:
     """The main process's tensor, sharded as `like` is; the other processes give None."""
     from torch.distributed.tensor import distribute_tensor
@@ -174,12 +183,10 @@ def shard_states(
     """Give every process its shards of the optimizer's state, which the main process has as a state
     dictionary has it. Scalars, such as the number of steps, go to all as they are."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    scalars = world.from_main(
-        lambda: tree_map_only(torch.Tensor, lambda t: None if t.dim() else t, list(states.values()))
-    )
-    for i, (parameter, state) in enumerate(zip(parameters, scalars, strict=True)):
+    scalars = world.from_main(lambda: tree_map_only(torch.Tensor, lambda t: None if t.dim() else t, states))
+    for i, state in scalars.items():
         for name, scalar in state.items():
             whole = states[i][name] if world.is_main else None
-            optimizer.state[parameter][name] = (
-                shard_tensor(whole, parameter) if scalar is None else scalar.to(world.device)
+            optimizer.state[parameters[i]][name] = (
+                shard_tensor(whole, parameters[i]) if scalar is None else scalar.to(world.device)
             )

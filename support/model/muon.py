@@ -10,14 +10,17 @@ In symbols: where the average is U S V^T, its singular value decomposition, the 
 at decompositions, but the Newton-Schulz iteration needs nothing but matrix products.
 """
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from support.machine.processes import World, all_gather
+from support.machine.sharding import local_tensor, processes_with_shards
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
@@ -62,8 +65,8 @@ class Muon(torch.optim.AdamW):
     Args:
         groups: as for AdamW. The group of matrices has `parts`: into how many matrices of equal height each
             of its parameters is cut. Queries, keys and values share a parameter, but are three matrices.
-        world: the processes that share the work. All have the same gradients; each orthogonalizes some of the
-            matrices and gets the others' from those who did. None: this process does it alone.
+        world: the processes that have a copy of the model each, with the same gradients, and share the work.
+            None: this process does it alone. Of a sharded model, those that have its shards share it.
         dtype: of the matrix products in `orthogonalize`: bfloat16 is exact enough, float16's range too small.
     """
 
@@ -89,38 +92,118 @@ class Muon(torch.optim.AdamW):
                 self.step_matrices(group)
 
     def step_matrices(self, group: dict[str, Any]) -> None:
-        found_inf = getattr(self, "found_inf", group["params"][0].new_zeros(()))  # 1: skip the step
+        device = group["params"][0].device
+        found_inf = getattr(self, "found_inf", torch.zeros((), device=device))  # 1: skip the step
         lr = group["lr"] * (1 - found_inf)
-        same_shape = defaultdict(list)  # (rows, columns) -> pairs of a matrix and its averaged gradient
+        same_shape = defaultdict(list)  # (rows, columns) of a matrix -> parameters and their parts
         for parameter, parts in zip(group["params"], group["parts"], strict=True):
             state = self.state[parameter]
             if not state:
-                state["step"] = parameter.new_zeros(())  # AdamW expects it when it loads a state
+                state["step"] = torch.zeros((), device=device)  # AdamW expects it when it loads a state
                 state["momentum_buffer"] = torch.zeros_like(parameter)
-            state["step"] += 1 - found_inf
-            # In a skipped step the buffer takes the gradient's place, and stays as it is.
-            gradient = torch.where(found_inf > 0, state["momentum_buffer"], parameter.grad)
-            state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-            average = gradient.lerp(state["momentum_buffer"], MOMENTUM)  # Nesterov's look ahead
-            for pair in zip(parameter.chunk(parts), average.chunk(parts), strict=True):
-                same_shape[pair[0].shape].append(pair)
-        for shape, pairs in same_shape.items():
-            matrices, averages = (list(tensors) for tensors in zip(*pairs, strict=True))
-            updates = self.orthogonalize_together(torch.stack(averages))
+            same_shape[len(parameter) // parts, parameter.size(1)].append((parameter, parts))
+        for shape, parameters in same_shape.items():
+            weights = [local_tensor(parameter) for parameter, _ in parameters]
+            averages = torch.cat([self.average(parameter, found_inf) for parameter, _ in parameters])
+            updates = orthogonalize_together(averages.to(self.dtype), shape[0], parameters, self.world)
+            updates = updates.to(averages.dtype)
             updates *= -lr * RMS_OF_ADAMW * math.sqrt(max(shape))  # U V^T has an RMS of 1 / sqrt(max(shape))
-            torch._foreach_mul_(matrices, 1 - lr * group["weight_decay"])
-            torch._foreach_add_(matrices, updates.unbind())
+            torch._foreach_mul_(weights, 1 - lr * group["weight_decay"])
+            torch._foreach_add_(weights, updates.split([len(weight) for weight in weights]))
 
-    def orthogonalize_together(self, matrices: torch.Tensor) -> torch.Tensor:
-        """`orthogonalize`, divided among the processes."""
-        X = matrices.to(self.dtype)
-        if self.world and self.world.size > 1:
-            share = math.ceil(len(X) / self.world.size)
-            own = orthogonalize(X[self.world.rank * share :][:share])
-            own = F.pad(own, (0, 0, 0, 0, 0, share - len(own)))  # the last processes may have less
-            X = X.new_empty(self.world.size * share, *X.shape[1:])
-            all_gather(X, own)
-            X = X[: len(matrices)]
-        else:
-            X = orthogonalize(X)
-        return X.to(matrices.dtype)
+    def average(self, parameter: torch.Tensor, found_inf: torch.Tensor) -> torch.Tensor:
+        """Add a parameter's gradient to its momentum; returns the average of its gradients. Of a sharded
+        parameter, all this is about the rows that this process has."""
+        state = self.state[parameter]
+        state["step"] += 1 - found_inf
+        momentum, gradient = map(local_tensor, (state["momentum_buffer"], parameter.grad))
+        # In a skipped step the buffer takes the gradient's place, and stays as it is.
+        gradient = torch.where(found_inf > 0, momentum, gradient)
+        momentum.lerp_(gradient, 1 - MOMENTUM)
+        return gradient.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
+
+
+# -----------------------------------------------------------------------------
+# the work, divided among the processes
+#
+# Each process owns some of the matrices of one shape, and orthogonalizes these. If each has a copy of the
+# model, an owner has its matrices, and the others get its results: an all-gather. If each has a shard, it
+# has some rows of every matrix. An all-to-all brings an owner the rows of its matrices from all processes,
+# and another all-to-all takes the results back: no process has more matrices whole than its own.
+
+
+def orthogonalize_together(
+    matrices: torch.Tensor, rows: int, parameters: list[tuple[Any, int]], world: World | None
+) -> torch.Tensor:
+    """`orthogonalize` of matrices of one shape, divided among the processes.
+
+    Args:
+        matrices: (all rows that this process has, columns), one matrix below the other; may be overwritten.
+        rows: of a whole matrix.
+        parameters: whose parts the matrices are, one after another, and into how many each is cut.
+        world: as for Muon.
+
+    Returns:
+        The results, of the shape of `matrices`: of each, the rows that this process has.
+    """
+    if group := processes_with_shards(parameters[0][0]):
+        held = [
+            [n for p, parts in parameters for n in rows_in_shard(len(p), parts, rank, group.size())]
+            for rank in range(group.size())
+        ]
+        return orthogonalize_shards(matrices, rows, held, group)
+    X = matrices.view(-1, rows, matrices.size(1))
+    X = orthogonalize_copies(X, world) if world and world.size > 1 else orthogonalize(X)
+    return X.flatten(0, 1)
+
+
+def orthogonalize_copies(matrices: torch.Tensor, world: World) -> torch.Tensor:
+    """`orthogonalize` of (n, rows, columns) matrices that all processes have."""
+    share = math.ceil(len(matrices) / world.size)
+    own = orthogonalize(matrices[world.rank * share :][:share])
+    own = F.pad(own, (0, 0, 0, 0, 0, share - len(own)))  # the last processes may have less
+    X = matrices.new_empty(world.size * share, *matrices.shape[1:])
+    all_gather(X, own)
+    return X[: len(matrices)]
+
+
+def orthogonalize_shards(
+    shards: torch.Tensor, rows: int, held: list[list[int]], group: dist.ProcessGroup
+) -> torch.Tensor:
+    """`orthogonalize` of n matrices of which each process in the group has some rows.
+
+    Args:
+        shards: (all rows that this process has, columns), contiguous; overwritten by the results.
+        rows: of a whole matrix.
+        held: held[r][i] is how many rows of matrix i process r has. A process has those that follow on the
+            previous one's.
+    """
+    rank, size = group.rank(), group.size()
+    share = math.ceil(len(held[0]) / size)
+    owned = [slice(r * share, (r + 1) * share) for r in range(size)]  # the last processes may have less
+    to_owners = [sum(held[rank][matrices]) for matrices in owned]  # rows
+    of_own = [heights[owned[rank]] for heights in held]  # `held` of the matrices that this process owns
+    from_all = [sum(heights) for heights in of_own]
+
+    own = shards.new_empty(sum(from_all), shards.size(1))
+    dist.all_to_all_single(own, shards, from_all, to_owners, group=group)
+    own = transpose_blocks(own, of_own)  # they came by process, then by matrix
+    own = orthogonalize(own.view(-1, rows, own.size(1))).flatten(0, 1)
+    own = transpose_blocks(own, list(zip(*of_own, strict=True)))
+    dist.all_to_all_single(shards, own, to_owners, from_all, group=group)
+    return shards
+
+
+def rows_in_shard(rows: int, parts: int, rank: int, size: int) -> list[int]:
+    """How many rows of each of a parameter's `parts` matrices lie in the shard of process `rank` of `size`.
+    fully_shard cuts the parameter's rows as torch.chunk does, no matter where a matrix ends."""
+    share, height = math.ceil(rows / size), rows // parts
+    first, end = rank * share, (rank + 1) * share
+    return [max(0, min(end, (i + 1) * height) - max(first, i * height)) for i in range(parts)]
+
+
+def transpose_blocks(X: torch.Tensor, heights: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Blocks of rows, heights[i][j] each, that lie ordered by i, then by j, ordered by j, then by i."""
+    blocks = X.split([height for row in heights for height in row])
+    n = len(heights[0]) if heights else 0
+    return torch.cat([X[:0], *itertools.chain(*(blocks[j::n] for j in range(n)))])
