@@ -277,11 +277,12 @@ def test_the_micro_batch_is_computed(monkeypatch):
     object.__setattr__(world, "local", [8] * 8)
     trials = Trials(None, SimpleNamespace(config=xl), config, world, None, print=print, compiled=False)
     sizes = [16, 8, 4, 2, 1]
-    for gigabytes, fit in ((80, (16, 1)), (24, (4, 1)), (16, (2, 1))):
+    # On 24 GB, the unsharded gradients stay between micro-steps; on 16 GB, they are too large.
+    for gigabytes, fit, kept in ((80, (16, 1), 5.8), (24, (4, 32), 5.8), (16, (2, 1), 0)):
         monkeypatch.setattr(World, "memory_limit", lambda *_, size=gigabytes: size * 2**30)
         assert most_rows(sizes, trials.should_fit, 8) == fit
         rows, chunks = fit
-        needed = least_bytes(config, xl, rows, chunks, 8) / 2**30
+        needed = kept + least_bytes(config, xl, rows, chunks, 8) / 2**30
         assert needed < 0.93 * gigabytes
     # Muon's states are smaller; its update takes less than a row of activations, but more than one computed
     # again.

@@ -15,7 +15,7 @@ from support.cli import InputError, brief, plural
 from support.machine import device as devices
 from support.machine.device import GB, HEAD_ROOM, device_name, head_room, is_out_of_memory, type_of
 from support.machine.processes import World
-from support.machine.sharding import ShardedModel, count_shards
+from support.machine.sharding import ShardedModel, are_large, count_shards, gradient_bytes
 
 import torch
 from torch import nn
@@ -231,8 +231,9 @@ class Trials:
         limit = self.world.memory_limit(self.config.memory_limit_gb)
         if self.world.device.type != "cuda" or limit is None:
             return True
-        shards = count_shards(self.config, self.world)
-        return least_bytes(self.config, self.raw_model.config, rows, chunks, shards) <= share * limit
+        shards, gradients = count_shards(self.config, self.world), gradient_bytes(self.raw_model.config)
+        kept = gradients if shards > 1 and not are_large(gradients, limit) else 0
+        return kept + least_bytes(self.config, self.raw_model.config, rows, chunks, shards) <= share * limit
 
     def fit(self, rows: int, chunks: int) -> bool:
         """Whether a step with these rows, and their loss in these chunks, fits into every memory."""

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
     # At run time they are imported where they are used: they take most of a second, and few runs need them.
-    from train_gpt2 import GPT, TrainConfig
+    from train_gpt2 import GPT, GPTConfig, TrainConfig
 
     from torch.distributed.fsdp import FSDPModule
 
@@ -41,6 +41,17 @@ def count_shards(config: "TrainConfig", world: World) -> int:
         raise InputError("--shard divides the model among several processes: start them with torchrun")
     on_hosts = set(world.from_all(int(os.environ.get("LOCAL_WORLD_SIZE", world.size))))
     return world.size if len(on_hosts) > 1 or on_hosts == {1} else on_hosts.pop()
+
+
+def gradient_bytes(model_config: "GPTConfig") -> int:
+    """Of all gradients, unsharded, in float32."""
+    return 4 * model_config.n_parameters
+
+
+def are_large(gradients: float, limit: float | None) -> bool:
+    """Whether unsharded gradients of so many bytes take too much of the memory, `limit`, to be kept between
+    micro-steps."""
+    return gradients > UNSHARDED_GRADIENTS * (limit or 0.0)
 
 
 def weights_on_main_only(shard: bool, world: World) -> contextlib.AbstractContextManager[Any]:
@@ -99,9 +110,8 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     # The rest, with wte and lm_head, which share their weight, stays gathered from forward to backward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
     model.to_empty(device=world.device)
-    limit = world.memory_limit(config.memory_limit_gb) or 0.0
-    gradients = 4 * sum(p.numel() for p in model.parameters())
-    model.gradients_are_large = gradients > UNSHARDED_GRADIENTS * limit
+    limit = world.memory_limit(config.memory_limit_gb)
+    model.gradients_are_large = are_large(gradient_bytes(model.config), limit)
     weights = unsharded.state_dict() if world.is_main else {}
     with torch.no_grad(), autocast_to(world.device, dtype):
         for name, parameter in model.named_parameters():
