@@ -26,7 +26,8 @@ from pretended_gpu import pretended_gpu as pretended
 from support.cli import RunFault
 from support.data.encodings import get_encoding
 from support.machine import device as devices
-from support.machine.processes import STOP_SIGNALS
+from support.machine.measure import measure_machine
+from support.machine.processes import STOP_SIGNALS, World
 from support.model.sampling import stream
 from support.run.curves import read_log
 from support.run.folder import RunFolder
@@ -366,7 +367,18 @@ def test_the_benchmarks_run_as_one_command(config, tmp_path):
     assert json.loads(file.read_text())["parts"].keys() == {"b", "c", "d"}
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_what_a_check_measures(tmp_path):
+    with pretended(count=2, free=60 * GB):
+        world = World(device=torch.device("cuda", 0))
+        found = measure_machine(world, tmp_path / "log", tmp_path / "log/trial")
+    (process,) = found["processes"]
+    assert (process["device"], process["memory"]) == ("NVIDIA H100 80GB HBM3", 80 * GB)
+    assert (process["used"], process["idle"]) == (20 * GB, 1)
+    assert found["links"] is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_check(processes, config, tmp_path):
     names = ("n_layer", "n_head", "n_embd", "sequence_length", "total_batch_size", "device")
     small = replace(config, device="cuda")
@@ -439,8 +451,9 @@ def two_processes(config: TrainConfig, count: int = 2) -> Any:
     [
         pytest.param({}, marks=pytest.mark.slow),
         {"dtype": "bfloat16", "optimizer": "muon"},
-        {"shard": True},
+        pytest.param({"shard": True}, marks=pytest.mark.slow),
         pytest.param({"shard": True, "dtype": "bfloat16"}, marks=pytest.mark.slow),
+        {"shard": True, "optimizer": "muon"},
     ],
     ids=str,
 )

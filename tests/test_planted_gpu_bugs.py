@@ -133,7 +133,7 @@ def test_a_planted_bug_is_found(name, tmp_path):
     bug = BUGS[name]
     for path in (*ROOT.glob("*.py"), ROOT / "pyproject.toml"):
         shutil.copy(path, tmp_path)
-    for folder in ("support", "tests"):
+    for folder in ("support", "tests", "benchmarks"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     source = (tmp_path / bug.file).read_text()
     assert source.count(bug.old) == 1
