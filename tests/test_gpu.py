@@ -80,12 +80,12 @@ def test_it_computes_as_the_cpu_does_and_says_cuda():
     with pretended() as gpu:
         y = x.pin_memory().to("cuda", non_blocking=True)
         assert (y.device, y.is_cuda) == (torch.device("cuda", 0), True)
-        assert gpu.waits == []
+        assert gpu.waits == [], gpu.waits
         assert gpu.allocated == 24
         z = (
             torch.zeros(2, 3, device="cuda") + (y @ y.t()).sum() + torch.tensor(1.0)
         )  # a scalar of the host may
-        assert gpu.waits == []
+        assert gpu.waits == [], gpu.waits
         assert torch.equal(z.cpu(), torch.zeros(2, 3) + (x @ x.t()).sum() + 1)
         assert [wait.reason for wait in gpu.waits] == ["a copy to the host"]
         del y, z
@@ -113,7 +113,7 @@ def test_it_computes_as_the_cpu_does_and_says_cuda():
 def test_it_notes_what_the_host_waits_for(reason, use):
     with pretended() as gpu:
         x = torch.ones(3, device="cuda")
-        assert gpu.waits == []
+        assert gpu.waits == [], gpu.waits
         use(x)
         assert reason in [wait.reason for wait in gpu.waits]
         assert gpu.waits[0].where.startswith("test_gpu.py:")
@@ -215,7 +215,7 @@ def test_the_loss_in_chunks_never_waits():
         model, (x, y) = model.to("cuda"), devices.to_device(torch.device("cuda"), x, y)
         gpu.waits.clear()
         model(x, y).backward()
-        assert gpu.waits == []
+        assert gpu.waits == [], gpu.waits
         torch.testing.assert_close(model.lm_head.weight.grad.cpu(), expected)
 
 
@@ -304,7 +304,7 @@ def test_sampling_never_waits(compile):
         gpu.waits.clear()
         found = torch.cat((idx, *stream(model, idx, 80, temperature=0, compile=compile)), dim=1)
         list(stream(model, idx, 40, seed=1, top_p=0.9, compile=compile))
-        assert gpu.waits == []
+        assert gpu.waits == [], gpu.waits
         assert torch.equal(found.cpu(), expected)
 
 
@@ -322,7 +322,7 @@ def test_scoring_never_waits(protocol):
         gpu.waits.clear()
         limits = limits_for(model)
         found = [score_batch(model, batch, limits) for batch in batches(rendered, limits)]
-        assert gpu.waits == []
+        assert gpu.waits == [], gpu.waits
         torch.testing.assert_close(torch.cat(found).cpu(), torch.cat(expected))
 
 

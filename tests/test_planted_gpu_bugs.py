@@ -86,8 +86,8 @@ BUGS = {
     ),
     "a look at every token": Bug(
         SAMPLING,
-        "        tokens = torch.cat((tokens, unread), dim=1)\n",
-        "        tokens = torch.cat((tokens, unread), dim=1)\n        assert (unread >= 0).all()\n",
+        "            tokens = torch.cat((tokens, unread), dim=1)\n",
+        "            tokens = torch.cat((tokens, unread), dim=1)\n            assert (unread >= 0).all()\n",
         "sampling_never_waits",
         wait=A_VALUE,
     ),
