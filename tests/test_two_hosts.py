@@ -16,9 +16,8 @@ from support.model.huggingface import list_checkpoints
 from support.run.curves import read_log
 
 import pytest
-from filelock import FileLock
 
-HOSTS = ("gpt2-host-a", "gpt2-host-b")
+HOSTS = tuple(f"gpt2-{os.getpid()}-{name}" for name in "ab")  # other tests may run at the same time
 ADDRESSES = ("10.79.31.1", "10.79.31.2")
 
 
@@ -27,14 +26,7 @@ def ip(*arguments, check=True):
 
 
 @pytest.fixture
-def alone(tmp_path_factory):
-    """The namespaces have fixed names: tests that run in parallel take turns."""
-    with FileLock(tmp_path_factory.getbasetemp().parent / "two_hosts.lock"):
-        yield
-
-
-@pytest.fixture
-def two_hosts(alone):
+def two_hosts():
     if not shutil.which("ip") or os.geteuid() != 0:
         pytest.skip("needs root and iproute2 to make network namespaces")
     try:
