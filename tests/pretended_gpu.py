@@ -386,6 +386,9 @@ class Stream:
         event.record()
         return event
 
+    def is_capturing(self) -> bool:
+        return False  # a CUDA graph
+
     def synchronize(self) -> None:
         gpu.wait("a stream")
 
