@@ -213,6 +213,18 @@ def test_a_check_that_is_stopped_leaves_nothing(number, text_shards, tmp_path):
     assert ours == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "text"), [("SIGKILL", "memory was short"), ("SIGABRT", "line: NCCL timeout$")]
+)
+def test_what_a_signal_means(name, text, monkeypatch, tmp_path):
+    """The system sends SIGKILL where memory is short; NCCL and the C library end a process by SIGABRT."""
+    code = f"import os, signal; print('NCCL timeout', flush=True); os.kill(os.getpid(), signal.{name})"
+    monkeypatch.setattr(sys, "argv", ["-c", code])
+    end = Check(TrainConfig(log_dir=tmp_path), get_lr).run_child("measure")
+    assert end["status"] == -getattr(signal, name)
+    assert re.match(f"{name} ended a process; .*{text}", *end["errors"])
+
+
 def test_what_is_told_of_a_fault():
     fine, lost = {"status": 0, "errors": [], "last": ""}, "lost contact with another process, which died"
     assert told([fine, {"status": 1, "errors": ["no GPU"], "last": ""}]) == ["rank 1: no GPU"]

@@ -184,19 +184,19 @@ class Check:
         status = child.wait()
         reader.join(timeout=GRACE)  # a compiler's process may still hold the pipe
         self.lines += lines
+        last = next(filter(None, reversed(lines)), "")
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         if reason is not None:
             status, errors = 1, [reason] if reason else []
-        elif status < 0:
-            name = signal.Signals(-status).name
-            errors = [
-                f"{name} ended a process; if nobody sent it, memory was short: see dmesg, and free some"
-            ]
+        elif status < 0 and not errors:
+            name, short = signal.Signals(-status).name, "memory was short: see dmesg, and free some"
+            why = f"if nobody sent it, {short}" if name == "SIGKILL" else f"its last line: {last}"
+            errors = [f"{name} ended a process; {why}"]
         if TRACEBACK in lines:  # a mistake in the code
             print("\n".join(lines[lines.index(TRACEBACK) :]), file=sys.stderr)
         if status and self.store:
             self.store.set("failed", "")
-        return {"status": status, "errors": errors, "last": next(filter(None, reversed(lines)), "")}
+        return {"status": status, "errors": errors, "last": last}
 
     def wait_for(self, child: "subprocess.Popen[str]", phase: str) -> str | None:
         """Wait for the end of a child, or kill it; returns why, or "" where another process knows."""
