@@ -18,7 +18,7 @@ from support.run.report import A_LONG_TIME, note_on, table
 if TYPE_CHECKING:
     from train_gpt2 import TrainConfig
 
-NOTES = r"training without HellaSwag: |note: \S"  # beginnings of lines that a run prints and goes on
+NOTES = r"training without HellaSwag: |note: \S"  # lines of a run that are warnings
 FIRST_LOSS = 0.05  # The loss before training differs from that of a uniform guess by at most this share.
 FAR_BELOW = 0.6  # of what others report
 LINKS_SHARE = 0.2  # of a step, for its all-reduce
@@ -185,7 +185,7 @@ class Findings:
             "batch": f"{plural(facts['micro_batch_size'], 'row')} x {config.sequence_length} tokens x "
             f"{plural(self.size, 'process')} x {plural(facts['grad_accum_steps'], 'micro-step')}",
             "data": f"{plural(facts['data']['train_shards'], 'shard')}, {facts['data']['train_tokens']:,} "
-            f"training tokens, {self.epochs:.2f} epochs{', all sums right' * config.verify}",
+            f"training tokens, {self.epochs:.2f} epochs{', all checksums right' * config.verify}",
             "first loss": f"{self.first_loss:.2f}; {self.uniform:.2f} for a uniform guess",
             "HellaSwag": f"{plural(facts['hellaswag_items'], 'item')} scored"
             if facts["hellaswag_items"]
