@@ -23,7 +23,7 @@ FIRST_LOSS = 0.05  # The loss before training differs from that of a uniform gue
 FAR_BELOW = 0.6  # of what others report
 LINKS_SHARE = 0.2  # of a step, for its all-reduce
 USED_SHARE = 0.1  # of a GPU's memory, before a run begins: a context and NCCL take less
-MANY_EPOCHS = 1.1  # Less is what rounding makes of one epoch.
+ONE_EPOCH = 1.1  # at most, after rounding
 
 # What others report for GPT-2 (124M) with sequences of 1,024 tokens: tokens/s of one card, and who.
 REPORTED = {
@@ -99,7 +99,7 @@ class Findings:
     # ------------------------------------------------------------------ warnings
 
     def warnings(self) -> list[str]:
-        """What the run survives, but nobody wants."""
+        """What the machine survives, but nobody wants."""
         found = [line for line in self.lines if re.match(NOTES, line)]
         found += [*self.of_the_machine(), *self.of_the_speed(), *self.of_the_run()]
         return list(dict.fromkeys(found))
@@ -158,7 +158,7 @@ class Findings:
             )
         if note := note_on(config, facts["data"]["train_tokens"]):
             found.append(note)
-        elif self.epochs > MANY_EPOCHS:
+        elif self.epochs > ONE_EPOCH:
             found.append(
                 f"the run reads its data {self.epochs:.1f} times: prepare more, or lower --max_steps"
             )
