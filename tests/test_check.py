@@ -213,6 +213,7 @@ def test_a_check_that_is_stopped_leaves_nothing(number, text_shards, tmp_path):
     assert ours == ""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 @pytest.mark.parametrize(
     ("name", "text"), [("SIGKILL", "memory was short"), ("SIGABRT", "line: NCCL timeout$")]
 )
