@@ -643,7 +643,7 @@ def main(config: TrainConfig) -> None:
         print(list_tensors(config))
         return
     if config.check:  # the script runs as a child of itself; only a child goes on, with fewer steps
-        config = check.rehearse(config)
+        config = check.rehearse(config, get_lr)
     world = start_processes(config.device, config.timeout_minutes)
     device, W, T = world.device, world.size, config.sequence_length
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it

@@ -141,20 +141,28 @@ def check_disk(folder: Path, needed: float, purpose: str) -> str:
     return need
 
 
+def make_folder(folder: Path, flag: str) -> None:
+    """Create `folder`, the value of `flag`, if needed. Raises InputError if that can't be done."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "is a file, not a folder" if folder.is_file() else error.strerror or str(error)
+        if folder.is_symlink() and not os.path.exists(folder):
+            reason = "a link to a place that does not exist; is its disk mounted?"
+        raise InputError(f"{flag} {folder}: {reason}") from error
+
+
 def lock_folder(folder: Path, flag: str) -> IO[str]:
     """Lock `folder`, the value of `flag`, and create it if needed.
 
     The lock is released when the returned file is closed or the process ends, however it ends. Raises
     InputError if another process holds it. Where the file system has no locks, print a note and do without.
     """
+    make_folder(folder, flag)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115 - the caller holds it
     except OSError as error:
-        reason = "is a file, not a folder" if folder.is_file() else error.strerror or str(error)
-        if folder.is_symlink() and not os.path.exists(folder):
-            reason = "a link to a place that does not exist; is its disk mounted?"
-        raise InputError(f"{flag} {folder}: {reason}") from error
+        raise InputError(f"{flag} {folder}: {error.strerror or error}") from error
     try:
         if os.name == "nt":
             import msvcrt

@@ -9,16 +9,21 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 from conftest import ROOT, TINY, call, faulty, make_shards, run, torchrun
-from support.files import to_json
+from pretended_gpu import pretended_gpu
+from support.files import sha256, to_json
 from support.machine.device import card_name
+from support.machine.measure import describe_device
+from support.machine.processes import World
 from support.run import check
 from support.run.check import Check, rehearse, told
 from support.run.findings import REPORTED, Findings
-from train_gpt2 import MAY_CHANGE, TrainConfig
+from train_gpt2 import MAY_CHANGE, TrainConfig, get_lr
 
 import pytest
+import torch
 
 ITEMS = [
     {
@@ -69,7 +74,7 @@ def test_a_check_tries_everything_and_changes_nothing(text_shards, tmp_path, mon
     rate = float(rows["speed"].split()[0].replace(",", ""))
     cost = float(re.search(r"\$([\d.,]+)", rows["cost"])[1].replace(",", ""))
     assert cost == pytest.approx(40 * 256 / rate, rel=0.02, abs=0.01)  # a dollar a second
-    assert f"WARNING: {log_dir} already holds a run: add --resume" in done.stdout
+    assert f"WARNING: {log_dir} already holds a run; continue it with --resume" in done.stdout
     assert "WARNING: less than 1,000,000 tokens" in done.stdout
     assert done.stdout.index("WARNING") < done.stdout.index("device:")
 
@@ -128,8 +133,8 @@ def is_one_line(done, status, text):
 
 def test_bad_input_is_found(text_shards, tmp_path):
     (tmp_path / "file").write_text("")
-    done = call("train_gpt2.py", *flags(text_shards, tmp_path / "file/log"), check=False)
-    assert is_one_line(done, 2, "--log_dir .*file/log: ")
+    done = call("train_gpt2.py", *flags(text_shards, tmp_path / "file"), check=False)
+    assert is_one_line(done, 2, "--log_dir .*/file: is a file, not a folder$")
 
 
 @pytest.mark.slow
@@ -208,6 +213,19 @@ def test_a_check_that_is_stopped_leaves_nothing(number, text_shards, tmp_path):
     assert ours == ""
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
+@pytest.mark.parametrize(
+    ("name", "text"), [("SIGKILL", "memory was short"), ("SIGABRT", "line: NCCL timeout$")]
+)
+def test_what_a_signal_means(name, text, monkeypatch, tmp_path):
+    """The system sends SIGKILL where memory is short; NCCL and the C library end a process by SIGABRT."""
+    code = f"import os, signal; print('NCCL timeout', flush=True); os.kill(os.getpid(), signal.{name})"
+    monkeypatch.setattr(sys, "argv", ["-c", code])
+    end = Check(TrainConfig(log_dir=tmp_path), get_lr).run_child("measure")
+    assert end["status"] == -getattr(signal, name)
+    assert re.match(f"{name} ended a process; .*{text}", *end["errors"])
+
+
 def test_what_is_told_of_a_fault():
     fine, lost = {"status": 0, "errors": [], "last": ""}, "lost contact with another process, which died"
     assert told([fine, {"status": 1, "errors": ["no GPU"], "last": ""}]) == ["rank 1: no GPU"]
@@ -222,7 +240,7 @@ def test_what_is_told_of_a_fault():
 def test_a_check_that_failed_is_not_restarted(monkeypatch, tmp_path):
     """torchrun --max_restarts would run it again."""
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert Check(TrainConfig(log_dir=tmp_path)).run() == 1
+    assert Check(TrainConfig(log_dir=tmp_path), get_lr).run() == 1
 
 
 # ------------------------------------------------------------------ what is concluded
@@ -236,6 +254,7 @@ FACTS = {
     "parameters": 124_439_808,
     "flops_per_token": 857e6,
     "model_config": {"n_layer": 12, "n_embd": 768, "vocab_size": 50257},
+    "recipe": {"n_layer": 12, "data": "the fingerprint", "order_of_tokens": 2, "max_lr": 1e-4},
     "data": {"train_tokens": 9_900_000_000, "train_shards": 99},
     "warm_up_step_seconds": 0.4,
     "micro_batch_size": 64,
@@ -267,7 +286,7 @@ def findings(folder, config=None, facts=None, machine=None, loss=10.95, step=STE
     (folder / "trial/status.json").write_text(to_json({"step_seconds": step, "events": events}))
     (folder / "trial/log.txt").write_text(f"0 val {loss}\n")
     config = replace(TrainConfig(log_dir=folder / "log"), **(config or {}))
-    return Findings(config, folder / "trial", list(lines))
+    return Findings(config, folder / "trial", list(lines), get_lr)
 
 
 def test_a_healthy_machine_has_no_warnings(tmp_path):
@@ -314,8 +333,72 @@ def test_a_warning(changes, warning, tmp_path):
     assert re.search(warning, line), line
 
 
+@pytest.mark.parametrize(
+    ("config", "warnings"),
+    [
+        ({"seed": 5, "resume": True}, []),
+        ({"resume": True}, [".*can't be resumed with another recipe: seed was 5, is 1337$"]),
+        ({}, [".*already holds a run; continue it with --resume"]),
+    ],
+)
+def test_what_the_run_will_say_about_its_folder(config, warnings, tmp_path):
+    """A check reads the folder as the run will, and changes nothing there."""
+    then = FACTS["recipe"] | TrainConfig(seed=5).recipe_fields()
+    facts = {"run_id": "1", "interruptions": 0, "saved": False, "recipe": then}
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log/run.json").write_text(to_json(facts))
+    (tmp_path / "log/log.txt").write_text("0 train 11.0\n")
+    before = files_of(tmp_path / "log")
+    found = findings(tmp_path, config).warnings()
+    assert len(found) == len(warnings)
+    assert all(map(re.match, warnings, found)), found
+    assert files_of(tmp_path / "log") == before
+
+
+def test_what_is_left_of_a_run(tmp_path):
+    (tmp_path / "log").mkdir()
+    for step in (10, 20):
+        folder = tmp_path / f"log/checkpoint_{step:05}"
+        folder.mkdir()
+        state = dict.fromkeys(("optimizer", "scaler", "rng", "loss"))
+        recipe = FACTS["recipe"] | TrainConfig().recipe_fields()
+        torch.save({**state, "step": step, "recipe": recipe}, folder / "trainer.pt")
+        (folder / "model.safetensors").write_bytes(b"")
+        (folder / "config.json").write_bytes(b"")
+        names = sorted(file.name for file in folder.iterdir())
+        sums = "".join(f"{sha256(folder / name)}  {name}\n" for name in names)
+        (folder / "SHA256SUMS").write_text(sums)
+    (tmp_path / "log/checkpoint_00020/config.json").write_bytes(b"damaged")
+    found = findings(tmp_path, {"resume": True})
+    assert found.training_seconds == (19_073 - 10) * STEP
+    assert [re.search("DAMAGED: .*_00020", line) is not None for line in found.warnings()] == [True]
+
+
+def test_a_child_is_read_to_its_end_though_nobody_reads_the_check(monkeypatch, tmp_path):
+    """`--check | head`: the child would wait for ever to print, and the thread end in a traceback."""
+    trial = Check(TrainConfig(log_dir=tmp_path), get_lr)
+
+    def nobody(text):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(trial, "print", nobody)
+    lines: list[str] = []
+    trial.read_lines(SimpleNamespace(stdout=["step 0 | loss\n", "done\n"]), lines)
+    assert lines == ["step 0 | loss", "done"]
+
+
+def test_gpus_that_have_a_process_are_not_idle(monkeypatch, tmp_path):
+    """Without torchrun, LOCAL_WORLD_SIZE may be missing."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for processes, idle in ((2, 0), (1, 1)):
+        with pretended_gpu(count=2):
+            assert describe_device(World(0, processes, torch.device("cuda", 0)))["idle"] == idle
+    two_hosts = {"processes": [PROCESS | {"idle": 8 - 16}]}
+    assert findings(tmp_path, machine=two_hosts).warnings() == []
+
+
 def test_a_run_that_would_take_years_is_not_tried(tmp_path):
-    trial = Check(TrainConfig(log_dir=tmp_path))
+    trial = Check(TrainConfig(log_dir=tmp_path), get_lr)
     trial.folder.mkdir()
     assert trial.too_slow() is None
     (trial.folder / "run.json").write_text(to_json(FACTS | {"warm_up_step_seconds": 90.0}))
@@ -335,7 +418,7 @@ def test_a_child_does_what_the_run_does(monkeypatch, tmp_path):
     asked: list[str] = []
     monkeypatch.setattr(check, "check_tracker", asked.append)  # not every machine has one
     config = TrainConfig(check=True, resume=True, tracker="wandb", val_every=0)
-    child = rehearse(config)
+    child = rehearse(config, get_lr)
     assert asked == ["wandb"]  # whether it is installed; nothing is sent to it
     different = {name for name, value in vars(config).items() if vars(child)[name] != value}
     assert different - MAY_CHANGE == {"max_steps", "max_lr", "warmup_steps", "schedule", "cooldown"}

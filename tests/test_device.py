@@ -271,6 +271,12 @@ def test_the_bus_alone_means_no_gpu(tmp_path, monkeypatch):
     assert not device.nvidia_gpu_is_meant(tmp_path)
 
 
+UNEXPECTED = (
+    "Unexpected error from cudaGetDeviceCount(). Did you run some cuda functions before calling "
+    "NumCudaDevices() that might have already set an error? "
+)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="the program is a shell script")
 @pytest.mark.parametrize(
     ("cuda", "visible", "said", "why"),
@@ -281,6 +287,8 @@ def test_the_bus_alone_means_no_gpu(tmp_path, monkeypatch):
         ("13.0", None, "No CUDA GPUs are available", "No CUDA GPUs are available; see what nvidia-smi says"),
         ("13.0", "0", "The NVIDIA driver on your system is too old (found version 11040)", r"11040\); see"),
         ("13.0", None, "Found no NVIDIA driver on your system.", "NVIDIA driver on your system.; see"),
+        ("13.0", None, UNEXPECTED + "Error 803: no such driver", "Error 803: no such driver; see"),
+        ("13.0", None, UNEXPECTED + "Error 802: system not yet initialized", "; start nvidia-fabricmanager"),
     ],
 )
 def test_why_there_is_no_gpu_is_said_instead_of_training_on_the_cpu(

@@ -115,7 +115,10 @@ def why_no_cuda() -> str:
     try:
         torch.cuda.init()
     except Exception as error:  # RuntimeError of many kinds
-        said = brief(error)
+        words = re.search(r"Error \d+: .*", str(error))  # CUDA's own stand behind a long sentence of PyTorch
+        said = words[0] if words else brief(error)
+    if said.startswith("Error 802"):  # cudaErrorSystemNotReady: a node with NVSwitch, not ready yet
+        return f"{said}; start nvidia-fabricmanager, of the driver's version"
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None and "No CUDA GPUs" in said:
         return f"CUDA_VISIBLE_DEVICES is {visible!r}; unset it, or let it name a GPU"

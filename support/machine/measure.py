@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -10,8 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from support.cli import InputError, with_remedy
-from support.files import try_to_save
+from support.files import make_folder, try_to_save
 from support.machine import device as devices
 from support.machine.processes import World
 
@@ -39,7 +37,6 @@ def describe_device(world: World) -> dict[str, Any]:
     of it is in use, and how many GPUs of the host have no process."""
     found: dict[str, Any] = {
         "device": devices.device_name(world.device),
-        "host": platform.node(),
         "host_memory": devices.free_host_memory(),
     }
     if world.device.type == "cuda":
@@ -48,7 +45,7 @@ def describe_device(world: World) -> dict[str, Any]:
             "driver": driver_version(),
             "memory": total,
             "used": total - free,
-            "idle": torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", 1)),
+            "idle": torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", world.size)),
         }
     return found
 
@@ -82,11 +79,9 @@ def measure_links(world: World) -> float | None:
 def measure_disk(log_dir: Path, folder: Path) -> dict[str, float]:
     """Make `folder`, inside `log_dir`. Returns the disk's free bytes, and the bytes/s of writing and flushing
     a file. Raises InputError where no checkpoint can be saved."""
-    try:
-        folder.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"--log_dir {log_dir}: {with_remedy(error)}") from error
+    make_folder(log_dir, "--log_dir")
     try_to_save(log_dir, "--log_dir")
+    folder.mkdir()
     free = shutil.disk_usage(folder).free
     block = os.urandom(2**22)  # some file systems compress zeros
     n_blocks = min(DISK_BYTES, free // 4) // len(block)

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -52,12 +53,12 @@ GRACE = 10  # seconds for a child to end by itself, once another process's child
 SAME_LOSS = 1e-3  # The losses of a resumed step differ by at most this share; on a CPU, not at all.
 
 
-def rehearse(config: "TrainConfig") -> "TrainConfig":
+def rehearse(config: "TrainConfig", get_lr: Callable[[int, "TrainConfig"], float]) -> "TrainConfig":
     """In a child, the configuration to go on with. In the process that got --check, check the run of `config`
-    and exit: with 0, with 1 after a fault, with 2 after bad input."""
+    and `get_lr`, and exit: with 0, with 1 after a fault, with 2 after bad input."""
     phase = os.environ.get(CHECK_PHASE)
     if phase is None:
-        sys.exit(Check(config).run())
+        sys.exit(Check(config, get_lr).run())
     folder = Path(os.environ[CHECK_FOLDER])
     if phase == "measure":
         measure(config, folder)
@@ -100,8 +101,8 @@ def measure(config: "TrainConfig", folder: Path) -> None:
 class Check:
     """The check, in one of the processes that got --check."""
 
-    def __init__(self, config: "TrainConfig"):
-        self.config = config
+    def __init__(self, config: "TrainConfig", get_lr: Callable[[int, "TrainConfig"], float]):
+        self.config, self.get_lr = config, get_lr
         self.rank, _, self.size = read_layout()
         self.folder = own_name(config.log_dir / "trial")  # should it be left, the next run removes it
         self.limit = 60 * config.timeout_minutes  # seconds of a phase
@@ -147,7 +148,7 @@ class Check:
                 self.print_faults(told(ends))
                 return 2 if any(end["status"] == 2 for end in ends) else 1
             if phase == "train" and self.rank == 0:
-                findings = Findings(self.config, self.folder, self.lines)
+                findings = Findings(self.config, self.folder, self.lines, self.get_lr)
                 losses = last_losses(self.folder)
                 shutil.rmtree(list_checkpoints(self.folder)[-1])
         if not findings:  # another process reports
@@ -183,19 +184,19 @@ class Check:
         status = child.wait()
         reader.join(timeout=GRACE)  # a compiler's process may still hold the pipe
         self.lines += lines
+        last = next(filter(None, reversed(lines)), "")
         errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
         if reason is not None:
             status, errors = 1, [reason] if reason else []
-        elif status < 0:
-            name = signal.Signals(-status).name
-            errors = [
-                f"{name} ended a process; if nobody sent it, memory was short: see dmesg, and free some"
-            ]
+        elif status < 0 and not errors:
+            name, short = signal.Signals(-status).name, "memory was short: see dmesg, and free some"
+            why = f"if nobody sent it, {short}" if name == "SIGKILL" else f"its last line: {last}"
+            errors = [f"{name} ended a process; {why}"]
         if TRACEBACK in lines:  # a mistake in the code
             print("\n".join(lines[lines.index(TRACEBACK) :]), file=sys.stderr)
         if status and self.store:
             self.store.set("failed", "")
-        return {"status": status, "errors": errors, "last": next(filter(None, reversed(lines)), "")}
+        return {"status": status, "errors": errors, "last": last}
 
     def wait_for(self, child: "subprocess.Popen[str]", phase: str) -> str | None:
         """Wait for the end of a child, or kill it; returns why, or "" where another process knows."""
@@ -235,7 +236,8 @@ class Check:
         for line in child.stdout or ():
             lines.append(line.rstrip())
             if re.match(PROGRESS, line):
-                self.print(f"    {line.rstrip()}")
+                with contextlib.suppress(OSError):  # The main thread, too, will find that nobody reads.
+                    self.print(f"    {line.rstrip()}")
 
     def print(self, text: str) -> None:
         if self.rank == 0:

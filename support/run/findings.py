@@ -3,13 +3,14 @@
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from support.cli import duration, file_size, plural
+from support.cli import InputError, duration, file_size, plural
 from support.machine.device import card_name, peak_flops
 from support.machine.processes import World
-from support.model.huggingface import list_checkpoints, step_of
+from support.model.huggingface import list_checkpoints
 from support.run.curves import read_log, read_run, read_status
 from support.run.folder import SAVE_AT_LEAST_EVERY, RunFolder
 from support.run.report import A_LONG_TIME, note_on, table
@@ -17,12 +18,12 @@ from support.run.report import A_LONG_TIME, note_on, table
 if TYPE_CHECKING:
     from train_gpt2 import TrainConfig
 
-NOTES = r"training without HellaSwag: |note: \S"  # beginnings of lines that a run prints and goes on
+NOTES = r"training without HellaSwag: |note: \S"  # lines of a run that are warnings
 FIRST_LOSS = 0.05  # The loss before training differs from that of a uniform guess by at most this share.
 FAR_BELOW = 0.6  # of what others report
 LINKS_SHARE = 0.2  # of a step, for its all-reduce
 USED_SHARE = 0.1  # of a GPU's memory, before a run begins: a context and NCCL take less
-MANY_EPOCHS = 1.1  # Less is what rounding makes of one epoch.
+ONE_EPOCH = 1.1  # at most, after rounding
 
 # What others report for GPT-2 (124M) with sequences of 1,024 tokens: tokens/s of one card, and who.
 REPORTED = {
@@ -37,9 +38,15 @@ REPORTED = {
 class Findings:
     """What the phases of a check have left behind, and what follows for the run."""
 
-    def __init__(self, config: "TrainConfig", folder: Path, lines: list[str]):
-        """`config`: of the run that is checked; `folder`, `lines`: of the steps that were tried, and what was
-        printed meanwhile."""
+    def __init__(
+        self,
+        config: "TrainConfig",
+        folder: Path,
+        lines: list[str],
+        get_lr: Callable[[int, "TrainConfig"], float],
+    ):
+        """`config`, `get_lr`: of the run that is checked. `folder`, `lines`: of the steps that were tried,
+        and what was printed meanwhile."""
         machine = json.loads((folder / "machine.json").read_text(encoding="utf-8"))
         facts, status = read_run(folder), read_status(folder)
         self.config, self.machine, self.facts, self.lines = config, machine, facts, lines
@@ -55,11 +62,19 @@ class Findings:
         peak = None if facts["precision"].startswith("float32") else peak_flops(facts["device"])
         self.mfu = peak and self.rate * facts["flops_per_token"] / (peak * self.size)
         # The run, or what is left of it.
-        before = list_checkpoints(config.log_dir)
-        done = step_of(before[-1]) if before and config.resume else 0
-        self.training_seconds = (config.max_steps - done) * self.step_seconds
+        self.of_the_folder: list[str] = []
+        run = RunFolder(config, World(), self.of_the_folder.append)
+        run.get_lr, run.recipe = get_lr, facts["recipe"] | config.recipe_fields()
+        run.defaults = facts["recipe"] | type(config)().recipe_fields()
+        try:
+            run.look(lock=False)
+        except InputError as error:  # the run will end with it
+            self.of_the_folder.append(str(error))
+        steps_left = max(0, config.max_steps - run.trainer.get("step", 0))
+        self.training_seconds = steps_left * self.step_seconds
         self.epochs = config.max_steps * config.total_batch_size / facts["data"]["train_tokens"]
-        self.disk_needed = max(0, self.most_checkpoints() - len(before)) * self.checkpoint_bytes
+        more = self.most_checkpoints() - len(list_checkpoints(config.log_dir))
+        self.disk_needed = max(0, more) * self.checkpoint_bytes
         # An all-reduce of the gradients, in float32.
         moved = 2 * (self.size - 1) / self.size * 4 * facts["parameters"]
         self.links_seconds = moved / machine["links"] if machine["links"] else 0.0
@@ -84,7 +99,7 @@ class Findings:
     # ------------------------------------------------------------------ warnings
 
     def warnings(self) -> list[str]:
-        """What the run survives, but nobody wants."""
+        """What the machine survives, but nobody wants."""
         found = [line for line in self.lines if re.match(NOTES, line)]
         found += [*self.of_the_machine(), *self.of_the_speed(), *self.of_the_run()]
         return list(dict.fromkeys(found))
@@ -94,7 +109,7 @@ class Findings:
         found = []
         if len(names := sorted({process["device"] for process in processes})) > 1:
             found.append(f"the devices differ, and the slowest sets the pace: {', '.join(names)}")
-        if idle := max(process.get("idle", 0) for process in processes):
+        if (idle := max(process.get("idle", 0) for process in processes)) > 0:
             found.append(f"{plural(idle, 'GPU')} would be idle: see --nproc_per_node")
         if used := [p for p in processes if p.get("used", 0) > USED_SHARE * p.get("memory", 0)]:
             found.append(f"other programs use {file_size(used[0]['used'])} of a GPU: see nvidia-smi")
@@ -135,9 +150,7 @@ class Findings:
 
     def of_the_run(self) -> list[str]:
         config, facts = self.config, self.facts
-        found = []
-        if not config.resume and RunFolder(config, World(), print).holds_a_run():
-            found.append(f"{config.log_dir} already holds a run: add --resume, or choose another --log_dir")
+        found = [*self.of_the_folder]
         if not config.init_from and not abs(self.first_loss - self.uniform) <= FIRST_LOSS * self.uniform:
             found.append(
                 f"the loss before training is {self.first_loss:.2f}; a model that knows nothing has about "
@@ -145,7 +158,7 @@ class Findings:
             )
         if note := note_on(config, facts["data"]["train_tokens"]):
             found.append(note)
-        elif self.epochs > MANY_EPOCHS:
+        elif self.epochs > ONE_EPOCH:
             found.append(
                 f"the run reads its data {self.epochs:.1f} times: prepare more, or lower --max_steps"
             )
@@ -172,7 +185,7 @@ class Findings:
             "batch": f"{plural(facts['micro_batch_size'], 'row')} x {config.sequence_length} tokens x "
             f"{plural(self.size, 'process')} x {plural(facts['grad_accum_steps'], 'micro-step')}",
             "data": f"{plural(facts['data']['train_shards'], 'shard')}, {facts['data']['train_tokens']:,} "
-            f"training tokens, {self.epochs:.2f} epochs{', all sums right' * config.verify}",
+            f"training tokens, {self.epochs:.2f} epochs{', all checksums right' * config.verify}",
             "first loss": f"{self.first_loss:.2f}; {self.uniform:.2f} for a uniform guess",
             "HellaSwag": f"{plural(facts['hellaswag_items'], 'item')} scored"
             if facts["hellaswag_items"]

@@ -110,13 +110,27 @@ class RunFolder:
 
     def open_here(self) -> int:
         """`open`, in the main process."""
+        for name in self.look(lock=True):  # make room: the run will save these steps again
+            aside = self.path / f"{name}.damaged"
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.path / name).rename(aside)
+        # A run's own, which was killed while it wrote:
+        for name in ("checkpoint_*", "trial.*", "log.txt.*", "run.json.*", "status.json.*", "loss.png.*"):
+            for leftover in self.path.glob(f"{name}.tmp"):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return self.trainer.get("step", 0)
+
+    def look(self, lock: bool) -> list[str]:
+        """Find the newest sound checkpoint; returns the names of damaged ones. Without `lock`, nothing in the
+        folder changes. Raises InputError as `open` does."""
         begun = self.holds_a_run()
         if begun and not self.config.resume:
             raise InputError(
                 f"{self.path} already holds a run; continue it with --resume, choose another --log_dir, or "
                 "delete the folder to start over"
             )
-        self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
+        if lock:
+            self.lock_file = lock_folder(self.path, "--log_dir")  # held until the end
         if begun:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # run.json may be damaged
                 before = read_run(self.path)
@@ -134,15 +148,7 @@ class RunFolder:
             self.compare_recipes(self.trainer["recipe"], self.trainer.get("step", 0))
         elif begun:
             self.check_nothing_is_lost()
-        for name in damaged:  # make room: the run will save these steps again
-            aside = self.path / f"{name}.damaged"
-            shutil.rmtree(aside, ignore_errors=True)
-            (self.path / name).rename(aside)
-        # A run's own, which was killed while it wrote:
-        for name in ("checkpoint_*", "trial.*", "log.txt.*", "run.json.*", "status.json.*", "loss.png.*"):
-            for leftover in self.path.glob(f"{name}.tmp"):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return self.trainer.get("step", 0)
+        return damaged
 
     def read_lines(self) -> list[bytes]:
         """The lines of log.txt with their ends; none if there is no such file."""
