@@ -334,24 +334,26 @@ def test_a_warning(changes, warning, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "warnings"),
+    ("config", "warnings", "refusals"),
     [
-        ({"seed": 5, "resume": True}, []),
-        ({"resume": True}, [".*can't be resumed with another recipe: seed was 5, is 1337$"]),
-        ({}, [".*already holds a run; continue it with --resume"]),
+        ({"seed": 5, "resume": True}, [], []),
+        ({"resume": True}, [], [".*can't be resumed with another recipe: seed was 5, is 1337$"]),
+        ({}, [".*already holds a run; continue it with --resume"], []),
     ],
 )
-def test_what_the_run_will_say_about_its_folder(config, warnings, tmp_path):
-    """A check reads the folder as the run will, and changes nothing there."""
+def test_what_the_run_will_say_about_its_folder(config, warnings, refusals, tmp_path):
+    """A check reads the folder as the run will, and changes nothing there. What --resume refuses is a fault;
+    that --resume is missing, a warning."""
     then = FACTS["recipe"] | TrainConfig(seed=5).recipe_fields()
     facts = {"run_id": "1", "interruptions": 0, "saved": False, "recipe": then}
     (tmp_path / "log").mkdir()
     (tmp_path / "log/run.json").write_text(to_json(facts))
     (tmp_path / "log/log.txt").write_text("0 train 11.0\n")
     before = files_of(tmp_path / "log")
-    found = findings(tmp_path, config).warnings()
-    assert len(found) == len(warnings)
-    assert all(map(re.match, warnings, found)), found
+    found = findings(tmp_path, config)
+    for expected, lines in ((warnings, found.warnings()), (refusals, found.refusals)):
+        assert len(lines) == len(expected)
+        assert all(map(re.match, expected, lines)), lines
     assert files_of(tmp_path / "log") == before
 
 

@@ -164,8 +164,8 @@ class Check:
         ]
         same = "the same digits" if again == losses else "the same losses within 0.1%"
         self.print(findings.table("other losses" if faults else same))
-        self.print_faults(faults)
-        return 1 if faults else 0
+        self.print_faults([*faults, *findings.refusals])
+        return 1 if faults or findings.refusals else 0
 
     def run_child(self, phase: str) -> dict[str, Any]:
         """Run this process's child of a phase to its end: its exit status, what errors it told, and the last

@@ -63,13 +63,14 @@ class Findings:
         self.mfu = peak and self.rate * facts["flops_per_token"] / (peak * self.size)
         # The run, or what is left of it.
         self.of_the_folder: list[str] = []
+        self.refusals: list[str] = []  # why --resume will not continue it
         run = RunFolder(config, World(), self.of_the_folder.append)
         run.get_lr, run.recipe = get_lr, facts["recipe"] | config.recipe_fields()
         run.defaults = facts["recipe"] | type(config)().recipe_fields()
         try:
             run.look(lock=False)
-        except InputError as error:  # the run will end with it
-            self.of_the_folder.append(str(error))
+        except InputError as error:  # the run will end with it, unless --resume is still to come
+            (self.refusals if config.resume else self.of_the_folder).append(str(error))
         steps_left = max(0, config.max_steps - run.trainer.get("step", 0))
         self.training_seconds = steps_left * self.step_seconds
         self.epochs = config.max_steps * config.total_batch_size / facts["data"]["train_tokens"]
