@@ -183,7 +183,7 @@ def test_one_of_two_processes_killed(flags, tmp_path, undisturbed):
     assert time.monotonic() - killed_at < 60
     assert not any(alive(child) for child in children)
     done = call("train_gpt2.py", *flags, "--resume")
-    assert "resuming at step 4" in done.stdout
+    assert re.search("resuming at step [46] ", done.stdout)  # the save at step 6 may have been complete
     compare_losses(tmp_path / "log", undisturbed)
 
 
