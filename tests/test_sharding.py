@@ -186,7 +186,8 @@ def test_muon_has_the_losses_of_one_process_with_shards_that_end_anywhere(tmp_pa
 
 @pytest.mark.slow
 def test_a_divided_run_has_the_losses_of_one_process(flags, tmp_path):
-    """A shorter version of the next one, and test_gpu.py has the shortest: losses, the validation, and each process's share of the bytes."""
+    """A shorter version of the next one: losses, the validation, and each process's share of the bytes. The
+    shortest is test_gpu.py's."""
     flags = (*flags, "--max_steps=4", "--val_every=2", "--checkpoint_every=0", "--sample_every=0")
     divided = train(2, flags, tmp_path / "shard", "--shard", faults=f"bytes={tmp_path / 'bytes'}")
     assert "divided among" in divided.stdout
