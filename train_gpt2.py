@@ -182,8 +182,7 @@ MAY_CHANGE = {
     # How often a run is measured and saved, and what it says, changes none of its losses.
     *("val_every", "val_tokens", "hellaswag_every", "hellaswag_data", "hellaswag_limit", "sample_every"),
     *("checkpoint_every", "keep_every", "verify", "check", "tracker", "dollars_per_hour"),
-    "describe",
-    *("log_dir", "resume"),
+    *("describe", "log_dir", "resume"),
     # Another machine sees the same tokens in every step; its losses are equal within the precision.
     *("device", "dtype", "compile", "micro_batch_size", "memory_limit_gb", "shard", "recompute"),
     "timeout_minutes",
