@@ -55,9 +55,20 @@ WAYS: dict[str, dict[str, Any]] = {
     "Muon": {"optimizer": "muon", "schedule": "trapezoid", "warmup_steps": 100},
 }
 TUTORIAL_RATE = 6e-4
-VARIANTS = ("momentum", "zero", "cautious", "average", "batches", "halves")  # see benchmarks/variants.py
-VARIANT_STEPS = 500  # of the smallest size
-SWEEP = {"AdamW": (2e-3, 4e-3, 8e-3), "Muon": (4e-3, 8e-3, 16e-3)}
+VARIANTS = (  # see benchmarks/variants.py
+    "momentum", "zero", "cautious", "average", "batches", "halves", "nesterov", "power", "both",
+)  # fmt: skip
+SWEEP_STEPS = 500  # of the sweeps and the variants
+SWEEP = {"AdamW": (2e-3, 4e-3, 8e-3), "Muon": (4e-3, 8e-3, 16e-3)}  # the rates to begin with
+GRID: dict[str, tuple[float, ...]] = {  # the other fields that are swept, one at a time
+    "cooldown": (0.4, 0.6, 0.8, 1.0),
+    "weight_decay": (0.0, 0.03, 0.1, 0.3),
+    "adamw_lr_ratio": (0.5, 1.0, 2.0, 4.0, 8.0),
+}
+DEFAULT = {"cooldown": 0.6, "weight_decay": 0.1, "adamw_lr_ratio": 2.0}  # train_gpt2.py's
+LONG_DECAYS = (0.0, 0.1, 0.3)  # also tried with twice the steps
+CHOSEN = {"tutorial": "", "AdamW": "", "Muon": ""}  # by the sweeps: what the comparison changes
+TOKENS_PER_STEP, VAL_EVERY = 4096, 125
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,9 @@ class Config:
     jobs: PositiveInt = 2  # runs at once
     hours: PositiveFloat | None = None  # begin no run after so many hours
     steps: PositiveInt = STEPS  # of a full run
-    variants: bool = False  # Muon with one idea more each, at the first size
+    sweeps: bool = False  # the rate and other fields of AdamW and Muon, one at a time
+    batches: bool = False  # half and twice the tokens in a step, with rates of their own
+    variants: tuple[str, ...] = ()  # Muon with one idea more each, see benchmarks/variants.py
     table: bool = False  # only print the table of what is measured, and draw the picture
     out: Path = ROOT / "benchmarks/results/recipes_cpu.json"
     picture: Path = ROOT / "docs/recipes.png"  # loss against tokens, at the middle size
@@ -84,10 +97,12 @@ class Run(NamedTuple):
     rate: float  # peak learning rate
     seed: int
     steps: int
+    changes: str = ""  # further flags, such as "--cooldown 0.8"
 
     @property
     def name(self) -> str:
-        return f"{self.size}_{self.way}_{self.rate:.2g}_{self.seed}_{self.steps}"
+        changes = self.changes.replace(" --", "_").replace("--", "_").replace(" ", "=")
+        return f"{self.size}_{self.way}_{self.rate:.2g}_{self.seed}_{self.steps}{changes}"
 
     def command(self, config: Config) -> list[str]:
         variant = self.way in VARIANTS
@@ -98,11 +113,13 @@ class Run(NamedTuple):
             "recipe": "tutorial" if self.way == "tutorial" else "fast",
             "max_lr": self.rate, "seed": self.seed, "max_steps": self.steps * halves,
             "data_dir": config.data_dir, "log_dir": config.folder / self.name, "sequence_length": 128,
-            "total_batch_size": 4096 // halves, "val_every": 125 * halves, "val_tokens": 65_536,
-            "hellaswag_every": 0, "sample_every": 0, "checkpoint_every": 0 if variant else 250,
-            "dtype": "bfloat16",
+            "total_batch_size": TOKENS_PER_STEP // halves, "val_every": VAL_EVERY * halves,
+            "val_tokens": 65_536, "hellaswag_every": 0, "sample_every": 0,
+            "checkpoint_every": 0 if variant else 250, "dtype": "bfloat16",
         }  # fmt: skip
         flags["warmup_steps"] *= halves
+        words = self.changes.replace("--", "").split()
+        flags |= dict(zip(words[::2], words[1::2], strict=True))
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         return [sys.executable, *script, *words, "--no_compile", *([] if variant else ["--resume"])]
 
@@ -115,65 +132,129 @@ def final(results: Results, run: Run) -> float | None:
     return results[run.name]["loss"] if run.name in results else None
 
 
-def best_rate(results: Results, size: str, way: str, steps: int) -> float | None:
+def best_rate(results: Results, size: str, way: str, steps: int, changes: str = "") -> float | None:
     """The rate with the lowest final loss among the first seed's runs; None if there are none."""
+    of_way = (size, way, SEEDS[0], steps, changes)
     losses = {
         r["rate"]: r["loss"] for r in results.values()
-        if (r["size"], r["way"], r["seed"], r["steps"]) == (size, way, SEEDS[0], steps)
+        if (r["size"], r["way"], r["seed"], r["steps"], r["changes"]) == of_way
     }  # fmt: skip
     return min(losses, key=lambda rate: losses[rate]) if losses else None
 
 
-def sweep(results: Results, size: str, way: str, steps: int) -> list[Run]:
+def sweep(results: Results, size: str, way: str, steps: int, changes: str = "") -> list[Run]:
     """The runs that find the best rate, as far as known: past the ends of the sweep while the best is there.
     No runs before the smaller size's rate is known; only the carried rate at the last size."""
     sizes = list(SIZES)
     rates = list(SWEEP[way])
     if size != sizes[0]:
         smaller = sizes[sizes.index(size) - 1]
-        if (known := settled(results, smaller, way, steps)) is None:
+        if (known := settled(results, smaller, way, steps, changes)) is None:
             return []
         carried = known * math.sqrt(SIZES[smaller]["n_embd"] / SIZES[size]["n_embd"])
         rates = [float(f"{carried * factor:.2g}") for factor in ((1,) if size == sizes[-1] else (0.5, 1, 2))]
-    while len(rates) > 1:
-        losses = {rate: final(results, Run(size, way, rate, SEEDS[0], steps)) or math.inf for rate in rates}
-        best = min(rates, key=lambda rate: losses[rate])
-        if math.inf in losses.values() or min(rates) < best < max(rates):
+    runs = {rate: Run(size, way, rate, SEEDS[0], steps, changes) for rate in rates}
+    while len(runs) > 1:
+        losses = {rate: final(results, run) or math.inf for rate, run in runs.items()}
+        best = min(losses, key=lambda rate: losses[rate])
+        if math.inf in losses.values() or min(losses) < best < max(losses):
             break
-        rates.append(best / 2 if best == min(rates) else best * 2)
-    return [Run(size, way, rate, SEEDS[0], steps) for rate in rates]
+        further = best / 2 if best == min(losses) else best * 2
+        runs[further] = runs[best]._replace(rate=further)
+    return list(runs.values())
 
 
-def settled(results: Results, size: str, way: str, steps: int) -> float | None:
+def settled(results: Results, size: str, way: str, steps: int, changes: str = "") -> float | None:
     """The best rate, once its sweep is done."""
-    runs = sweep(results, size, way, steps)
+    runs = sweep(results, size, way, steps, changes)
     done = runs and all(final(results, run) is not None for run in runs)
-    return best_rate(results, size, way, steps) if done else None
+    return best_rate(results, size, way, steps, changes) if done else None
+
+
+def changed(run: Run, field: str, value: float) -> Run:
+    """The run with another value of one field."""
+    return run if value == DEFAULT[field] else run._replace(changes=f"--{field} {value:g}")
+
+
+def sweep_field(results: Results, run: Run, field: str) -> list[Run]:
+    """The runs that differ from `run` in one field. At the first size, all values. At the next, the smaller
+    size's best and its neighbours, and further ones while the best is at an end."""
+    runs = [changed(run, field, value) for value in GRID[field]]
+    sizes = list(SIZES)
+    if run.size == sizes[0]:
+        return runs
+    smaller = sizes[sizes.index(run.size) - 1]
+    rate = settled(results, smaller, run.way, run.steps)
+    losses = [final(results, of._replace(size=smaller, rate=rate or 0.0)) for of in runs]
+    tried = {GRID[field].index(DEFAULT[field])}
+    while None not in losses:
+        best = losses.index(min(loss for loss in losses if loss is not None))
+        if tried >= (near := {best - 1, best, best + 1} & set(range(len(runs)))):
+            break
+        tried |= near
+        losses = [final(results, of) if i in tried else math.inf for i, of in enumerate(runs)]
+    return [runs[i] for i in sorted(tried)]
+
+
+def wanted_sweeps(results: Results, size: str) -> list[Run]:
+    """The runs that sweep the rate, and then one other field at a time, with the first seed; and weight decay
+    with twice the steps."""
+    runs = []
+    for way in SWEEP:
+        runs += sweep(results, size, way, SWEEP_STEPS)
+        if (rate := settled(results, size, way, SWEEP_STEPS)) is None:
+            continue
+        run = Run(size, way, rate, SEEDS[0], SWEEP_STEPS)
+        for field in GRID:
+            if way == "Muon" or field != "adamw_lr_ratio":
+                runs += sweep_field(results, run, field)
+        twice = run._replace(steps=2 * SWEEP_STEPS)
+        runs += [changed(twice, "weight_decay", decay) for decay in LONG_DECAYS]
+    return runs
+
+
+def wanted_batches(results: Results, size: str) -> list[Run]:
+    """Half and twice the tokens in a step, as many in all, with the same rate and with one that has changed
+    by the square root of 2."""
+    runs = []
+    for way in SWEEP:
+        rate = settled(results, size, way, SWEEP_STEPS)
+        for factor in (0.5, 2.0) if rate else ():
+            changes = " ".join(
+                f"--{name} {value:.0f}" for name, value in (
+                    ("total_batch_size", TOKENS_PER_STEP * factor),
+                    ("warmup_steps", WAYS[way]["warmup_steps"] / factor), ("val_every", VAL_EVERY / factor),
+                )
+            )  # fmt: skip
+            for of in (rate, float(f"{(rate or 0) * math.sqrt(factor):.2g}")):
+                runs.append(Run(size, way, of or 0.0, SEEDS[0], round(SWEEP_STEPS / factor), changes))
+    return runs
 
 
 def wanted(results: Results, size: str, steps: int) -> list[Run]:
     """The runs of `size` that what is known so far calls for. Those that are done are among them."""
-    runs = [run for way in SWEEP for run in sweep(results, size, way, steps)]
-    rates = {way: settled(results, size, way, steps) for way in SWEEP}
+    runs = [run for way in SWEEP for run in sweep(results, size, way, steps, CHOSEN[way])]
+    rates = {way: settled(results, size, way, steps, CHOSEN[way]) for way in SWEEP}
     largest = size == list(SIZES)[-1]
     seeds = SEEDS[:1] if largest else SEEDS
     for way, rate in rates.items():
-        runs += [Run(size, way, rate, seed, steps) for seed in seeds if rate]
+        runs += [Run(size, way, rate, seed, steps, CHOSEN[way]) for seed in seeds if rate]
     targets = [run["loss"] for run in of_all_seeds(results, size, "AdamW", steps)]
     if all(rates.values()) and len(targets) == len(seeds):
         for part in SHORTER:
-            runs.append(Run(size, "Muon", rates["Muon"] or 0.0, SEEDS[0], steps * part // STEPS))
+            shorter = steps * part // STEPS
+            runs.append(Run(size, "Muon", rates["Muon"] or 0.0, SEEDS[0], shorter, CHOSEN["Muon"]))
             loss = final(results, runs[-1])
             if loss is None or loss >= max(targets):
                 break
     return runs + ([] if largest else [Run(size, "tutorial", TUTORIAL_RATE, seed, steps) for seed in seeds])
 
 
-def wanted_variants(results: Results, size: str, steps: int) -> list[Run]:
+def wanted_variants(results: Results, size: str, variants: tuple[str, ...]) -> list[Run]:
     """Each variant with each seed, and Muon as it is, at the rate that is best for Muon as it is."""
-    rate = settled(results, size, "Muon", steps)
-    ways = ("Muon", *VARIANTS)
-    return [Run(size, way, rate, seed, VARIANT_STEPS) for way in ways for seed in SEEDS] if rate else []
+    rate = settled(results, size, "Muon", SWEEP_STEPS)
+    ways = ("Muon", *variants)
+    return [Run(size, way, rate, seed, SWEEP_STEPS) for way in ways for seed in SEEDS] if rate else []
 
 
 def carry_out(run: Run, config: Config) -> dict[str, Any]:
@@ -203,8 +284,7 @@ def main(config: Config) -> None:
     record = json.loads(config.out.read_text(encoding="utf-8")) if config.out.exists() else {"runs": {}}
     results: Results = record["runs"]
     if config.table:
-        print("\n".join([*table(results, config.steps), "", *table_of_variants(results, config.steps)]))
-        draw(results, "3M", config.steps, config.picture)
+        report(results, config)
         return
     config.folder.mkdir(parents=True, exist_ok=True)
     started, lock = time.monotonic(), threading.Lock()
@@ -220,10 +300,16 @@ def main(config: Config) -> None:
     with ThreadPoolExecutor(config.jobs) as pool:
         running: dict[Future[None], Run] = {}
         while True:
-            if config.variants:
-                todo = wanted_variants(results, next(iter(SIZES)), config.steps)
-            else:
-                todo = [run for size in config.sizes for run in wanted(results, size, config.steps)]
+            todo = []
+            for size in config.sizes:
+                if config.sweeps:
+                    todo += wanted_sweeps(results, size)
+                if config.batches:
+                    todo += wanted_batches(results, size)
+                if config.variants:
+                    todo += wanted_variants(results, size, config.variants)
+                if not (config.sweeps or config.batches or config.variants):
+                    todo += wanted(results, size, config.steps)
             todo = [
                 run for run in dict.fromkeys(todo) if run.name not in results and run not in running.values()
             ]
@@ -237,16 +323,23 @@ def main(config: Config) -> None:
             for future in done:
                 del running[future]
                 future.result()  # raises what went wrong
-    print("\n".join([*table(results, config.steps), "", *table_of_variants(results, config.steps)]))
+    report(results, config)
+
+
+def report(results: Results, config: Config) -> None:
+    """Print what is measured, and draw the picture."""
+    tables = (table(results, config.steps), table_of_sweeps(results), table_of_variants(results))
+    print("\n\n".join("\n".join(lines) for lines in tables))
     draw(results, "3M", config.steps, config.picture)
 
 
 def steps_for(results: Results, size: str, loss: float, steps: int) -> float | None:
     """After how many steps, in a schedule of its own, Muon ends at `loss`; None outside of what was run."""
-    rate = best_rate(results, size, "Muon", steps)
+    rate = best_rate(results, size, "Muon", steps, CHOSEN["Muon"])
     points = sorted(
         (r["loss"], math.log(r["steps"])) for r in results.values()
-        if (r["size"], r["way"], r["rate"], r["seed"]) == (size, "Muon", rate, SEEDS[0])
+        if (r["size"], r["way"], r["rate"], r["seed"], r["changes"])
+        == (size, "Muon", rate, SEEDS[0], CHOSEN["Muon"])
     )  # fmt: skip
     if not points or not points[0][0] <= loss <= points[-1][0]:
         return None
@@ -256,8 +349,8 @@ def steps_for(results: Results, size: str, loss: float, steps: int) -> float | N
 
 def of_all_seeds(results: Results, size: str, way: str, steps: int) -> list[dict[str, Any]]:
     """The way's results with its best rate, one for each seed."""
-    rate = best_rate(results, size, way, steps) or 0.0
-    runs = [Run(size, way, rate, seed, steps) for seed in SEEDS]
+    rate = best_rate(results, size, way, steps, CHOSEN[way]) or 0.0
+    runs = [Run(size, way, rate, seed, steps, CHOSEN[way]) for seed in SEEDS]
     return [results[run.name] for run in runs if run.name in results]
 
 
@@ -289,18 +382,63 @@ def table(results: Results, steps: int) -> list[str]:
     return lines
 
 
-def table_of_variants(results: Results, steps: int) -> list[str]:
-    """By how much each variant changes the final loss, in nats per byte, seed by seed."""
-    lines = ["| variant | n | change of the final loss |", "| --- | --- | --- |"]
-    runs = wanted_variants(results, next(iter(SIZES)), steps)
-    for way in VARIANTS:
-        changes = [
-            loss - plain for run in runs if run.way == way
-            if (loss := final(results, run)) is not None
-            if (plain := final(results, run._replace(way="Muon"))) is not None
-        ]  # fmt: skip
-        if changes:
-            lines.append(f"| {way} | {len(changes)} | {spread(changes, '+.3f')} |")
+def table_of_sweeps(results: Results) -> list[str]:
+    """The final losses of the sweeps, a line for each field."""
+    lines = [
+        "| parameters | way | steps | changed | final losses, nats a byte |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for size in SIZES:
+        for way in SWEEP:
+            rate = best_rate(results, size, way, SWEEP_STEPS)
+            if rate is None:
+                continue
+            run = Run(size, way, rate, SEEDS[0], SWEEP_STEPS)
+            rates = sorted(
+                r["rate"]
+                for r in results.values()
+                if Run(**{n: r[n] for n in Run._fields}) == run._replace(rate=r["rate"])
+            )
+            rows = {("rate", SWEEP_STEPS): {f"{of:.2g}": run._replace(rate=of) for of in rates}}
+            for field, grid in GRID.items():
+                for steps in (SWEEP_STEPS, 2 * SWEEP_STEPS):
+                    rows[field, steps] = {
+                        f"{of:g}": changed(run._replace(steps=steps), field, of) for of in grid
+                    }
+            for (field, steps), runs in rows.items():
+                losses = [
+                    f"{value}: {loss:.4f}" for value, of in runs.items() if (loss := final(results, of))
+                ]
+                if len(losses) > 1:
+                    lines.append(f"| {size} | {way} | {steps} | {field} | {', '.join(losses)} |")
+            for of in wanted_batches(results, size):
+                if of.way == way and (loss := final(results, of)):
+                    change = f"{of.changes.split()[1]} bytes a step, rate {of.rate:.2g}"
+                    lines.append(f"| {size} | {way} | {of.steps} | {change} | {loss:.4f} |")
+    return lines
+
+
+def table_of_variants(results: Results) -> list[str]:
+    """By how much each variant changes the final loss, in nats per byte, seed by seed; and how many tokens
+    less that is worth, by the slope of Muon's loss between SWEEP_STEPS and twice as many."""
+    lines = [
+        "| parameters | variant | n | change of the final loss | fewer tokens |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for size in SIZES:
+        rate = best_rate(results, size, "Muon", SWEEP_STEPS)
+        plain = {seed: final(results, Run(size, "Muon", rate or 0.0, seed, SWEEP_STEPS)) for seed in SEEDS}
+        longer = final(results, Run(size, "Muon", rate or 0.0, SEEDS[0], 2 * SWEEP_STEPS))
+        for way in VARIANTS:
+            losses = {seed: final(results, Run(size, way, rate or 0.0, seed, SWEEP_STEPS)) for seed in SEEDS}
+            changes = [loss - of for seed, loss in losses.items() if loss and (of := plain[seed])]
+            if changes:
+                gains = ""
+                if longer and (of := plain[SEEDS[0]]):
+                    gains = spread(
+                        [1 - math.exp(change * math.log(2) / (of - longer)) for change in changes], ".1%"
+                    )
+                lines.append(f"| {size} | {way} | {len(changes)} | {spread(changes, '+.4f')} | {gains} |")
     return lines
 
 
@@ -326,7 +464,8 @@ def draw(results: Results, size: str, steps: int, out: Path) -> None:
         label = f"{name}, {runs[0]['rate']:.2g}: {middle[-1]:.3f}"
         axis.plot(tokens, middle, color=color, marker="o", markersize=4, label=label)
     ends = [(r["tokens"], r["loss"]) for r in results.values()
-            if r["size"] == size and r["way"] == "Muon" and r["steps"] < steps]  # fmt: skip
+            if (r["size"], r["way"], r["changes"]) == (size, "Muon", CHOSEN["Muon"])
+            and r["steps"] < steps]  # fmt: skip
     if ends:
         axis.plot(*zip(*sorted(ends), strict=True), "s", color="C3", markerfacecolor="white",
                   label="the ends of shorter schedules with Muon")  # fmt: skip

@@ -3,15 +3,30 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 from benchmarks import optimizers, recipes, variants
-from benchmarks.recipes import SIZES, Config, Run, of_all_seeds, settled, table, wanted, wanted_variants
+from benchmarks.recipes import (
+    GRID,
+    SIZES,
+    Config,
+    Run,
+    of_all_seeds,
+    settled,
+    table,
+    table_of_sweeps,
+    table_of_variants,
+    wanted,
+    wanted_batches,
+    wanted_sweeps,
+    wanted_variants,
+)
 from conftest import TINY
 from conftest import run as run_script
 from support.machine.processes import World
 from support.model import muon
 from support.model.muon import Muon, muon_groups
-from train_gpt2 import GPT, GPTConfig
+from train_gpt2 import FAST, GPT, GPTConfig, get_lr
 
 import pytest
 import torch
@@ -24,15 +39,24 @@ BEST = {"1M": {"AdamW": 4e-3, "Muon": 3.2e-2}, "3M": {"AdamW": 8.7e-4, "Muon": 2
 def pretend(run):
     """A result: log-linear in the steps, so that Muon needs half of the tokens, with a valley in the rate."""
     best = BEST.get(run.size, {}).get(run.way, run.rate)
-    floor = {"tutorial": 2.4, "AdamW": 1.5 + 0.4 * math.log(2), "Muon": 1.5}[run.way]
+    floor = {"tutorial": 2.4, "AdamW": 1.5 + 0.4 * math.log(2)}.get(run.way, 1.5)
     loss = floor + 0.1 * math.log(run.rate / best) ** 2 + 0.4 * math.log(1000 / run.steps)
     loss += 0.001 * recipes.SEEDS.index(run.seed)
+    words = run.changes.replace("--", "").split()
+    for name, value in zip(words[::2], words[1::2], strict=True):
+        if name in GRID:  # the larger, the better
+            loss -= 0.01 * (GRID[name].index(float(value)) - GRID[name].index(recipes.DEFAULT[name]))
+    loss -= 0.4 * math.log(1 / 0.9) * (run.way == "nesterov")
     return {**run._asdict(), "loss": loss, "curve": [(0, 5.5), (run.steps, loss)], "tokens": 4096 * run.steps,
             "parameters": 1e6}  # fmt: skip
 
 
-def carry_all_out(results, order):
-    while todo := [run for size in SIZES for run in wanted(results, size, 1000) if run.name not in results]:
+def run_of(result):
+    return Run(**{name: result[name] for name in Run._fields})
+
+
+def carry_all_out(results, order, wanted=lambda results, size: wanted(results, size, 1000)):
+    while todo := [run for size in SIZES for run in wanted(results, size) if run.name not in results]:
         order.append(todo[0])
         results[todo[0].name] = pretend(todo[0])
     return results
@@ -59,7 +83,7 @@ def test_no_size_begins_with_a_rate_that_is_not_settled():
         run = Run("1M", "AdamW", rate, 1337, 1000)
         results[run.name] = pretend(run)
     assert not [run for run in wanted(results, "3M", 1000) if run.way != "tutorial"]
-    assert not wanted_variants(results, "1M", 1000)
+    assert not wanted_variants(results, "1M", ("zero",))
 
 
 def test_the_share_is_the_one_that_the_losses_were_made_with():
@@ -70,8 +94,8 @@ def test_the_share_is_the_one_that_the_losses_were_made_with():
 
 
 def test_every_variant_has_its_flags_and_a_baseline():
-    results = carry_all_out({}, [])
-    runs = wanted_variants(results, "1M", 1000)
+    results = carry_all_out({}, [], wanted_sweeps)
+    runs = wanted_variants(results, "1M", recipes.VARIANTS)
     assert len(runs) == 3 * (1 + len(recipes.VARIANTS))
     for run in runs:
         words = run.command(Config())
@@ -79,6 +103,47 @@ def test_every_variant_has_its_flags_and_a_baseline():
         steps, batch = int(flags["--max_steps"]), int(flags["--total_batch_size"])
         assert steps * batch == 500 * 4096
         assert (words[1:4] == ["-m", "benchmarks.variants", run.way]) == (run.way != "Muon")
+
+
+def test_a_field_is_swept_around_the_smaller_sizes_best():
+    """At the second size, the best is still the last value, so the sweep has to go on to the end of it."""
+    results = carry_all_out({}, [], lambda results, size: wanted_sweeps(results, size) * (size != "10M"))
+    for size, way in itertools.product(("1M", "3M"), ("AdamW", "Muon")):
+        rate = settled(results, size, way, 500)
+        values = {
+            run.changes for run in map(run_of, results.values()) if run[:5] == (size, way, rate, 1337, 500)
+        }
+        expected = {"", *(f"--cooldown {of}" for of in ("0.4", "0.8", "1")[size == "3M" :])}
+        expected |= {f"--weight_decay {of}" for of in ("0", "0.03", "0.3")[2 * (size == "3M") :]}
+        if way == "Muon":
+            expected |= {
+                f"--adamw_lr_ratio {of}" for of in (("4", "8") if size == "3M" else ("0.5", "1", "4", "8"))
+            }
+        assert values >= expected
+        assert ("--weight_decay 0.03" in values) == (size == "1M")
+        assert Run(size, way, rate, 1337, 1000, "--weight_decay 0.3").name in results
+    lines = "\n".join(table_of_sweeps(results))
+    assert "| 1M | Muon | 500 | cooldown | 0.4: " in lines
+    assert "| 3M | AdamW | 1000 | weight_decay | 0: " in lines
+
+
+def test_batches_have_as_many_tokens_in_all():
+    results = carry_all_out({}, [], wanted_sweeps)
+    runs = wanted_batches(results, "3M")
+    assert len(runs) == len({run.name for run in runs}) == 8
+    for run in runs:
+        flags = dict(itertools.pairwise(run.command(Config())))
+        assert int(flags["--max_steps"]) * int(flags["--total_batch_size"]) == 500 * 4096
+        assert int(flags["--warmup_steps"]) * int(flags["--total_batch_size"]) == 100 * 4096
+
+
+def test_a_variants_gain_is_in_tokens():
+    """It ends where Muon would with 1 / 0.9 times the tokens: 10% fewer will do."""
+    results = carry_all_out({}, [], wanted_sweeps)
+    for run in wanted_variants(results, "1M", ("nesterov",)):
+        results[run.name] = pretend(run)
+    (line,) = [line for line in table_of_variants(results) if "nesterov" in line]
+    assert line.endswith("| 3 | -0.0421 (-0.0421 to -0.0421) | 10.0% (10.0% to 10.0%) |")
 
 
 # ------------------------------------------------------------------ the variants
@@ -156,6 +221,35 @@ def test_late_batches_are_the_mean_of_two():
         assert same(take_step(other, later, pair[0]), before)
         mean = [(a + b) / 2 for a, b in zip(*pair, strict=True)]
         assert same(take_step(model, plain, mean), take_step(other, later, pair[1]), 1e-6)
+
+
+def test_weights_go_on_along_the_mean_of_their_steps():
+    """By hand, with Muon's own steps: theta + beta m is where a step begins; m averages whole changes."""
+    (model, plain), (other, nesterov) = make(Muon, 100), make(variants.EMANesterov, 100)
+    theta = [parameter.detach().clone() for parameter in model.parameters()]
+    m = [torch.zeros_like(weight) for weight in theta]
+    beta = 0.0
+    for step in range(90):
+        for group in (*plain.param_groups, *nesterov.param_groups):
+            group["lr"] = 0.02 * min(1, (100 - step) / 60)
+        grads = gradients(model, step)
+        for parameter, weight, mean in zip(model.parameters(), theta, m, strict=True):
+            parameter.data = weight + beta * mean
+        after = take_step(model, plain, grads)
+        m = [mean + (new - old - mean) / 3.2 for mean, new, old in zip(m, after, theta, strict=True)]
+        theta = after
+        beta = 0.6 * min(1, (100 - step) / 60) if 16 <= step + 1 < 77 else 0.0
+        begins = [weight + beta * mean for weight, mean in zip(theta, m, strict=True)]
+        assert same(take_step(other, nesterov, grads), begins, 1e-5), step
+        assert (beta > 0) != same(begins, theta)
+
+
+def test_the_power_bends_the_cooldown_alone():
+    config = replace(FAST, max_steps=1000, warmup_steps=100, max_lr=1.0, cooldown=0.6)
+    for step in range(1000):
+        line = get_lr(step, config)
+        expected = line if step <= 400 else line**1.2
+        assert variants.power_cooldown(step, config) == pytest.approx(expected), step
 
 
 def test_the_last_matrices_begin_at_zero():
