@@ -3,17 +3,22 @@ How many tokens each recipe needs for the same loss: three ways to train small G
 
     python fineweb.py --input TEXT --encoding bytes --shard_size 4000000 --output_dir text_bytes
     python -m benchmarks.recipes --data_dir text_bytes [--sizes 1M 3M 10M] [--hours 6]
-    python -m benchmarks.recipes --data_dir text_bytes --variants   # then: Muon with one idea more each
+    python -m benchmarks.recipes --data_dir text_bytes --sweeps --batches --sizes 1M 3M   # what is best
+    python -m benchmarks.recipes --data_dir text_bytes --variants nesterov power   # one idea more
     python -m benchmarks.recipes --table            # from what is measured so far; draws --picture too
 
 Tokens are bytes, so that the layers are the model and not the embedding. Every run is train_gpt2.py with a
 finished schedule, 4,096 bytes a step in rows of 128, in bfloat16, on one thread; runs are independent and go
-side by side. The rates of AdamW and Muon are swept at the first size, by factors of 2 and past the ends until
-the best lies inside. The second size is swept in the same way, around what (width)^-1/2 makes of that
-rate; the third takes what it makes of the second's. Interrupt it at will: the same command goes on.
+side by side. Interrupt it at will: the same command goes on.
 
-"Tokens that Muon needs" interpolates its final losses after 1,000, 500, 350 and 250 steps, each at the end of
-a schedule of its own, linear in the logarithm of the steps. The shorter runs are made as far as needed.
+Sweeps and variants take 500 steps, with the first seed. The rates of AdamW and Muon are swept at the first
+size, by factors of 2 and past the ends until the best lies inside. The second size is swept in the same way,
+around what (width)^-1/2 makes of that rate; the third takes what it makes of the second's. Then each of the
+other fields is swept, the rest as they are. CHOSEN holds what these sweeps found; it is for a person to set.
+
+The comparison takes 1,000 steps. "Tokens that Muon needs" interpolates its final losses after 1,000, 500, 350
+and 250 steps, each at the end of a schedule of its own, linear in the logarithm of the steps. The shorter
+runs are made as far as needed.
 """
 
 import json
@@ -67,7 +72,7 @@ GRID: dict[str, tuple[float, ...]] = {  # the other fields that are swept, one a
 }
 DEFAULT = {"cooldown": 0.6, "weight_decay": 0.1, "adamw_lr_ratio": 2.0}  # train_gpt2.py's
 LONG_DECAYS = (0.0, 0.1, 0.3)  # also tried with twice the steps
-CHOSEN = {"tutorial": "", "AdamW": "", "Muon": ""}  # by the sweeps: what the comparison changes
+CHOSEN = {"tutorial": "", "AdamW": "--cooldown 0.4", "Muon": ""}  # by the sweeps: what the comparison changes
 TOKENS_PER_STEP, VAL_EVERY = 4096, 125
 
 
@@ -142,18 +147,18 @@ def best_rate(results: Results, size: str, way: str, steps: int, changes: str = 
     return min(losses, key=lambda rate: losses[rate]) if losses else None
 
 
-def sweep(results: Results, size: str, way: str, steps: int, changes: str = "") -> list[Run]:
+def sweep(results: Results, size: str, way: str, steps: int) -> list[Run]:
     """The runs that find the best rate, as far as known: past the ends of the sweep while the best is there.
     No runs before the smaller size's rate is known; only the carried rate at the last size."""
     sizes = list(SIZES)
     rates = list(SWEEP[way])
     if size != sizes[0]:
         smaller = sizes[sizes.index(size) - 1]
-        if (known := settled(results, smaller, way, steps, changes)) is None:
+        if (known := settled(results, smaller, way, steps)) is None:
             return []
         carried = known * math.sqrt(SIZES[smaller]["n_embd"] / SIZES[size]["n_embd"])
         rates = [float(f"{carried * factor:.2g}") for factor in ((1,) if size == sizes[-1] else (0.5, 1, 2))]
-    runs = {rate: Run(size, way, rate, SEEDS[0], steps, changes) for rate in rates}
+    runs = {rate: Run(size, way, rate, SEEDS[0], steps) for rate in rates}
     while len(runs) > 1:
         losses = {rate: final(results, run) or math.inf for rate, run in runs.items()}
         best = min(losses, key=lambda rate: losses[rate])
@@ -164,11 +169,11 @@ def sweep(results: Results, size: str, way: str, steps: int, changes: str = "") 
     return list(runs.values())
 
 
-def settled(results: Results, size: str, way: str, steps: int, changes: str = "") -> float | None:
+def settled(results: Results, size: str, way: str, steps: int) -> float | None:
     """The best rate, once its sweep is done."""
-    runs = sweep(results, size, way, steps, changes)
+    runs = sweep(results, size, way, steps)
     done = runs and all(final(results, run) is not None for run in runs)
-    return best_rate(results, size, way, steps, changes) if done else None
+    return best_rate(results, size, way, steps) if done else None
 
 
 def changed(run: Run, field: str, value: float) -> Run:
@@ -232,13 +237,15 @@ def wanted_batches(results: Results, size: str) -> list[Run]:
 
 
 def wanted(results: Results, size: str, steps: int) -> list[Run]:
-    """The runs of `size` that what is known so far calls for. Those that are done are among them."""
-    runs = [run for way in SWEEP for run in sweep(results, size, way, steps, CHOSEN[way])]
-    rates = {way: settled(results, size, way, steps, CHOSEN[way]) for way in SWEEP}
+    """The runs of the comparison at `size` that what is known so far calls for, with the rates that were best
+    after SWEEP_STEPS. Those that are done are among them."""
     largest = size == list(SIZES)[-1]
     seeds = SEEDS[:1] if largest else SEEDS
-    for way, rate in rates.items():
-        runs += [Run(size, way, rate, seed, steps, CHOSEN[way]) for seed in seeds if rate]
+    runs, rates = [], {}
+    for way in SWEEP:
+        runs += sweep(results, size, way, SWEEP_STEPS)
+        rates[way] = settled(results, size, way, SWEEP_STEPS)
+        runs += [Run(size, way, rates[way] or 0.0, seed, steps, CHOSEN[way]) for seed in seeds if rates[way]]
     targets = [run["loss"] for run in of_all_seeds(results, size, "AdamW", steps)]
     if all(rates.values()) and len(targets) == len(seeds):
         for part in SHORTER:

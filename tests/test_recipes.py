@@ -65,13 +65,13 @@ def carry_all_out(results, order, wanted=lambda results, size: wanted(results, s
 def test_sweeps_go_past_their_ends_and_the_next_size_waits_for_them():
     order = []
     results = carry_all_out({}, order)
-    assert settled(results, "1M", "AdamW", 1000) == 4e-3
-    assert settled(results, "1M", "Muon", 1000) == 3.2e-2  # twice the sweep's last: found, and looked beyond
-    assert Run("1M", "Muon", 6.4e-2, 1337, 1000) in order
-    assert settled(results, "3M", "AdamW", 1000) == pytest.approx(8.7e-4, rel=0.03)
-    assert settled(results, "3M", "Muon", 1000) == pytest.approx(2.8e-2, rel=0.03)  # 3.2e-2 (192/256)^1/2
+    assert settled(results, "1M", "AdamW", 500) == 4e-3
+    assert settled(results, "1M", "Muon", 500) == 3.2e-2  # twice the sweep's last: found, and looked beyond
+    assert Run("1M", "Muon", 6.4e-2, 1337, 500) in order
+    assert settled(results, "3M", "AdamW", 500) == pytest.approx(8.7e-4, rel=0.03)
+    assert settled(results, "3M", "Muon", 500) == pytest.approx(2.8e-2, rel=0.03)  # 3.2e-2 (192/256)^1/2
     first = min(i for i, run in enumerate(order) if run.size == "3M")
-    assert order.index(Run("1M", "Muon", 6.4e-2, 1337, 1000)) < first
+    assert order.index(Run("1M", "Muon", 6.4e-2, 1337, 500)) < first
     for size, n in (("1M", 3), ("3M", 3), ("10M", 1)):
         assert [len(of_all_seeds(results, size, way, 1000)) for way in ("AdamW", "Muon")] == [n, n]
     assert len({run.name for run in order}) == len(order)
@@ -80,17 +80,18 @@ def test_sweeps_go_past_their_ends_and_the_next_size_waits_for_them():
 def test_no_size_begins_with_a_rate_that_is_not_settled():
     results = {}
     for rate in (2e-3, 4e-3):  # the third of the sweep is still running
-        run = Run("1M", "AdamW", rate, 1337, 1000)
+        run = Run("1M", "AdamW", rate, 1337, 500)
         results[run.name] = pretend(run)
     assert not [run for run in wanted(results, "3M", 1000) if run.way != "tutorial"]
     assert not wanted_variants(results, "1M", ("zero",))
 
 
 def test_the_share_is_the_one_that_the_losses_were_made_with():
-    """Muon at half the steps ends where AdamW does; the other seeds' losses are a little higher."""
+    """Muon at half the steps ends where AdamW does with its default cooldown. That is 0.01 nats below the one
+    which the comparison chooses; the other seeds' losses are a little higher."""
     lines = table(carry_all_out({}, []), 1000)
     shares = [line.split("|")[6].strip() for line in lines if " AdamW " in line]
-    assert shares == ["50% (50% to 50%)", "50% (50% to 50%)", "50%"]
+    assert shares == ["49% (49% to 49%)", "49% (49% to 49%)", "49%"]
 
 
 def test_every_variant_has_its_flags_and_a_baseline():
