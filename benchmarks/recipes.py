@@ -69,10 +69,11 @@ GRID: dict[str, tuple[float, ...]] = {  # the other fields that are swept, one a
     "cooldown": (0.4, 0.6, 0.8, 1.0),
     "weight_decay": (0.0, 0.03, 0.1, 0.3),
     "adamw_lr_ratio": (0.5, 1.0, 2.0, 4.0, 8.0),
+    "warmup_steps": (25, 50, 100, 200),
 }
-DEFAULT = {"cooldown": 0.6, "weight_decay": 0.1, "adamw_lr_ratio": 2.0}  # train_gpt2.py's
+DEFAULT = {"cooldown": 0.6, "weight_decay": 0.1, "adamw_lr_ratio": 2.0, "warmup_steps": 100}  # of these runs
 LONG_DECAYS = (0.0, 0.1, 0.3)  # also tried with twice the steps
-CHOSEN = {"tutorial": "", "AdamW": "--cooldown 0.4", "Muon": ""}  # by the sweeps: what the comparison changes
+CHOSEN = {"tutorial": "", "AdamW": "--cooldown 0.4", "Muon": "--warmup_steps 25"}  # by the sweeps
 TOKENS_PER_STEP, VAL_EVERY = 4096, 125
 
 
