@@ -69,7 +69,7 @@ GRID: dict[str, tuple[float, ...]] = {  # the other fields that are swept, one a
     "cooldown": (0.4, 0.6, 0.8, 1.0),
     "weight_decay": (0.0, 0.03, 0.1, 0.3),
     "adamw_lr_ratio": (0.5, 1.0, 2.0, 4.0, 8.0),
-    "warmup_steps": (25, 50, 100, 200),
+    "warmup_steps": (10, 25, 50, 100),
 }
 DEFAULT = {"cooldown": 0.6, "weight_decay": 0.1, "adamw_lr_ratio": 2.0, "warmup_steps": 100}  # of these runs
 LONG_DECAYS = (0.0, 0.1, 0.3)  # also tried with twice the steps
@@ -88,7 +88,7 @@ class Config:
     hours: PositiveFloat | None = None  # begin no run after so many hours
     steps: PositiveInt = STEPS  # of a full run
     sweeps: bool = False  # the rate and other fields of AdamW and Muon, one at a time
-    batches: bool = False  # half and twice the tokens in a step, with rates of their own
+    batches: bool = False  # fewer and more tokens in a step, with rates of their own
     variants: tuple[str, ...] = ()  # Muon with one idea more each, see benchmarks/variants.py
     table: bool = False  # only print the table of what is measured, and draw the picture
     out: Path = ROOT / "benchmarks/results/recipes_cpu.json"
@@ -220,19 +220,19 @@ def wanted_sweeps(results: Results, size: str) -> list[Run]:
 
 
 def wanted_batches(results: Results, size: str) -> list[Run]:
-    """Half and twice the tokens in a step, as many in all, with the same rate and with one that has changed
-    by the square root of 2."""
+    """A quarter, half and twice the tokens in a step, as many in all, with the same rate and with one that is
+    lower, or for larger steps higher, by the square root of 2."""
     runs = []
     for way in SWEEP:
         rate = settled(results, size, way, SWEEP_STEPS)
-        for factor in (0.5, 2.0) if rate else ():
+        for factor in (0.25, 0.5, 2.0) if rate else ():
             changes = " ".join(
                 f"--{name} {value:.0f}" for name, value in (
                     ("total_batch_size", TOKENS_PER_STEP * factor),
                     ("warmup_steps", WAYS[way]["warmup_steps"] / factor), ("val_every", VAL_EVERY / factor),
                 )
             )  # fmt: skip
-            for of in (rate, float(f"{(rate or 0) * math.sqrt(factor):.2g}")):
+            for of in (rate, float(f"{(rate or 0) * math.sqrt(2 if factor > 1 else 0.5):.2g}")):
                 runs.append(Run(size, way, of or 0.0, SEEDS[0], round(SWEEP_STEPS / factor), changes))
     return runs
 
