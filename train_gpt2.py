@@ -131,6 +131,7 @@ class TrainConfig:
     max_steps: int = 19_073  # updates: one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices (support/model/muon.py)
+    momentum: cli.Momentum | None = None  # kept of the mean gradient; default: adamw 0.9 (beta1), muon 0.95
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
     adamw_lr_ratio: cli.PositiveFloat = 2.0  # with muon, AdamW trains the rest at this multiple of the rate
     schedule: Literal["cosine", "trapezoid"] = "cosine"  # course of the learning rate, see get_lr
@@ -474,8 +475,8 @@ class GPT(nn.Module):
 def configure_optimizer(
     model: nn.Module, config: TrainConfig, world: World | None = None, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
-    """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B). Matrices and embeddings decay;
-    biases and norms, whose scale matters, don't.
+    """AdamW with betas 0.9, 0.95 and eps 1e-8 (GPT-3 paper, appendix B); --momentum replaces the first beta.
+    Matrices and embeddings decay; biases and norms, whose scale matters, don't.
 
     With --optimizer muon, Muon trains the blocks' matrices, and only these decay. The processes of `world`
     share its work. Its products are in bfloat16 if training's `dtype` is, otherwise in float32."""
@@ -483,14 +484,17 @@ def configure_optimizer(
     # Fused: one kernel for all tensors instead of several for each.
     fused = devices.type_of(parameters[0].device).fused
     if config.optimizer == "muon":
+        momentum = 0.95 if config.momentum is None else config.momentum
         groups = muon.muon_groups(model, config.weight_decay, config.adamw_lr_ratio)
         products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
-        return muon.Muon(groups, world, products, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+        options = {"lr": config.max_lr, "betas": (0.9, 0.95), "eps": 1e-8, "fused": fused}
+        return muon.Muon(groups, world, products, momentum, **options)
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(0.9, 0.95), eps=1e-8, fused=fused)
+    beta1 = 0.9 if config.momentum is None else config.momentum
+    return torch.optim.AdamW(groups, lr=config.max_lr, betas=(beta1, 0.95), eps=1e-8, fused=fused)
 
 
 def get_lr(step: int, config: TrainConfig) -> float:

@@ -12,6 +12,7 @@
     nesterov    before each step, the weights go on along the average of their last steps (arXiv 2605.25395)
     power       the cooldown falls as a power of 1.2 instead of in a straight line (PowerCool, modded-nanogpt)
     both        `nesterov` and `power`
+    normuon     the neurons of an update get the same RMS in the long run (NorMuon, arXiv 2510.05491)
 
 A run begins anew each time: what these ideas keep is in no checkpoint.
 """
@@ -41,7 +42,7 @@ class Variant(Muon):
 
 class MomentumWarmUp(Variant):
     def step(self, closure: Any = None) -> None:
-        muon.MOMENTUM = 0.85 + 0.10 * min(1, 10 * self.done / self.steps)
+        self.momentum = 0.85 + 0.10 * min(1, 10 * self.done / self.steps)
         super().step(closure)
 
 
@@ -108,6 +109,29 @@ class EMANesterov(Variant):
             weight.add_(mean, alpha=beta)
 
 
+class NorMuon(Variant):
+    """Divides each row of the updates U V^T by its RMS, averaged over the last steps, and then restores the
+    update's norm. Of a wide matrix it takes the columns: the rows of U V^T are equally long there."""
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.squares: dict[tuple[int, ...], torch.Tensor] = {}  # mean squares, of all matrices of one shape
+
+    def step_matrices(self, group: dict[str, Any]) -> None:
+        muon.orthogonalize_together = self.normalize
+        super().step_matrices(group)
+        muon.orthogonalize_together = orthogonalize_together
+
+    def normalize(self, matrices: torch.Tensor, rows: int, *others: Any) -> torch.Tensor:
+        updates = orthogonalize_together(matrices, rows, *others).float()
+        X = updates.view(-1, rows, updates.size(1))
+        norms = X.norm(dim=(1, 2), keepdim=True)
+        squares = X.square().mean(dim=2 if rows >= X.size(2) else 1, keepdim=True)
+        mean = self.squares.setdefault(tuple(X.shape), torch.zeros_like(squares))
+        X = X / mean.lerp_(squares, 0.05).sqrt().clamp(min=1e-8)
+        return (X * (norms / X.norm(dim=(1, 2), keepdim=True))).flatten(0, 1)
+
+
 def power_cooldown(step: int, config: train_gpt2.TrainConfig) -> float:
     """train_gpt2.get_lr, with a power of 1.2 instead of the straight line."""
     lr = get_lr(step, config)
@@ -123,10 +147,11 @@ def zero_projections(model: train_gpt2.GPT) -> train_gpt2.GPT:
 
 
 get_lr = train_gpt2.get_lr
+orthogonalize_together = muon.orthogonalize_together
 OPTIMIZERS: dict[str, type[Variant]] = {
     "momentum": MomentumWarmUp, "zero": Variant, "cautious": CautiousDecay, "average": Average,
     "batches": LargerBatchesLater, "halves": Variant,
-    "nesterov": EMANesterov, "power": Variant, "both": EMANesterov,
+    "nesterov": EMANesterov, "power": Variant, "both": EMANesterov, "normuon": NorMuon,
 }  # fmt: skip
 
 

@@ -87,6 +87,7 @@ def brief(error: BaseException) -> str:
 PositiveInt = Annotated[int, "positive"]
 PositiveFloat = Annotated[float, "positive"]
 Share = Annotated[float, "positive", "at most 1"]
+Momentum = Annotated[float, "below 1"]
 Seed = Annotated[int, "at most 2**64 - 1"]  # what torch takes
 
 
@@ -102,6 +103,8 @@ def check_numbers(config: Any) -> None:
             raise InputError(f"--{name} {value}: must be {least} 0")
         if value > 1 and "at most 1" in bounds:
             raise InputError(f"--{name} {value}: must be at most 1")
+        if value >= 1 and "below 1" in bounds:
+            raise InputError(f"--{name} {value}: must be below 1")
         if value >= 2**64 and "at most 2**64 - 1" in bounds:
             raise InputError(f"--{name} {value}: must be at most {2**64 - 1}")
 

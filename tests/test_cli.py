@@ -67,6 +67,7 @@ def test_a_number_that_can_not_be_meant():
         {"max_steps": -1},
         {"total_batch_size": 0},
         {"cooldown": 1.1},
+        {"momentum": 1.0},
         {"n_layer": 0},
         {"seed": 2**64},
         {"seed": -1},
@@ -74,7 +75,7 @@ def test_a_number_that_can_not_be_meant():
         ((name, value),) = changes.items()
         with pytest.raises(InputError, match=f"--{name} {value}: must be"):
             check_numbers(TrainConfig(**changes))
-    check_numbers(TrainConfig(max_steps=0, cooldown=1.0, seed=2**64 - 1))
+    check_numbers(TrainConfig(max_steps=0, cooldown=1.0, momentum=0.0, seed=2**64 - 1))
     torch.Generator().manual_seed(2**64 - 1)
 
 

@@ -64,19 +64,23 @@ def test_a_gradient_of_zeros_stays_zero():
 # ------------------------------------------------------------------ the optimizer
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-4)])
-def test_it_is_pytorchs_muon_with_queries_keys_and_values_apart(monkeypatch, dtype, tolerance):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "momentum"),
+    [(torch.float32, 1e-6, None), (torch.float32, 1e-6, 0.8), (torch.bfloat16, 3e-4, None)],
+)
+def test_it_is_pytorchs_muon_with_queries_keys_and_values_apart(monkeypatch, dtype, tolerance, momentum):
     if dtype == torch.float32:  # PyTorch's computes in bfloat16
         monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)
     model, other = small_model(), small_model()
-    ours = train(model, configure_optimizer(model, CONFIG, CPU, dtype))
+    ours = train(model, configure_optimizer(model, replace(CONFIG, momentum=momentum), CPU, dtype))
     pieces = {}  # the other model's matrices, c_attn's in three
     for name, parameter in other.named_parameters():
         if ".h." in name and parameter.dim() == 2:
             parts = 3 if "c_attn" in name else 1
             pieces[name] = [torch.nn.Parameter(part.clone()) for part in parameter.detach().chunk(parts)]
     options = {"lr": 0.01, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    optimizer = torch.optim.Muon([p for parts in pieces.values() for p in parts], **options)
+    pieces_of_all = [p for parts in pieces.values() for p in parts]
+    optimizer = torch.optim.Muon(pieces_of_all, momentum=momentum or 0.95, **options)
     for step in range(6):
         make_gradients(other, step)
         gradients = {name: p.grad for name, p in other.named_parameters()}

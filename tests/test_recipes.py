@@ -24,7 +24,6 @@ from benchmarks.recipes import (
 from conftest import TINY
 from conftest import run as run_script
 from support.machine.processes import World
-from support.model import muon
 from support.model.muon import Muon, muon_groups
 from train_gpt2 import FAST, GPT, GPTConfig, get_lr
 
@@ -45,7 +44,7 @@ def pretend(run):
     words = run.changes.replace("--", "").split()
     for name, value in zip(words[::2], words[1::2], strict=True):
         if name in GRID:  # the larger, the better
-            loss -= 0.01 * (GRID[name].index(float(value)) - GRID[name].index(recipes.DEFAULT[name]))
+            loss -= 0.01 * (GRID[name].index(float(value)) - GRID[name].index(recipes.DEFAULT[run.way][name]))
     loss -= 0.4 * math.log(1 / 0.9) * (run.way == "nesterov")
     return {**run._asdict(), "loss": loss, "curve": [(0, 5.5), (run.steps, loss)], "tokens": 4096 * run.steps,
             "parameters": 1e6}  # fmt: skip
@@ -174,13 +173,12 @@ def same(one, other, tolerance=1e-7):
     return all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(one, other, strict=True))
 
 
-def test_the_momentum_warms_up(monkeypatch):
-    monkeypatch.setattr(muon, "MOMENTUM", 0.95)
+def test_the_momentum_warms_up():
     model, optimizer = make(variants.MomentumWarmUp, 100)
     used = []
     for step in range(12):
         take_step(model, optimizer, gradients(model, step))
-        used.append(muon.MOMENTUM)
+        used.append(optimizer.momentum)
     assert used[:2] == pytest.approx([0.85, 0.86])
     assert used[10:] == pytest.approx([0.95] * 2)
 
@@ -243,6 +241,28 @@ def test_weights_go_on_along_the_mean_of_their_steps():
         begins = [weight + beta * mean for weight, mean in zip(theta, m, strict=True)]
         assert same(take_step(other, nesterov, grads), begins, 1e-5), step
         assert (beta > 0) != same(begins, theta)
+
+
+def test_neurons_get_the_same_share_of_an_update():
+    """By hand, from Muon's own updates, with no decay: the rows of c_fc, the columns of the MLP's c_proj."""
+    (model, plain), (other, normuon) = make(Muon, 10), make(variants.NorMuon, 10)
+    plain.param_groups[0]["weight_decay"] = normuon.param_groups[0]["weight_decay"] = 0.0
+    names = ("transformer.h.0.mlp.c_fc.weight", "transformer.h.0.mlp.c_proj.weight")
+    index = [[name for name, _ in model.named_parameters()].index(name) for name in names]
+    mean = [0.0, 0.0]
+    begin = [parameter.detach().clone() for parameter in model.parameters()]
+    before, last = begin, begin
+    for step in range(3):
+        grads = gradients(model, step)
+        weights, others = take_step(model, plain, grads), take_step(other, normuon, grads)
+        for i, (at, dim) in enumerate(zip(index, (1, 0), strict=True)):
+            update, normalized = weights[at] - before[at], others[at] - last[at]
+            mean[i] = 0.95 * mean[i] + 0.05 * update.square().mean(dim=dim, keepdim=True)
+            expected = update / mean[i].sqrt()
+            expected *= update.norm() / expected.norm()
+            assert torch.allclose(normalized, expected, rtol=1e-3, atol=1e-6)
+            assert not torch.allclose(normalized, update, rtol=1e-2, atol=1e-5)
+        before, last = weights, others
 
 
 def test_the_power_bends_the_cooldown_alone():

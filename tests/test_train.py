@@ -71,17 +71,19 @@ def test_only_matrices_decay_and_every_parameter_is_optimised():
     assert all(group["betas"] == (0.9, 0.95) and group["eps"] == 1e-8 for group in optimizer.param_groups)
 
 
-def test_the_optimizer_is_adamw_as_published():
+@pytest.mark.parametrize("momentum", [None, 0.8, 0.0])
+def test_the_optimizer_is_adamw_as_published(momentum):
     """One parameter, three steps, against Algorithm 2 of the AdamW paper written out."""
     model = torch.nn.Linear(1, 1, bias=False)
-    config = TrainConfig(max_lr=0.1)
+    config = TrainConfig(max_lr=0.1, momentum=momentum)
     optimizer = configure_optimizer(model, config)
+    beta1 = 0.9 if momentum is None else momentum
     w, m, v = model.weight.item(), 0.0, 0.0
     for t, gradient in enumerate((0.5, -2.0, 0.1), 1):
         model.weight.grad = torch.full((1, 1), gradient)
         optimizer.step()
-        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
-        update = (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.95**t)) + 1e-8)
+        m, v = beta1 * m + (1 - beta1) * gradient, 0.95 * v + 0.05 * gradient**2
+        update = (m / (1 - beta1**t)) / (math.sqrt(v / (1 - 0.95**t)) + 1e-8)
         w -= 0.1 * (update + 0.1 * w)
         assert model.weight.item() == pytest.approx(w, rel=1e-5)
 

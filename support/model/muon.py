@@ -24,7 +24,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-MOMENTUM = 0.95  # Jordan et al.
 RMS_OF_ADAMW = 0.2  # what AdamW's updates tend to have: rates stay of the same order (arXiv 2502.16982, 2.2)
 
 
@@ -68,6 +67,7 @@ class Muon(torch.optim.AdamW):
         world: the processes that have a copy of the model each, with the same gradients, and share the work.
             None: this process does it alone. Of a sharded model, those that have its shards share it.
         dtype: of the matrix products in `orthogonalize`: bfloat16 is exact enough, float16's range too small.
+        momentum: the share of the average gradient that a step keeps.
     """
 
     def __init__(
@@ -75,11 +75,13 @@ class Muon(torch.optim.AdamW):
         groups: list[dict[str, Any]],
         world: World | None = None,
         dtype: torch.dtype = torch.float32,
+        momentum: float = 0.95,  # Jordan et al.
         **options: Any,
     ):
         super().__init__(groups, **options)
         self.world = world
         self.dtype = dtype
+        self.momentum = momentum
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -119,8 +121,8 @@ class Muon(torch.optim.AdamW):
         momentum, gradient = map(local_tensor, (state["momentum_buffer"], parameter.grad))
         # In a skipped step the buffer takes the gradient's place, and stays as it is.
         gradient = torch.where(found_inf > 0, momentum, gradient)
-        momentum.lerp_(gradient, 1 - MOMENTUM)
-        return gradient.lerp(momentum, MOMENTUM)  # Nesterov's look ahead
+        momentum.lerp_(gradient, 1 - self.momentum)
+        return gradient.lerp(momentum, self.momentum)  # Nesterov's look ahead
 
 
 # -----------------------------------------------------------------------------
