@@ -62,6 +62,7 @@ WAYS: dict[str, dict[str, Any]] = {
 TUTORIAL_RATE = 6e-4
 VARIANTS = (  # see benchmarks/variants.py
     "momentum", "zero", "cautious", "average", "batches", "halves", "nesterov", "power", "both",
+    "normuon",
 )  # fmt: skip
 SWEEP_STEPS = 500  # of the sweeps and the variants
 SWEEP = {"AdamW": (2e-3, 4e-3, 8e-3), "Muon": (4e-3, 8e-3, 16e-3)}  # the rates to begin with
@@ -69,11 +70,17 @@ GRID: dict[str, tuple[float, ...]] = {  # the other fields that are swept, one a
     "cooldown": (0.4, 0.6, 0.8, 1.0),
     "weight_decay": (0.0, 0.03, 0.1, 0.3),
     "adamw_lr_ratio": (0.5, 1.0, 2.0, 4.0, 8.0),
-    "warmup_steps": (10, 25, 50, 100),
+    "warmup_steps": (0, 10, 25, 50, 100),
+    "momentum": (0.5, 0.7, 0.8, 0.85, 0.9, 0.95),
 }
-DEFAULT = {"cooldown": 0.6, "weight_decay": 0.1, "adamw_lr_ratio": 2.0, "warmup_steps": 100}  # of these runs
+OF_BOTH = {"cooldown": 0.6, "weight_decay": 0.1, "adamw_lr_ratio": 2.0, "warmup_steps": 100}
+DEFAULT = {"AdamW": {**OF_BOTH, "momentum": 0.9}, "Muon": {**OF_BOTH, "momentum": 0.95}}  # of these runs
 LONG_DECAYS = (0.0, 0.1, 0.3)  # also tried with twice the steps
-CHOSEN = {"tutorial": "", "AdamW": "--cooldown 0.4", "Muon": "--warmup_steps 25"}  # by the sweeps
+CHOSEN = {  # by the sweeps
+    "tutorial": "",
+    "AdamW": "--cooldown 0.4 --momentum 0.8",
+    "Muon": "--warmup_steps 10 --momentum 0.9",
+}
 TOKENS_PER_STEP, VAL_EVERY = 4096, 125
 
 
@@ -179,7 +186,7 @@ def settled(results: Results, size: str, way: str, steps: int) -> float | None:
 
 def changed(run: Run, field: str, value: float) -> Run:
     """The run with another value of one field."""
-    return run if value == DEFAULT[field] else run._replace(changes=f"--{field} {value:g}")
+    return run if value == DEFAULT[run.way][field] else run._replace(changes=f"--{field} {value:g}")
 
 
 def sweep_field(results: Results, run: Run, field: str) -> list[Run]:
@@ -192,7 +199,7 @@ def sweep_field(results: Results, run: Run, field: str) -> list[Run]:
     smaller = sizes[sizes.index(run.size) - 1]
     rate = settled(results, smaller, run.way, run.steps)
     losses = [final(results, of._replace(size=smaller, rate=rate or 0.0)) for of in runs]
-    tried = {GRID[field].index(DEFAULT[field])}
+    tried = {GRID[field].index(DEFAULT[run.way][field])}
     while None not in losses:
         best = losses.index(min(loss for loss in losses if loss is not None))
         if tried >= (near := {best - 1, best, best + 1} & set(range(len(runs)))):
