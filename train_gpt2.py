@@ -208,6 +208,7 @@ DEMO = replace(
     sequence_length=128,
     total_batch_size=2048,
     max_steps=1000,
+    momentum=0.9,
     max_lr=6e-3,
     val_every=200,
     val_tokens=65_536,
