@@ -131,7 +131,7 @@ class TrainConfig:
     max_steps: int = 19_073  # updates: one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices (support/model/muon.py)
-    momentum: cli.Momentum | None = None  # kept of the mean gradient; default: adamw 0.9 (beta1), muon 0.95
+    momentum: cli.Momentum | None = None  # of muon, default 0.95; of adamw it is beta1, default 0.9
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
     adamw_lr_ratio: cli.PositiveFloat = 2.0  # with muon, AdamW trains the rest at this multiple of the rate
     schedule: Literal["cosine", "trapezoid"] = "cosine"  # course of the learning rate, see get_lr
