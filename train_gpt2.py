@@ -12,8 +12,8 @@ FineWeb-Edu, 524,288 of them a step. The defaults below are that recipe; each is
 
 This file, top to bottom: configuration, model, optimization, data, evaluation, main. fineweb.py writes the
 token shards that it reads; hellaswag.py scores the model, sample.py lets it write, plot.py draws its curves.
-What else can happen (a short memory, a lost process, a full disk, a foreign file) is dealt with in the four
-folders of support/: data, model, machine, run. You can read this file without them.
+What else can happen (too little memory, a lost process, a full disk, a foreign file) is dealt with in the
+four folders of support/: data, model, machine, run. You can read this file without them.
 """
 
 import argparse
@@ -131,7 +131,7 @@ class TrainConfig:
     max_steps: int = 19_073  # updates: one epoch of 10 billion tokens at 2**19 a step
     warmup_steps: int = 715  # steps until max_lr: 375 million tokens (GPT-3 paper, appendix B)
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices (support/model/muon.py)
-    momentum: cli.Momentum | None = None  # of muon, default 0.95; of adamw it is beta1, default 0.9
+    momentum: cli.Momentum | None = None  # Muon's, default 0.95; AdamW's beta1, default 0.9
     max_lr: float = 6e-4  # peak learning rate (GPT-3 paper, table 2.1, "Small")
     adamw_lr_ratio: cli.PositiveFloat = 2.0  # with muon, AdamW trains the rest at this multiple of the rate
     schedule: Literal["cosine", "trapezoid"] = "cosine"  # course of the learning rate, see get_lr
@@ -194,8 +194,8 @@ MAY_CHANGE = {
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
 PAD_VOCAB_TO = 128  # 50,257 -> 50,304 rows: a GPU multiplies matrices tile by tile, and wants whole ones
 
-# What --recipe fast and --demo change; any flag still overrides it. The peak rates are modded-nanogpt's, the
-# rest is our choice (docs/fast.md); none of it is measured with the 124M model yet.
+# What --recipe fast and --demo change; any flag still overrides it. FAST's peak rates are modded-nanogpt's,
+# the rest is our choice (docs/fast.md); none of it is measured with the 124M model yet.
 FAST = TrainConfig(
     recipe="fast", optimizer="muon", schedule="trapezoid", max_lr=1.8e-3, warmup_steps=100, max_steps=7_630
 )
@@ -690,7 +690,7 @@ def main(config: TrainConfig) -> None:
     else:
         raw_model.to(device)
         if use_compile:
-            # By default the graph is cut where DDP exchanges gradients; once a step is too seldom for that.
+            # By default the graph is cut so that DDP exchanges gradients early: once a step, that gains little.
             torch._dynamo.config.optimize_ddp = False
             model = torch.compile(raw_model, dynamic=False)
         if W > 1:  # each process keeps a copy of the model
