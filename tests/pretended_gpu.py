@@ -243,8 +243,10 @@ def on_gpu(value: Any, index: int) -> Any:
 
 def check_by_cudas_rules(function, args, kwargs, tensors) -> None:
     """Raises where CUDA would; notes where the host would wait. The host's scalars may meet a GPU's
-    tensors."""
-    of_host = [t for t in tensors if not isinstance(t, OnGPU) and t.dim()]
+    tensors, but not take them in."""
+    changed_in_place = tensors[:1] if function._schema.name.endswith("_") else []
+    of_host = [t for t in tensors if t.dim() and not isinstance(t, OnGPU)]
+    of_host += [t for t in changed_in_place if not isinstance(t, OnGPU)]
     if function is aten.copy_.default:
         if any(not isinstance(t, OnGPU) for t in tensors):
             gpu.wait("copy_ between host and GPU")

@@ -28,6 +28,7 @@ from support.data.encodings import get_encoding
 from support.machine import device as devices
 from support.machine.measure import measure_machine
 from support.machine.processes import STOP_SIGNALS, World
+from support.model.muon import Muon, muon_groups
 from support.model.sampling import stream
 from support.run.curves import read_log
 from support.run.folder import RunFolder
@@ -86,6 +87,8 @@ def test_it_computes_as_the_cpu_does_and_says_cuda():
             torch.zeros(2, 3, device="cuda") + (y @ y.t()).sum() + torch.tensor(1.0)
         )  # a scalar of the host may
         assert gpu.waits == [], gpu.waits
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.tensor(1.0).add_(y.sum())
         assert torch.equal(z.cpu(), torch.zeros(2, 3) + (x @ x.t()).sum() + 1)
         assert [wait.reason for wait in gpu.waits] == ["a copy to the host"]
         del y, z
@@ -288,6 +291,28 @@ def test_a_stop_is_saved_and_resumed(config, tmp_path, monkeypatch):
             train(on_gpu)
         assert (tmp_path / "gpu/checkpoint_00003").exists()
         assert train(replace(on_gpu, resume=True)) == expected
+
+
+def test_muon_goes_on_where_no_optimizer_is_fused():
+    """As on a Mac, where PyTorch loads `step` to the CPU."""
+    with pretended():
+        torch.manual_seed(0)
+        model = GPT(SMALL).to("cuda")
+
+        def step(optimizer):
+            for parameter in model.parameters():
+                parameter.grad = torch.ones_like(parameter)
+            optimizer.step()
+
+        def not_fused():
+            return Muon(muon_groups(model, 0.1, 2.0), lr=0.01, fused=False, foreach=False)
+
+        step(saved := not_fused())
+        resumed = not_fused()
+        resumed.load_state_dict(devices.to_host(saved.state_dict()))
+        step(resumed)
+        matrix = model.transformer.h[0].mlp.c_fc.weight
+        assert resumed.state[matrix]["step"].item() == 2
 
 
 # -----------------------------------------------------------------------------

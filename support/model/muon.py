@@ -103,6 +103,7 @@ class Muon(torch.optim.AdamW):
             if not state:
                 state["step"] = torch.zeros((), device=device)  # AdamW expects it when it loads a state
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] = state["step"].to(device)  # where AdamW is not fused, it loads this to the CPU
             same_shape[len(parameter) // parts, parameter.size(1)].append((parameter, parts))
         for shape, parameters in same_shape.items():
             weights = [local_tensor(parameter) for parameter, _ in parameters]
