@@ -1096,6 +1096,15 @@ def test_a_finished_run_says_so(processes, flags, tmp_path, undisturbed):
     assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
 
 
+def test_a_finished_run_of_no_steps_says_so(flags, tmp_path):
+    """As for the scores of a model, `--init_from MODEL --max_steps 0`."""
+    flags = (*flags, "--max_steps=0", f"--log_dir={tmp_path}/log")
+    assert "done: 0 steps" in call("train_gpt2.py", *flags).stdout
+    before = (tmp_path / "log/log.txt").read_text()
+    assert "is finished: its model is" in call("train_gpt2.py", *flags, "--resume").stdout
+    assert (tmp_path / "log/log.txt").read_text() == before
+
+
 # ------------------------------------------------------------------ another recipe, another layout
 
 
@@ -1190,6 +1199,18 @@ def test_the_length_may_change_while_no_rate_does(then, now, refusal, tmp_path):
         folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
         plan = {"max_steps": folder.config.max_steps, "cooldown": folder.config.cooldown}
         assert folder.plans == [{"step": 50, **plan}]
+
+
+@pytest.mark.parametrize("max_steps", [49, 0])
+@pytest.mark.parametrize("schedule", ["cosine", "trapezoid"])
+def test_fewer_steps_than_are_done_are_refused(schedule, max_steps, tmp_path):
+    """Even in a warm-up, where no rate depends on the end."""
+    folder = run_folder(tmp_path, schedule=schedule, warmup_steps=80, cooldown=0.1, max_steps=max_steps)
+    folder.open(GPTConfig(), NO_SHARDS, get_lr)
+    folder.trainer = {"step": 50, "recipe": folder.recipe | {"max_steps": 100}}
+    with pytest.raises(InputError, match=rf"--max_steps {max_steps}: the run in .* has done 50; name"):
+        folder.compare_recipes(folder.trainer["recipe"], folder.trainer.get("step", 0))
+    assert not folder.plans
 
 
 def test_a_plan_that_came_to_nothing_is_forgotten(tmp_path):

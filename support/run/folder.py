@@ -206,6 +206,11 @@ class RunFolder:
         changes = [f"{name} was {before.get(name)}, is {now.get(name)}" for name in different]
         plan = {name: before[name] for name in different if name in PLAN}
         self.plans = [entry for entry in self.plans if entry["step"] < step]  # later ones have been undone
+        if self.config.max_steps < step:
+            raise InputError(
+                f"--max_steps {self.config.max_steps}: the run in {self.path} has done {step}; name at "
+                "least as many, or begin another run with another --log_dir"
+            )
         if plan and len(plan) == len(different):
             earlier = replace(self.config, **plan)
             if all(self.get_lr(i, earlier) == self.get_lr(i, self.config) for i in range(step)):
@@ -268,12 +273,13 @@ class RunFolder:
         """Keep only the lines of log.txt for steps before `step`: later steps run again. What a power cut
         damaged is dropped too: a line without an end, and zeros. Any other line is somebody's, and stays."""
         if self.world.is_main:
-            kept = b""
+            kept = []
             for line in self.read_lines():
                 event = read_event(line)
                 damaged = b"\0" in line or not line.endswith(b"\n") or line.isspace()
-                kept += line if not damaged and (event is None or event[0] < step) else b""
-            write_file(self.path / "log.txt", lambda file: file.write(kept))
+                if not damaged and (event is None or event[0] < step):
+                    kept.append(line)
+            write_file(self.path / "log.txt", lambda file: file.write(b"".join(kept)))
 
     def append(self, step: int, kind: str, value: str) -> None:
         """Add a line to log.txt: step, kind, value. A full disk only delays it."""
