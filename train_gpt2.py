@@ -227,7 +227,10 @@ def choose_defaults(arguments: list[str]) -> TrainConfig:
     flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     flags.add_argument("--demo", action="store_true")
     flags.add_argument("--recipe", nargs="?")
-    given, _ = flags.parse_known_args(arguments)
+    try:
+        given, _ = flags.parse_known_args(arguments)
+    except argparse.ArgumentError:  # --demo=true: tyro says what is wrong
+        return TrainConfig()
     if given.demo:
         return DEMO_TUTORIAL if given.recipe == "tutorial" else DEMO
     return FAST if given.recipe == "fast" else TrainConfig()
@@ -632,7 +635,7 @@ def list_tensors(config: TrainConfig) -> str:
     """The state dictionary of the model that the flags describe, as a table."""
     if config.init_from:
         return huggingface.tensor_table(GPT.from_pretrained(config.init_from).state_dict())
-    name = encoding_of(config.data_dir[0]) or ("bytes" if config.demo else "gpt2")
+    name = next(map(encoding_of, config.data_dir), None) or ("bytes" if config.demo else "gpt2")
     return huggingface.tensor_table(GPT(choose_model_config(config, get_encoding(name))).state_dict())
 
 
@@ -666,7 +669,7 @@ def main(config: TrainConfig) -> None:
     micro_batch.check_batch(config, model_config, world)
     run = RunFolder(config, world, report.print)
     first_step = run.open(model_config, shards, get_lr)  # 0, or where the run was interrupted
-    if first_step == config.max_steps > 0 and world.from_main(lambda: "result" in run.before):
+    if first_step == config.max_steps and world.from_main(lambda: "result" in run.before):
         report.print(f"{config.log_dir} is finished: its model is {run.checkpoint}")
         world.disconnect()
         return world.exit(0)
@@ -690,7 +693,7 @@ def main(config: TrainConfig) -> None:
     else:
         raw_model.to(device)
         if use_compile:
-            # By default the graph is cut so that DDP exchanges gradients early: once a step, that gains little.
+            # By default the graph is cut, so that DDP exchanges gradients early: once a step, it gains little.
             torch._dynamo.config.optimize_ddp = False
             model = torch.compile(raw_model, dynamic=False)
         if W > 1:  # each process keeps a copy of the model

@@ -92,7 +92,7 @@ Seed = Annotated[int, "at most 2**64 - 1"]  # what torch takes
 
 
 def check_numbers(config: Any) -> None:
-    """Raises InputError if a number in a dataclass is nan, or outside the bounds of its type."""
+    """Raises InputError if a number in a dataclass is not finite, or outside the bounds of its type."""
     for name, hint in get_type_hints(type(config), include_extras=True).items():
         value = getattr(config, name)
         if not isinstance(value, int | float):
@@ -101,6 +101,8 @@ def check_numbers(config: Any) -> None:
         if not (value > 0 if "positive" in bounds else value >= 0):  # written so that nan fails too
             least = "more than" if "positive" in bounds else "at least"
             raise InputError(f"--{name} {value}: must be {least} 0")
+        if value == math.inf:
+            raise InputError(f"--{name} {value}: must be finite")
         if value > 1 and "at most 1" in bounds:
             raise InputError(f"--{name} {value}: must be at most 1")
         if value >= 1 and "below 1" in bounds:

@@ -64,6 +64,7 @@ def test_help_quotes_as_people_do():
 def test_a_number_that_can_not_be_meant():
     for changes in (
         {"max_lr": float("nan")},
+        {"timeout_minutes": float("inf")},
         {"max_steps": -1},
         {"total_batch_size": 0},
         {"cooldown": 1.1},

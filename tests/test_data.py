@@ -313,6 +313,10 @@ def test_a_mix_knows_its_parts(tmp_path):
         (0, f"val_{name}", 1.5) for name in alike
     ]
     assert len(set(alike)) == 2
+    (tmp_path / "c").rename(tmp_path / "b+ 1")
+    one_path = load_mix([tmp_path / "b +1", tmp_path / "b+ 1"]).names()
+    assert [name.rpartition("/")[2] for name in one_path] == ["b__1_0", "b__1_1"]
+    (tmp_path / "b+ 1").rename(tmp_path / "c")
     (tmp_path / "b +1").rename(tmp_path / "b")
     (tmp_path / "x/b +1").rename(tmp_path / "a")
     assert mix.proportions() == [0.25, 0.5, 0.25]

@@ -225,6 +225,7 @@ def test_presets_choose_the_recipe_and_flags_override_it(text_shards, tmp_path):
         == FAST
     )
     assert choose_defaults(["train_gpt2.py", "--demo"]) == DEMO
+    assert choose_defaults(["train_gpt2.py", "--demo=true"]) == TrainConfig()  # tyro refuses it in one line
     slow = choose_defaults(["train_gpt2.py", "--demo", "--recipe", "tutorial"])
     assert (slow.recipe, slow.optimizer, slow.schedule, slow.model) == ("tutorial", "adamw", "cosine", "demo")
     changed = {name for name in vars(FAST) if getattr(FAST, name) != getattr(TrainConfig(), name)}

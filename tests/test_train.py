@@ -444,6 +444,7 @@ def test_the_state_dictionary_is_listed():
 def test_the_state_dictionary_has_the_vocabulary_of_the_data(text_shards):
     said = call("train_gpt2.py", "--model=demo", f"--data_dir={text_shards}", "--describe").stdout
     assert "[257, 192]" in said
+    assert "[257, 192]" in call("train_gpt2.py", "--demo", "--data_dir", "--describe").stdout
 
 
 def test_a_model_can_be_named_beside_the_demo():

@@ -12,7 +12,6 @@ GROUP = 2**31  # tokens of the shards that are mixed, 4 GB: most machines hold t
 VERSION = 2  # of this order; version 1 visited the shards one after another
 
 
-@functools.lru_cache(maxsize=4)
 def permutation(n: int, *seed: int) -> np.ndarray:
     """The numbers 0 .. n - 1 in the random order that `seed` stands for: (n,) uint32, 8 MB for a group's
     windows of 1,024 tokens."""
@@ -34,7 +33,9 @@ class WindowOrder:
         self.lengths, self.T, self.seed = lengths, T, seed
         self.windows_per_shard = np.maximum(0, np.array(lengths) - 1) // T
         self.n_windows = int(self.windows_per_shard.sum())  # in an epoch
-        self.groups = functools.lru_cache(maxsize=2)(self.draw_groups)  # they serve a whole epoch
+        # Both serve many steps: a whole epoch, a whole group.
+        self.groups = functools.lru_cache(maxsize=2)(self.draw_groups)
+        self.permutation = functools.lru_cache(maxsize=2)(permutation)
 
     def draw_groups(self, epoch: int) -> list[tuple[list[int], list[int]]]:
         """An epoch's groups: the shards of each, and the windows up to the end of each of its shards."""
@@ -63,7 +64,7 @@ class WindowOrder:
         epoch, group, window = self.find_group(index)
         shards, ends = self.groups(epoch)[group]
         if self.seed is not None:  # counted from 1: for NumPy, (seed, epoch) and (seed, epoch, 0) are equal
-            window = int(permutation(ends[-1], self.seed, epoch, 1 + group)[window])
+            window = int(self.permutation(ends[-1], self.seed, epoch, 1 + group)[window])
         i = bisect.bisect_right(ends, window)
         before = ends[i - 1] if i else 0  # windows in the shards before
         return shards[i], (window - before) * self.T

@@ -434,11 +434,15 @@ class Shards:
         return dataset
 
     def names(self) -> list[str]:
-        """A name for each part, fit for a log: its folder's, or its path if two folders have one name."""
+        """A name for each part, fit for a log: its folder's; its path if two would have one name; or
+        that with a number."""
         folders = [part.folder for part in self.parts or (self,)]
-        names = [folder.resolve().name for folder in folders]
-        names = names if len(set(names)) == len(names) else [folder.as_posix() for folder in folders]
-        return [re.sub(r"[^\w./-]", "_", name) for name in names]
+        names: list[str] = []
+        for name_of in (lambda folder: folder.resolve().name, Path.as_posix):
+            names = [re.sub(r"[^\w./-]", "_", name_of(folder)) for folder in folders]
+            if len(set(names)) == len(names):
+                return names
+        return [f"{name}_{number}" for number, name in enumerate(names)]
 
 
 def describe_files(names: Sequence[str]) -> str:
