@@ -693,7 +693,7 @@ def main(config: TrainConfig) -> None:
     else:
         raw_model.to(device)
         if use_compile:
-            # By default the graph is cut, so that DDP exchanges gradients early: once a step, it gains little.
+            # The graph would be cut, so that DDP exchanges gradients early: once a step, that gains little.
             torch._dynamo.config.optimize_ddp = False
             model = torch.compile(raw_model, dynamic=False)
         if W > 1:  # each process keeps a copy of the model
