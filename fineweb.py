@@ -41,7 +41,7 @@ from support.data.documents import (
     text_bytes,
 )
 from support.data.encodings import get_encoding
-from support.data.hub import Downloads, dataset_files
+from support.data.hub import TEMPORARY, Downloads, dataset_files
 from support.data.ready_shards import fetch_shards
 from support.data.shards import (
     WINDOW,
@@ -155,9 +155,11 @@ def choose_shard_size(n_tokens: float) -> int:
     return max(size for size in sizes if size <= min(wanted, LARGEST_SHARD))
 
 
-def size_of_job(config: ShardConfig, files: list[File], shard_size: int, n_tokens: int) -> str:
-    """State in words how much will be written; `n_tokens` are there already. Raises InputError if the rest
-    does not fit on the disk."""
+def size_of_job(
+    config: ShardConfig, files: list[File], shard_size: int, n_tokens: int, bytes_here: int = 0
+) -> str:
+    """State in words how much will be written; `n_tokens` are there already, and `bytes_here` of the
+    downloads. Raises InputError if the rest does not fit on the disk."""
     estimate = max(estimate_tokens(config, files), n_tokens)
     n_shards = plural(math.ceil(estimate / shard_size), "shard")
     downloads = sorted(file.size for file in files if file.path is None)
@@ -166,7 +168,8 @@ def size_of_job(config: ShardConfig, files: list[File], shard_size: int, n_token
         purpose = f"{'all' if config.keep_downloads else 'two'} downloads and the shards"
     if not config.keep_downloads:
         downloads = downloads[-2:]
-    need = check_disk(config.output_dir, sum(downloads) + 2 * (estimate - n_tokens), purpose)
+    n_bytes = max(0, sum(downloads) - bytes_here) + 2 * (estimate - n_tokens)
+    need = check_disk(config.output_dir, n_bytes, purpose, begun=n_tokens > 0)
     return f"about {estimate:,.0f} tokens in {n_shards} of {shard_size:,}; {need}"
 
 
@@ -192,40 +195,49 @@ def accept_changes(files: list[File], record: Record, folder: Path, reading: Rea
     """Note in the record of an unfinished job the new sizes of files that are not wholly in finished shards:
     a user may have mended a line there. Raises InputError if a file is not the one that was begun."""
     first, last = record["shards"][0], record["shards"][-1]
-    ends = {place["file"] for place in (last["ends_at"], *first.get("groups_end_at", []))}
+    places = {place["file"]: place for place in (*first.get("groups_end_at", []), last["ends_at"])}
     groups = [[file.name for file in group] for group in groups_of(files)]
     current = next((i for i, group in enumerate(groups) if last["ends_at"]["file"] in group), len(groups))
     unread = set()
     for group in groups[current:]:  # the groups before are in the shards
-        begins = [i for i, name in enumerate(group) if name in ends]
+        begins = [i for i, name in enumerate(group) if name in places]
         unread |= set(group[begins[-1] if begins else 0 :])
-    sizes = {file.name: file.size for file in files}
+    found = {file.name: file for file in files}
     for entry in record["source"].get("files", []):
-        if entry[0] in unread and entry[1] != sizes[entry[0]]:
-            entry[1] = sizes[entry[0]]
-            if entry[0] == last["ends_at"]["file"]:
-                check_place(next(file for file in files if file.name == entry[0]), record, folder, reading)
-            print(f"note: {entry[0]} has changed; what was read of it before stays in the shards")
+        name = entry[0]
+        if name in unread and entry[1] != found[name].size:
+            entry[1] = found[name].size
+            if name in places:
+                check_place(found[name], places[name], record, folder, reading)
+            print(f"note: {name} has changed; what was read of it before stays in the shards")
 
 
-def check_place(file: File, record: Record, folder: Path, reading: Reading) -> None:
-    """Raises InputError unless the last document that went into the finished shards is in the file still, at
-    the same place."""
-    last = record["shards"][-1]
-    place, encoding = last["ends_at"], get_encoding(record["encoding"])
-    pieces: list[Piece] = []  # of that document
+def check_place(file: File, place: Place, record: Record, folder: Path, reading: Reading) -> None:
+    """Raises InputError unless the file still has what the finished shards hold of it, up to `place`. Of what
+    training has, the last document tells; of what only the validation split has, everything."""
+    encoding = get_encoding(record["encoding"])
+    first, last = record["shards"][0], record["shards"][-1]
+    only_validation = place in first.get("groups_end_at", [])
+    documents: list[list[np.ndarray]] = []  # of each, its pieces' tokens
     assert file.path is not None, "a local file"
     for piece in read_documents(file, file.path, reading):
         if piece.document >= place["document"] + (place["token"] > 0):
             break
         if piece.text is not None:
-            pieces = [piece] if piece.begins else [*pieces, piece]
-    none = np.empty(0, np.uint16)
-    tokens = np.concatenate([none, *(encode_piece(encoding, piece)[1] for piece in pieces)])
+            if piece.begins:
+                documents = documents if only_validation else []
+                documents.append([])
+            documents[-1].append(encode_piece(encoding, piece)[1])
+    *before, tokens = map(np.concatenate, documents or [[np.empty(0, np.uint16)]])
     tokens = tokens[: place["token"] or len(tokens)]
-    end = open_shard(folder / last["file"])[-len(tokens) :]
+    if only_validation:
+        tokens = np.concatenate([*before, tokens])
+        same = tokens.tobytes() in open_shard(folder / first["file"]).tobytes()
+    else:
+        end = open_shard(folder / last["file"])[-len(tokens) :]
+        same = np.array_equal(tokens[-len(end) :], end)
     begun = place["document"] > 0 or place["token"] > 0
-    if begun and not (len(tokens) and np.array_equal(tokens[-len(end) :], end)):
+    if begun and not (len(tokens) and same):
         raise InputError(
             f"{file.name} has changed before the place where the finished shards in {folder} end; choose "
             "another --output_dir, or remove that one"
@@ -311,14 +323,13 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
     record = find_record(folder)
     if record:
         settings["shard_size"] = config.shard_size or record["settings"].get("shard_size")
-        if not (folder / "shards.json").exists():
+        if not (folder / "shards.json").exists() and "shards" not in record["settings"]:
             accept_changes(files, record, folder, reading)
         compare_records(folder, record, {"shards": None, "encoding": config.encoding, **source, **settings})
         if not drop_damaged(folder, record) and (folder / "shards.json").exists():
             n_shards = plural(len(record["shards"]), "shard")
             print(f"{folder} is finished: {record['tokens']:,} tokens in {n_shards}")
-            if from_hub and not config.keep_downloads:  # otherwise it is a folder of the user's
-                shutil.rmtree(folder / "downloads", ignore_errors=True)
+            shutil.rmtree(folder / TEMPORARY, ignore_errors=True)  # of a job killed at its end
             return
     name = "the input"
     if from_hub:
@@ -335,24 +346,24 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
     size = file_size(sum(file.size for file in files))
     how = f"{config.encoding} encoding, {plural(config.workers, 'thread')}"
     print(f"{name}: {plural(len(files), 'file')}, {size}; {how}")
-    print(f"to {folder}: {size_of_job(config, files, shard_size, n_tokens)}")
-    if n_tokens:
-        print(f"resuming after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
-
     downloads = None
     if from_hub:
         keep, ahead = config.keep_downloads, config.max_tokens is None  # otherwise the next may not be needed
-        downloads = Downloads(config.dataset, commit, files, folder / "downloads", keep=keep, ahead=ahead)
+        downloads = Downloads(config.dataset, commit, files, folder, keep=keep, ahead=ahead)
         shards = record["shards"]
         downloads.drop_before(shards[-1]["ends_at"]["file"] if shards else files[0].name)
+    bytes_here = downloads.bytes_here() if downloads else 0
+    print(f"to {folder}: {size_of_job(config, files, shard_size, n_tokens, bytes_here)}")
+    if n_tokens:
+        print(f"resuming after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
     writer = ShardWriter(folder, record, downloads.drop_before if downloads else lambda file: None)
     progress = TokenProgress(files, config.max_tokens, record)
     started = time.monotonic()
     streams = streams_of(files, reading, writer, downloads)
     write_shards(streams, writer, config.workers, progress.on_piece)
     progress.bar.close()
-    if downloads and not config.keep_downloads:
-        shutil.rmtree(folder / "downloads", ignore_errors=True)
+    if downloads:
+        downloads.remove()
     print(closing_line(folder, record, record["tokens"] - n_tokens, time.monotonic() - started))
     if record["tokens"] * BYTES_PER_TOKEN[config.encoding] < LITTLE:
         print("note: less than a million characters of text; a model will memorize it")

@@ -131,13 +131,15 @@ def expect_random_reads(mapped: np.ndarray) -> None:
         file.madvise(mmap.MADV_RANDOM)
 
 
-def check_disk(folder: Path, needed: float, purpose: str) -> str:
+def check_disk(folder: Path, needed: float, purpose: str, begun: bool = False) -> str:
     """State in words how many bytes are `needed` in --output_dir, and how many are free. Raises InputError if
-    those are fewer."""
+    those are fewer. What helps depends on whether the job has `begun`."""
     free = shutil.disk_usage(folder).free
     need = f"needs up to {file_size(needed)} of disk space ({purpose}); {file_size(free)} is free"
     if needed > free:
-        raise InputError(f"--output_dir {folder}: {need}; choose another disk, or set --max_tokens")
+        remedy = "make room, or move the folder to another disk"
+        remedy = remedy if begun else "choose another disk, or set --max_tokens"
+        raise InputError(f"--output_dir {folder}: {need}; {remedy}")
     return need
 
 

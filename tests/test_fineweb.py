@@ -7,7 +7,9 @@ import itertools
 import json
 import random
 import re
+import shlex
 import signal
+import subprocess
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from support.data import documents
 from support.data import hub as hub_module
 from support.data.documents import PIECE, File, Piece, Reading, chunks_of, cut_document, local_files
 from support.data.encodings import END_OF_TEXT, get_encoding
-from support.data.hub import Downloads
+from support.data.hub import TEMPORARY, Downloads
 from support.data.shards import ShardWriter, Stream, load_shards, new_record, read_record, write_shards
 from support.data.tokens import encode_piece, encode_task
 from support.files import sha256
@@ -263,6 +265,18 @@ def test_a_million_exotic_spaces_are_cut_and_counted(white):
     for encoded in (encode_piece(GPT2, Piece("file", 7, text)), *encode_task(GPT2, [Piece("file", 7, text)])):
         assert GPT2.decode(encoded[1][1:].tolist()) == text
         assert encoded[2]["cut"] > 0
+
+
+def test_a_long_word_in_a_long_text_is_left_behind():
+    """Base64 in a line, say: the text before it and behind it is cut as ever."""
+    words = "a word and " * (3 * PIECE // 11)
+    text = f"{words[:400]}{'x' * 620_000} {words}{'y' * 300_000} {words}"
+    pieces = list(cut_document("file", 0, chunks_of(text)))
+    assert "".join(piece.text for piece in pieces) == text
+    assert max(len(piece.text) for piece in pieces) < 620_000 + 2 * PIECE
+    assert len(pieces) >= 7
+    assert not any(piece.cuts_word for piece in pieces)
+    assert all(re.match(r"\s\S", piece.text) for piece in pieces[1:])
 
 
 def test_a_word_without_end_is_cut_and_counted(tmp_path, monkeypatch):
@@ -585,6 +599,24 @@ def test_the_disk_that_a_job_needs(tmp_path, monkeypatch):
     ):
         config = fineweb.ShardConfig(**{"encoding": "bytes", "output_dir": tmp_path, **flags})
         assert expected in fineweb.size_of_job(config, files, 10**8, n_tokens)
+    config = fineweb.ShardConfig(encoding="bytes", output_dir=tmp_path)
+    assert "needs up to 22.0 GB" in fineweb.size_of_job(config, files, 10**8, 6 * 10**9, 5 * 10**9)
+    assert "needs up to 20.0 GB" in fineweb.size_of_job(config, files, 10**8, 6 * 10**9, 9 * 10**9)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: Mock(free=10**10))
+    for n_tokens, remedy in ((0, "choose another disk, or set --max_tokens"), (6 * 10**9, "make room, or")):
+        with pytest.raises(InputError, match=f"10.0 GB is free; {remedy}"):
+            fineweb.size_of_job(config, files, 10**8, n_tokens)
+
+
+def test_what_there_is_of_an_unfinished_job_can_be_used(tmp_path):
+    """By the command that the message names: with the encoding in the record."""
+    (tmp_path / "x.txt").write_text("a word " * 1000)
+    make(tmp_path / "out", f"--input={tmp_path}/x.txt", "--encoding=bytes", "--shard_size=700")
+    (tmp_path / "out/shards.json").rename(tmp_path / "out/shards.partial.json")
+    with pytest.raises(InputError, match="to use what there is: mv ") as said:
+        load_shards(tmp_path / "out")
+    subprocess.run(shlex.split(str(said.value).partition("what there is: ")[2]), check=True)
+    assert load_shards(tmp_path / "out").encoding == "bytes"
 
 
 def test_shards_made_elsewhere_are_not_written_over(tmp_path):
@@ -732,6 +764,10 @@ def test_fineweb_edu_comes_from_the_hub(hub, tmp_path):
     each deleted when its shards are safe."""
     folder, texts = hub
     command = "fineweb.py", "--shard_size=5000", "--encoding=bytes"
+    own = [tmp_path / "out/downloads" / name for name in ("mine.txt", "mine.incomplete")]
+    own[0].parent.mkdir(parents=True)
+    for path in own:
+        path.touch()
     with serve(folder) as (env, requests):
         done = run(*command, f"--output_dir={tmp_path}/out", env=env)
         asked = len(requests)
@@ -744,7 +780,8 @@ def test_fineweb_edu_comes_from_the_hub(hub, tmp_path):
     assert tokens_in(tmp_path / "out") == stream_of(texts)
     source = json.loads((tmp_path / "out/shards.json").read_text())["source"]
     assert source == {"dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT", "revision": COMMIT}
-    assert not (tmp_path / "out/downloads").exists()
+    assert not (tmp_path / "out" / TEMPORARY).exists()
+    assert all(path.exists() for path in own)  # a folder of one's own called downloads
     assert "is finished" in again.stdout
     assert other.returncode == 2
     assert "config was sample-10BT, is sample-100BT" in other.stderr
@@ -986,12 +1023,13 @@ def test_the_next_file_comes_while_this_one_is_read(tmp_path):
     """At most two files are on the disk, and the second one is started before the first is read."""
     files = [File(f"{i}.txt", 6) for i in range(4)]
     downloads = Downloads("", "", files, tmp_path, keep=False, ahead=True)
+    downloads.folder.mkdir()
     fetched = []
 
     def fetch(file):
-        (tmp_path / file.name).write_text("a text")
+        (downloads.folder / file.name).write_text("a text")
         fetched.append(file.name)
-        return tmp_path / file.name
+        return downloads.folder / file.name
 
     downloads.fetch = fetch
     for piece in fineweb.read_files(
@@ -999,11 +1037,12 @@ def test_the_next_file_comes_while_this_one_is_read(tmp_path):
     ):
         time.sleep(0.1)
         i = int(piece.file[0])
-        present = sorted(path.name for path in tmp_path.iterdir())
+        present = sorted(path.name for path in downloads.folder.iterdir())
         assert present == [f"{j}.txt" for j in (i - 1, i) if j >= 0] if i else ["0.txt", "1.txt"]
         downloads.drop_before(piece.file)
         time.sleep(0.1)
-        assert sorted(path.name for path in tmp_path.iterdir()) == [f"{j}.txt" for j in (i, i + 1) if j < 4]
+        present = sorted(path.name for path in downloads.folder.iterdir())
+        assert present == [f"{j}.txt" for j in (i, i + 1) if j < 4]
     assert fetched == [file.name for file in files]
 
 

@@ -300,6 +300,30 @@ def test_a_line_mended_behind_the_last_shard_costs_no_shard(tmp_path, monkeypatc
     assert "files differ in ['y.jsonl'" in refusal(tmp_path / "out", *flags)  # finished
 
 
+def test_a_change_in_what_validation_holds_of_another_group_is_refused(tmp_path, monkeypatch):
+    """Training would read there what validation holds. A line that is mended behind that place costs nothing,
+    though only the validation split is finished."""
+    monkeypatch.setattr("support.data.tokens.TASK", 50)
+    rows = [json.dumps({"text": f"row {i} " * 9}) for i in range(200)]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    x, y = tmp_path / "a/x.jsonl", tmp_path / "b/y.jsonl"
+    x.write_text("\n".join([*rows[:60], '{"text": ', *rows[60:100]]))
+    y.write_text("\n".join(rows[100:]))
+    flags = "--input", tmp_path / "a", tmp_path / "b", "--shard_size=9000", "--val_size=300"
+    assert "x.jsonl, line 61: not JSON" in refusal(tmp_path / "out", *flags)
+    partial = (tmp_path / "out/shards.partial.json").read_text()
+    assert len(json.loads(partial)["shards"]) == 1
+    x.write_text("\n".join(rows[:100]))
+    y.write_text("\n".join(['{"text": "one more"}', *rows[100:]]))
+    assert "y.jsonl has changed before the place where" in refusal(tmp_path / "out", *flags)
+    assert (tmp_path / "out/shards.partial.json").read_text() == partial
+    y.write_text("\n".join([*rows[100:], '{"text": "one more"}']))
+    make(tmp_path / "out", *flags)
+    make(tmp_path / "fresh", *flags)
+    assert tokens_in(tmp_path / "out") == tokens_in(tmp_path / "fresh")
+
+
 @pytest.mark.parametrize("kind", ["another", "shorter", "earlier"])
 def test_another_file_of_that_name_is_refused(kind, tmp_path, monkeypatch):
     """What the last finished shard ends with is not there any more."""

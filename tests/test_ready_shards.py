@@ -15,6 +15,7 @@ from hub import COMMIT, serve
 from support.cli import InputError, RunFault
 from support.data import hub as hub_room
 from support.data.documents import File
+from support.data.hub import TEMPORARY
 from support.data.ready_shards import choose_shards
 from support.data.shards import load_shards, open_shard
 from support.files import lock_folder, sha256
@@ -280,7 +281,7 @@ def test_a_fault_that_stays_is_one_line(fault, kind, message, online, tmp_path):
     said = refusal(tmp_path / "out", kind)
     assert message in said
     assert f"could not fetch {shard_name(2)} from the Hugging Face Hub" in said
-    unfinished = {".lock", "downloads", "shards.partial.json", shard_name(0), shard_name(1)}
+    unfinished = {".lock", TEMPORARY, "shards.partial.json", shard_name(0), shard_name(1)}
     assert files_in(tmp_path / "out") == unfinished
     assert_unfinished(tmp_path / "out")
     faults.clear()
@@ -306,7 +307,7 @@ def test_what_is_no_shard_is_refused(folder, online, tmp_path):
         said = refusal(tmp_path / str(n))
         assert message in said
         assert shard_name(0) in said
-        assert files_in(tmp_path / str(n)) == {".lock", "downloads", "shards.partial.json"}
+        assert files_in(tmp_path / str(n)) == {".lock", TEMPORARY, "shards.partial.json"}
     path.unlink()
     np.save(path.with_suffix(".npy"), tokens_of(0))
     with open(path.with_suffix(".npy"), "ab") as file:
@@ -353,6 +354,8 @@ def test_a_folder_in_which_something_else_is(online, tmp_path):
     (tmp_path / "text").mkdir()
     write_texts(["a text"] * 9, tmp_path / "text", 20)
     fetch(tmp_path / "ready", max_tokens=8000)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun/shards.partial.json").write_bytes((tmp_path / "ready/shards.json").read_bytes())
     (tmp_path / "x.txt").write_text("a word " * 1000)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*.[nb]*") if path.is_file()}
     text_job = {"shards": None, "input": (str(tmp_path / "x.txt"),), "shard_size": 500}
@@ -364,6 +367,7 @@ def test_a_folder_in_which_something_else_is(online, tmp_path):
         ("ready", {"shards": "a/b"}, f"shards was {NAME}, is a/b"),
         ("ready", {"revision": "v2"}, "revision was main, is v2"),
         ("ready", text_job, f"made with other settings: shards was {NAME}, is None"),
+        ("begun", text_job, f"made with other settings: shards was {NAME}, is None"),
         ("bin", text_job, "holds shards made elsewhere"),
     ):
         assert message in refusal(tmp_path / name, **flags)

@@ -7,6 +7,7 @@ import math
 import os
 import posixpath
 import re
+import shutil
 import sys
 import threading
 import time
@@ -34,6 +35,7 @@ WEIGHTS = (  # a model's weights, in the order in which they are looked for
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+TEMPORARY = ".fineweb_downloads"  # in --output_dir; whoever calls a folder so means this one
 PICKLES = (".pt", ".pth", ".ckpt")  # what training scripts save: one file with weights and sizes
 T = TypeVar("T")
 
@@ -306,15 +308,29 @@ def is_copy(path: Path, file: File) -> bool:
 
 class Downloads:
     """A dataset's files, downloaded in order: the one being read and, with `ahead`, the next in the
-    background. Without `keep`, files are deleted when they are dropped, so that two at most are on disk."""
+    background. With `keep`, they stay in `output_dir`/downloads. Without, they lie in TEMPORARY and are
+    deleted when they are dropped, so that two at most are on disk."""
 
-    def __init__(self, dataset: str, commit: str, files: list[File], folder: Path, keep: bool, ahead: bool):
-        self.dataset, self.commit, self.files, self.folder = dataset, commit, files, folder
+    def __init__(
+        self, dataset: str, commit: str, files: list[File], output_dir: Path, keep: bool, ahead: bool
+    ):
+        self.dataset, self.commit, self.files = dataset, commit, files
+        self.folder = output_dir / ("downloads" if keep else TEMPORARY)
         self.keep, self.ahead = keep, ahead
         self.futures: dict[int, Future[Path]] = {}  # by index into `files`
         self.current = -1  # index of the file being read
-        for leftover in folder.rglob("*.incomplete"):  # of a killed job; the library would begin another
-            leftover.unlink()
+        for leftover in (self.folder / ".cache/huggingface").rglob("*.incomplete"):  # of a killed job
+            leftover.unlink()  # the library would begin another
+
+    def bytes_here(self) -> int:
+        """The bytes of the files that an earlier job has left here."""
+        paths = [self.folder / file.name for file in self.files]
+        return sum(path.stat().st_size for path in paths if path.exists())
+
+    def remove(self) -> None:
+        """Remove what lies in TEMPORARY."""
+        if not self.keep:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def path(self, i: int) -> Path:
         """Wait for file `i`, which will be read next, and return its path. Raises what `fetch` raises."""

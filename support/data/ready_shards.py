@@ -12,7 +12,6 @@ Two datasets that many use, of .bin files with 100 million tokens each:
 import itertools
 import os
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
@@ -72,8 +71,9 @@ def fetch_shards(dataset: str, revision: str, folder: Path, max_tokens: int | No
     about = f"about {sum(map(count_tokens, chosen.values())):,} tokens in {plural(len(chosen), 'shard')}"
     here = f", {len(chosen) - len(missing):,} of them here already" if len(missing) < len(chosen) else ""
     print(f"{dataset} at {commit[:8]}: {about}{here}")
+    downloads = Downloads(dataset, commit, missing, folder, keep=False, ahead=True)
     n_bytes = sum(file.size for file in missing)
-    print(f"to {folder}: {check_disk(folder, n_bytes, 'the shards')}")
+    print(f"to {folder}: {check_disk(folder, n_bytes - downloads.bytes_here(), 'the shards')}")
     print("training can start when all are here: any step may need any shard")
 
     settings = {"shards": dataset, "revision": revision, "max_tokens": max_tokens}
@@ -85,7 +85,6 @@ def fetch_shards(dataset: str, revision: str, folder: Path, max_tokens: int | No
 
     write_partial()
     (folder / "shards.json").unlink(missing_ok=True)  # of a finished job that lost a shard, or gets more
-    downloads = Downloads(dataset, commit, missing, folder / "downloads", keep=False, ahead=True)
     progress = JobProgress("B", n_bytes, interval=0)
     for i, file in enumerate(missing):
         downloads.drop_before(file.name)
@@ -98,7 +97,7 @@ def fetch_shards(dataset: str, revision: str, folder: Path, max_tokens: int | No
         write_partial()
         progress.update(file.size, path.name)
     progress.bar.close()
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    downloads.remove()
     os.replace(folder / PARTIAL, folder / "shards.json")
     where = f"{record['tokens']:,} tokens in {plural(len(chosen), 'shard')} in {folder}"
     print(f"{where}; next: python train_gpt2.py --data_dir {shlex.quote(str(folder))}")

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import time
 from collections import Counter
@@ -155,7 +156,8 @@ def compare_records(folder: Path, record: Record, now: dict[str, Any]) -> None:
             if then.get(name) != value:
                 differences.append(f"{name} was {then.get(name)}, is {value}")
         elif (was := then.get(name, [])) != value:
-            changed = [item for item in (*was, *value) if item not in was or item not in value]
+            then_and_now = [{tuple(item) for item in items} for items in (was, value)]
+            changed = [item for item in (*was, *value) if not all(tuple(item) in of for of in then_and_now)]
             more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
             differences.append(f"{name} differ in {(changed or value)[0]}{more}")
     if differences:
@@ -521,8 +523,8 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
         )
     if (folder / PARTIAL).exists():
         raise InputError(
-            f"{folder} is not finished: run the same fineweb.py command again to continue, or remove "
-            f"{PARTIAL} to use what there is"
+            f"{folder} is not finished: run the same fineweb.py command again to continue; to use what there "
+            f"is: mv {shlex.quote(str(folder / PARTIAL))} {shlex.quote(str(folder / 'shards.json'))}"
         )
     shown = (file for file in folder.iterdir() if not file.name.startswith("."))  # the Finder hides its notes
     files = sorted(file for file in shown if file.suffix in (".npy", ".bin"))
