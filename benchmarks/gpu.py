@@ -338,6 +338,8 @@ def run_training(
                   "output": tail(text)}  # fmt: skip
         if status not in (0, 128 + signal.SIGTERM):
             return result | {"error": f"train_gpt2.py ended with exit status {status}"}
+        if not (run / "log.txt").exists() or not read_log(run / "log.txt")["val"]:
+            return result | {"error": "train_gpt2.py was stopped before its first evaluation"}
         for name in ("log.txt", "run.json", "loss.png"):
             if (run / name).exists():
                 shutil.copy(run / name, beside.with_name(f"{beside.stem}_{name}"))

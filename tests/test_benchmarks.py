@@ -221,6 +221,14 @@ def is_running(pid):
         return False
 
 
+def test_a_run_stopped_before_its_first_evaluation_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "run_program", lambda *_: (128 + signal.SIGTERM, "warm-up"))
+    config = gpu.Config(tiny=True, device="cpu", data_dir=tmp_path)
+    result = gpu.run_training(config, gpu.TINY, None, tmp_path / "beside.json", 60.0)
+    assert result["error"] == "train_gpt2.py was stopped before its first evaluation"
+    assert "stopped before" in gpu.run_text(result)
+
+
 def test_the_documented_command_parses():
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     (command,) = re.findall(r"^python -m benchmarks\.gpu (.+)$", page, re.MULTILINE)

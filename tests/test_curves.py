@@ -144,6 +144,11 @@ def legend(axis):
     return [text.get_text() for text in axis.get_legend().get_texts()]
 
 
+def test_a_name_that_means_something_to_matplotlib_stands_in_the_legend(tmp_path, draw):
+    panels, _ = draw(make_run(tmp_path / "_old"), make_run(tmp_path / "$a$"))
+    assert [text.split(",")[0] for text in legend(panels[LOSS])[:2]] == ["run _old", r"\$a\$"]
+
+
 def test_published_lines_stand_beside_comparable_runs_only(tmp_path, draw):
     fair = make_run(tmp_path / "fair")
     panels, notes = draw(fair)

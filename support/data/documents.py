@@ -453,9 +453,9 @@ def cut_document(
     for chunk in chunks:
         rest += chunk
         if len(rest) >= PIECE:
-            # near the end; anywhere if the text is long without a boundary
-            near_end = len(rest) - 1000 if len(rest) < 2 * PIECE else 1
-            found = BOUNDARY.search(rest, near_end) or BOUNDARY.search(rest, 1)
+            # as near to the end as there is one
+            searches = (BOUNDARY.search(rest, max(1, len(rest) - span)) for span in (1000, 50_000, len(rest)))
+            found = next(filter(None, searches), None)
             if found or len(rest) > LONGEST_WORD:
                 end = found.start() if found else len(rest)
                 yield Piece(

@@ -190,7 +190,9 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
         events, left_out = load_log(folder / "log.txt")
         if not any(events.values()):
             raise InputError("; ".join([f"{folder / 'log.txt'} holds no events yet", *left_out]))
-        label = f"{folder.resolve().name}, " if len(folders) > 1 else ""
+        # matplotlib leaves out a label with a leading "_", and reads mathematics between two "$".
+        name = folder.resolve().name.replace("$", r"\$")
+        label = f"{'run ' * name.startswith('_')}{name}, " if len(folders) > 1 else ""
         runs.append(DrawnRun(folder, events, read_run(folder), f"C{i}", label))
         notes += left_out
     units = sorted({unit_of(run.facts) for run in runs})
