@@ -376,15 +376,17 @@ class GPT(nn.Module):
             ValueError: the sequence is longer than block_size.
         """
         x = self.hidden_states(idx, caches)
-        if targets is None:
-            return self.head(x)
+        return self.head(x) if targets is None else self.loss(x, targets)
+
+    def loss(self, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """The loss of `forward` from the hidden states, (B, T, n_embd), and the targets, (B, T)."""
         x, targets = x.flatten(0, 1), targets.flatten()  # (B * T, C), (B * T,)
         vocab_size = self.config.vocab_size
         if self.loss_chunks > 1:  # memory is short: the same loss, with the logits of some tokens at a time
             return chunked_cross_entropy(x, self.lm_head.weight, targets, vocab_size, self.loss_chunks)
         if torch.compiler.is_compiling():  # the same, in a form that compiles to fewer passes over the logits
             return masked_cross_entropy(self.lm_head(x), targets, vocab_size)
-        return F.cross_entropy(self.lm_head(x)[:, :vocab_size], targets)
+        return F.cross_entropy(self.lm_head(x)[:, :vocab_size].float(), targets)
 
     def hidden_states(self, idx: torch.Tensor, caches: list[sampling.KVCache] | None = None) -> torch.Tensor:
         """The residual stream after the last block and its norm: (B, T) token ids to (B, T, n_embd)."""
@@ -574,8 +576,7 @@ class TokenLoader:
                     f"{self.vocab_size}; the shard is damaged or of another encoding",
                     this_process_only=True,  # the other ranks read other windows
                 )
-        batch = torch.from_numpy(rows)
-        return batch[:, :-1].contiguous(), batch[:, 1:].contiguous()
+        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
 
     def batch(self, step: int, micro_step: int, B: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's B rows in one micro-step of one step: inputs and targets, (B, T) int64 each."""

@@ -269,8 +269,9 @@ def compiled_run(monkeypatch, text_shards, log_dir, **changes):
 
 
 @pytest.mark.slow
-def test_nothing_is_compiled_again_after_the_warm_up(compiler, monkeypatch, text_shards, tmp_path):
-    """Neither by changes between training and evaluation."""
+@pytest.mark.parametrize("rows", [1, 2])
+def test_nothing_is_compiled_again_after_the_warm_up(rows, compiler, monkeypatch, text_shards, tmp_path):
+    """Neither by changes between training and evaluation, nor by the strides of a single row."""
     find = micro_batch.find_micro_batch
 
     def then_no_more(*arguments, **options):
@@ -280,7 +281,7 @@ def test_nothing_is_compiled_again_after_the_warm_up(compiler, monkeypatch, text
 
     monkeypatch.setattr(micro_batch, "find_micro_batch", then_no_more)
     compiler("eager")
-    said = compiled_run(monkeypatch, text_shards, tmp_path / "log", micro_batch_size=2)
+    said = compiled_run(monkeypatch, text_shards, tmp_path / "log", micro_batch_size=rows)
     assert "torch.compile on" in said
     assert "done: 5 steps" in said
     counted = torch._dynamo.utils.counters

@@ -1,6 +1,7 @@
 """A model divided among the processes: the losses of DDP, the same checkpoint, to and fro."""
 
 import copy
+import json
 import os
 import shutil
 import signal
@@ -277,7 +278,7 @@ def test_the_micro_batch_is_computed(monkeypatch):
     xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
     world = Hosts(0, 8, torch.device("cuda"))
     object.__setattr__(world, "local", [8] * 8)
-    trials = Trials(None, SimpleNamespace(config=xl), config, world, None, print=print, compiled=False)
+    trials = Trials(None, SimpleNamespace(config=xl), config, world, None, print=print, compiled=True)
     sizes = [16, 8, 4, 2, 1]
     # On 24 GB, the unsharded gradients stay between micro-steps; on 16 GB, they are too large.
     for gigabytes, fit, kept in ((80, (16, 1), 5.8), (24, (4, 32), 5.8), (16, (2, 1), 0)):
@@ -286,6 +287,12 @@ def test_the_micro_batch_is_computed(monkeypatch):
         rows, chunks = fit
         needed = kept + least_bytes(config, xl, rows, chunks, 8) / 2**30
         assert needed < 0.93 * gigabytes
+    # Without the compiler, logits take six times the memory: 9 GB instead of 1.5 for 16 rows.
+    monkeypatch.setattr(World, "memory_limit", lambda *_: 40 * 2**30)
+    assert most_rows(sizes, trials.should_fit, 8) == (8, 1)
+    assert not replace(trials, compiled=False).should_fit(8, 1)
+    in_two_ways = [least_bytes(config, xl, 16, 1, 8, compiled=way) for way in (False, True)]
+    assert in_two_ways[0] - in_two_ways[1] == 10 * 16 * 1024 * 50_257
     # Muon's states are smaller; its update takes less than a row of activations, but more than one computed
     # again.
     muons = replace(config, optimizer="muon")
@@ -361,6 +368,18 @@ def test_compiled_blocks(more, flags, tmp_path):
     for kind in ("train", "val"):
         plain, compiled = (losses(tmp_path / way, kind) for way in ("plain", "compiled"))
         assert compiled == pytest.approx(plain, abs=LAST_DIGIT)
+
+
+@pytest.mark.slow
+def test_processes_score_unequally_many_items(flags, tmp_path):
+    """One item for two processes, and no samples: the backward pass that follows gathers in one order."""
+    item = {"ind": 0, "ctx": "a b c", "endings": ["d e", "f g", "h", "i"], "label": 0}
+    (tmp_path / "items.jsonl").write_text(json.dumps(item))
+    flags = (*flags, "--max_steps=3", "--val_every=0", "--sample_every=0", "--micro_batch_size=1")
+    train(2, flags, tmp_path / "plain", "--shard")
+    scored = f"--hellaswag_data={tmp_path / 'items.jsonl'}", "--hellaswag_every=1", "--timeout_minutes=0.5"
+    train(2, flags, tmp_path / "scored", "--shard", *scored)
+    assert losses(tmp_path / "scored") == losses(tmp_path / "plain")
 
 
 @pytest.mark.slow

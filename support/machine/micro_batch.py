@@ -8,7 +8,7 @@ import gc
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from support.cli import InputError, brief, plural
@@ -122,13 +122,19 @@ def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World)
 
 
 def least_bytes(
-    config: "TrainConfig", model_config: "GPTConfig", rows: int, chunks: int, shards: int = 1
+    config: "TrainConfig",
+    model_config: "GPTConfig",
+    rows: int,
+    chunks: int,
+    shards: int = 1,
+    compiled: bool = True,
 ) -> float:
     """What a step keeps in a GPU's memory at the least: weights, gradients and the optimizer's state, and for
     each token, in every layer, 37 bytes per channel (with --recompute 4), and its logits in 16 bits: read
-    from the code that PyTorch 2.13 generates for a compiled step in bfloat16."""
+    from the code that PyTorch 2.13 generates for a compiled step in bfloat16. Without the compiler, a logit
+    takes 12 bytes: in float32 as it is, its softmax, and its gradient; 16 bits are on the way."""
     blocks = (4 if config.recompute else 37) * model_config.n_layer * model_config.n_embd
-    per_token = blocks + 2 * model_config.vocab_size / chunks
+    per_token = blocks + (2 if compiled else 12) * model_config.vocab_size / chunks
     tokens = rows * config.sequence_length
     states = state_bytes(config, model_config) / shards
     if shards == 1:
@@ -179,6 +185,7 @@ def find_micro_batch(
         in_chunks = f", the loss in {chunks} chunks" if chunks > 1 else ""
         seconds = time.perf_counter() - started
         print(f"warm-up: {seconds:.1f} s, micro-batches of {plural(rows, 'row')}{in_chunks}")
+    devices.release_pinned_memory(world.device)
     memory = check_memory(config, raw_model.config, world)
     return Fit(rows, chunks, trials.seconds, trials.compiler_fault, memory)
 
@@ -233,7 +240,9 @@ class Trials:
             return True
         shards, gradients = count_shards(self.config, self.world), gradient_bytes(self.raw_model.config)
         kept = gradients if shards > 1 and not are_large(gradients, limit) else 0
-        return kept + least_bytes(self.config, self.raw_model.config, rows, chunks, shards) <= share * limit
+        compiled = self.compiled or shards == 1  # one process alone can try
+        least = least_bytes(self.config, self.raw_model.config, rows, chunks, shards, compiled=compiled)
+        return kept + least <= share * limit
 
     def fit(self, rows: int, chunks: int) -> bool:
         """Whether a step with these rows, and their loss in these chunks, fits into every memory."""
@@ -269,15 +278,17 @@ class Trials:
         return full is None
 
     def try_a_block(self) -> str | None:
-        """Compile and run a block of a divided model in this process alone; returns the compiler's fault. In
-        a step, a process whose compiler fails would leave the others waiting."""
-        config = self.raw_model.config
+        """Compile and run a block of a divided model, and the loss, in this process alone; returns the
+        compiler's fault. In a step, a process whose compiler fails would leave the others waiting."""
+        config = replace(self.raw_model.config, n_layer=1)
         with self.world.device:
-            block = type(self.raw_model.transformer.h[0])(config)  # FSDP's classes make plain blocks
+            model = type(self.raw_model)(config).pad_vocabulary()  # FSDP's classes make plain models
             x = torch.zeros(1, self.config.sequence_length, config.n_embd, requires_grad=True)
+            y = torch.zeros(1, self.config.sequence_length, dtype=torch.int64)
         try:
             with self.autocast:
-                torch.compile(block, dynamic=False)(x).sum().backward()
+                x = torch.compile(model.transformer.h[0], dynamic=False)(x)
+                torch.compile(model.loss, dynamic=False)(x, y).backward()
         except Exception as error:  # whatever the compiler raises
             return brief(error)
         return None

@@ -65,9 +65,11 @@ class ShardedModel(nn.Module):
     def __init__(self, raw_model: "GPT", compiled: bool):
         super().__init__()
         self.raw_model = raw_model
-        for block in raw_model.transformer.h if compiled else ():
-            # Only what a block computes is compiled, not the hooks that gather its weights.
-            block.forward = torch.compile(block.forward, dynamic=False)
+        if compiled:
+            # Only what a block computes is compiled, and the loss, not the hooks that gather their weights.
+            for block in raw_model.transformer.h:
+                block.forward = torch.compile(block.forward, dynamic=False)
+            raw_model.loss = torch.compile(raw_model.loss, dynamic=False)  # type: ignore[method-assign]
 
     def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return self.raw_model(idx, targets)
@@ -109,6 +111,11 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
         fully_shard(block, mesh=mesh, mp_policy=policy)
     # The rest, with wte and lm_head, which share their weight, stays gathered from forward to backward.
     fully_shard(model, mesh=mesh, reshard_after_forward=False)
+    # In the backward pass, each gathers the weights of the one before ahead. By default FSDP would take the
+    # order of all forward passes since the last step, and processes may have scored unequally many items.
+    blocks = list(model.transformer.h)
+    for module, before in zip((*blocks, model), (model, *blocks), strict=True):
+        module.set_modules_to_backward_prefetch([before])
     model.to_empty(device=world.device)
     limit = world.memory_limit(config.memory_limit_gb)
     model.gradients_are_large = are_large(gradient_bytes(model.config), limit)
