@@ -526,6 +526,7 @@ def pretended_gpu(count=1, free=79 * GB, capability=(9, 0), compiles=False):
         },
         torch.accelerator: {
             "current_stream": lambda device=None: Stream(), "current_device_index": lambda: gpu.current,
+            "empty_host_cache": lambda: None,
         },
         torch: {
             "Generator": Generator,

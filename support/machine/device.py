@@ -247,6 +247,13 @@ def to_host(value: Any) -> Any:
     return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
+def release_pinned_memory(device: torch.device) -> None:
+    """Give pinned host memory that is free back to the system. To time its kernels, the compiler may copy the
+    largest tensors there, gigabytes in each process, and PyTorch would keep that memory."""
+    if device.type == "cuda" and hasattr(torch.accelerator, "empty_host_cache"):  # PyTorch 2.13 has it
+        torch.accelerator.empty_host_cache()
+
+
 def keep_freed_memory() -> None:
     """Make the C library, glibc, keep freed memory for the next step. By default it returns large tensors to
     the system and requests them again, page by page: a good part of a training step on a CPU."""
