@@ -241,12 +241,12 @@ def test_the_card_is_of_the_moment_of_the_save(tmp_path, monkeypatch):
     original = GPT.save_pretrained
     monkeypatch.setattr(GPT, "save_pretrained", lambda *arguments: (gate.wait(30), original(*arguments)))
     folder.write_facts(facts_of(encoding="bytes"))
-    folder.append(5, "val", "3.2500")
-    folder.append(5, "ema", "1.5")  # no obstacle
+    folder.append(5, {"val": "3.2500"})
+    folder.append(5, {"ema": "1.5"})  # no obstacle
     (tmp_path / "loss.png").write_bytes(b"then")
     folder.samples = 5, ["as it was"]
     folder.save(5, model, optimizer, scaler, loss=0.5, spent=SPENT)
-    folder.append(6, "val", "2.7500")
+    folder.append(6, {"val": "2.7500"})
     folder.samples = 6, ["as it is"]
     folder.facts["device"] = "another"
     (tmp_path / "loss.png").write_bytes(b"now")

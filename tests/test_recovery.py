@@ -722,7 +722,7 @@ def test_the_best_checkpoint_is_kept_and_named(small_run):
     losses = {1: 5.0, 2: 3.0, 3: math.nan, 4: 2.5, 5: 2.75, 6: 2.75, 7: 4.0}
     kept = []
     for step, loss in losses.items():
-        folder.append(step, "val", str(loss))
+        folder.append(step, {"val": str(loss)})
         small_run.save(step)
         folder.finish_save()
         kept.append([step_of(path) for path in list_checkpoints(folder.path)])
@@ -919,15 +919,15 @@ def test_free_space_is_checked_before_a_save(flags, tmp_path, monkeypatch):
 
 def test_a_log_line_that_did_not_fit_is_written_later(tmp_path, monkeypatch):
     folder = run_folder(tmp_path)
-    folder.append(0, "train", "1.0")
+    folder.append(0, {"train": "1.0"})
     script = (
         "import resource, sys; from pathlib import Path; from conftest import run_folder\n"
         "folder = run_folder(Path(sys.argv[1]))\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (20, resource.RLIM_INFINITY))\n"
-        "folder.append(1, 'train', '2.0'); folder.append(2, 'train', '3.0')\n"
+        "folder.append(1, {'train': '2.0'}); folder.append(2, {'train': '3.0'})\n"
         "assert Path(sys.argv[1], 'log.txt').read_text() == '0 train 1.0\\n'\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))\n"
-        "folder.append(3, 'train', '4.0')\n"
+        "folder.append(3, {'train': '4.0'})\n"
     )
     run("-c", script, tmp_path, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert (tmp_path / "log.txt").read_text() == "0 train 1.0\n1 train 2.0\n2 train 3.0\n3 train 4.0\n"

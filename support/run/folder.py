@@ -261,8 +261,7 @@ class RunFolder:
         if scaler_state := world.from_main(lambda: self.trainer["scaler"]):  # empty if the scaler was off
             scaler.load_state_dict(scaler_state)
         if self.plans and self.plans[-1]["step"] == self.first_step:
-            for name in PLAN:
-                self.append(self.first_step, name, str(self.plans[-1][name]))
+            self.append(self.first_step, {name: str(self.plans[-1][name]) for name in PLAN})
         self.trainer.pop("optimizer", None)  # frees 8 bytes a parameter
         torch.set_rng_state(world.from_main(lambda: self.trainer["rng"]))
         self.print(f"resuming at step {self.first_step} from {self.checkpoint}")
@@ -281,10 +280,10 @@ class RunFolder:
                     kept.append(line)
             write_file(self.path / "log.txt", lambda file: file.write(b"".join(kept)))
 
-    def append(self, step: int, kind: str, value: str) -> None:
-        """Add a line to log.txt: step, kind, value. A full disk only delays it."""
+    def append(self, step: int, values: dict[str, str]) -> None:
+        """Add a line to log.txt for each value: step, kind, value. A full disk only delays them."""
         if self.world.is_main:
-            self.unwritten += f"{step} {kind} {value}\n".encode()
+            self.unwritten += "".join(f"{step} {kind} {value}\n" for kind, value in values.items()).encode()
             with contextlib.suppress(OSError):
                 self.write_log()
 

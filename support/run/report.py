@@ -322,8 +322,9 @@ class Report:
         """Log values of `step` under their names: to log.txt, status.json and the tracker. The pictures draw
         them, and --resume keeps them. Any name will do. `tracked` go to the tracker alone."""
         values = {name: float(value) for name, value in values.items()}  # of a tensor, its number
+        formatted = {name: format(value, FORMATS.get(name, ".6g")) for name, value in values.items()}
+        self.run.append(step, formatted)  # all at once: on a shared disk, each write takes milliseconds
         for name, value in values.items():
-            self.run.append(step, name, format(value, FORMATS.get(name, ".6g")))
             self.status["values"][name] = [step, value if math.isfinite(value) else None]
         self.write_status()
         if self.tracker:
