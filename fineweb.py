@@ -229,10 +229,12 @@ def check_place(file: File, place: Place, record: Record, folder: Path, reading:
                 documents.append([])
             documents[-1].append(encode_piece(encoding, piece)[1])
     *before, tokens = map(np.concatenate, documents or [[np.empty(0, np.uint16)]])
+    complete = len(tokens) >= place["token"]
     tokens = tokens[: place["token"] or len(tokens)]
     if only_validation:
+        complete &= len(documents) == first.get("holds", {}).get(file.name)
         tokens = np.concatenate([*before, tokens])
-        same = tokens.tobytes() in open_shard(folder / first["file"]).tobytes()
+        same = complete and tokens.tobytes() in open_shard(folder / first["file"]).tobytes()
     else:
         end = open_shard(folder / last["file"])[-len(tokens) :]
         same = np.array_equal(tokens[-len(end) :], end)

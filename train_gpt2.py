@@ -386,7 +386,8 @@ class GPT(nn.Module):
             return chunked_cross_entropy(x, self.lm_head.weight, targets, vocab_size, self.loss_chunks)
         if torch.compiler.is_compiling():  # the same, in a form that compiles to fewer passes over the logits
             return masked_cross_entropy(self.lm_head(x), targets, vocab_size)
-        return F.cross_entropy(self.lm_head(x)[:, :vocab_size].float(), targets)
+        logits = self.lm_head(x)[:, :vocab_size].float()  # autocast would let a GPU compute in 16 bits
+        return F.cross_entropy(logits, targets)
 
     def hidden_states(self, idx: torch.Tensor, caches: list[sampling.KVCache] | None = None) -> torch.Tensor:
         """The residual stream after the last block and its norm: (B, T) token ids to (B, T, n_embd)."""
@@ -576,7 +577,8 @@ class TokenLoader:
                     f"{self.vocab_size}; the shard is damaged or of another encoding",
                     this_process_only=True,  # the other ranks read other windows
                 )
-        return torch.from_numpy(rows[:, :-1].copy()), torch.from_numpy(rows[:, 1:].copy())
+        x, y = rows[:, :-1].copy(), rows[:, 1:].copy()  # contiguous: other strides would be compiled again
+        return torch.from_numpy(x), torch.from_numpy(y)
 
     def batch(self, step: int, micro_step: int, B: int) -> tuple[torch.Tensor, torch.Tensor]:
         """This rank's B rows in one micro-step of one step: inputs and targets, (B, T) int64 each."""

@@ -147,6 +147,7 @@ def legend(axis):
 def test_a_name_that_means_something_to_matplotlib_stands_in_the_legend(tmp_path, draw):
     panels, _ = draw(make_run(tmp_path / "_old"), make_run(tmp_path / "$a$"))
     assert [text.split(",")[0] for text in legend(panels[LOSS])[:2]] == ["run _old", r"\$a\$"]
+    assert r"\$a\$" in panels[LOSS].figure.get_supxlabel()
 
 
 def test_published_lines_stand_beside_comparable_runs_only(tmp_path, draw):

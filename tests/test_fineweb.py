@@ -282,10 +282,12 @@ def test_a_long_word_in_a_long_text_is_left_behind():
 def test_a_word_without_end_is_cut_and_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "LONGEST_WORD", 600_000)
     text = "x" * 1_100_000
-    pieces = list(cut_document("file", 0, chunks_of(text)))
-    assert "".join(piece.text for piece in pieces) == text
-    assert [piece.cuts_word for piece in pieces] == [True, False]
-    assert encode_piece(get_encoding("bytes"), pieces[0])[2] == {"cut": 1}
+    for begin in ("", "text in front of the word "):
+        pieces = list(cut_document("file", 0, chunks_of(begin + text)))
+        assert "".join(piece.text for piece in pieces) == begin + text
+        cut = [piece.cuts_word for piece in pieces]
+        assert cut == [*([False] if begin else []), True, False]
+    assert encode_piece(get_encoding("bytes"), pieces[1])[2] == {"cut": 1}
 
 
 def test_the_bytes_encoding_is_bytes():

@@ -317,6 +317,8 @@ def test_a_change_in_what_validation_holds_of_another_group_is_refused(tmp_path,
     x.write_text("\n".join(rows[:100]))
     y.write_text("\n".join(['{"text": "one more"}', *rows[100:]]))
     assert "y.jsonl has changed before the place where" in refusal(tmp_path / "out", *flags)
+    y.write_text(rows[100])  # the beginning is the same
+    assert "y.jsonl has changed before the place where" in refusal(tmp_path / "out", *flags)
     assert (tmp_path / "out/shards.partial.json").read_text() == partial
     y.write_text("\n".join([*rows[100:], '{"text": "one more"}']))
     make(tmp_path / "out", *flags)

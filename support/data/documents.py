@@ -453,9 +453,9 @@ def cut_document(
     for chunk in chunks:
         rest += chunk
         if len(rest) >= PIECE:
-            # as near to the end as there is one
-            searches = (BOUNDARY.search(rest, max(1, len(rest) - span)) for span in (1000, 50_000, len(rest)))
-            found = next(filter(None, searches), None)
+            found = BOUNDARY.search(rest, max(1, len(rest) - 1000))
+            if not found:  # the last one, wherever it is
+                found = max(BOUNDARY.finditer(rest, 1), key=re.Match.start, default=None)
             if found or len(rest) > LONGEST_WORD:
                 end = found.start() if found else len(rest)
                 yield Piece(

@@ -315,6 +315,7 @@ class Downloads:
         self, dataset: str, commit: str, files: list[File], output_dir: Path, keep: bool, ahead: bool
     ):
         self.dataset, self.commit, self.files = dataset, commit, files
+        self.output_dir = output_dir
         self.folder = output_dir / ("downloads" if keep else TEMPORARY)
         self.keep, self.ahead = keep, ahead
         self.futures: dict[int, Future[Path]] = {}  # by index into `files`
@@ -328,9 +329,8 @@ class Downloads:
         return sum(path.stat().st_size for path in paths if path.exists())
 
     def remove(self) -> None:
-        """Remove what lies in TEMPORARY."""
-        if not self.keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what lies in TEMPORARY, be it of an earlier job."""
+        shutil.rmtree(self.output_dir / TEMPORARY, ignore_errors=True)
 
     def path(self, i: int) -> Path:
         """Wait for file `i`, which will be read next, and return its path. Raises what `fetch` raises."""

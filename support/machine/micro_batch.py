@@ -139,6 +139,8 @@ def least_bytes(
     states = state_bytes(config, model_config) / shards
     if shards == 1:
         return states + tokens * per_token
+    # Validation is not compiled there: a logit in 16 bits, in float32, and its log-softmax.
+    per_token = max(per_token, 10 * model_config.vocab_size / chunks)
     gathered = 8 * model_config.vocab_size * model_config.n_embd  # the embedding and its gradient
     # Muon's update, after the backward pass: the matrices of one shape, a third of all, as averages in
     # float32 and in six tensors of 16 bits.
@@ -185,7 +187,6 @@ def find_micro_batch(
         in_chunks = f", the loss in {chunks} chunks" if chunks > 1 else ""
         seconds = time.perf_counter() - started
         print(f"warm-up: {seconds:.1f} s, micro-batches of {plural(rows, 'row')}{in_chunks}")
-    devices.release_pinned_memory(world.device)
     memory = check_memory(config, raw_model.config, world)
     return Fit(rows, chunks, trials.seconds, trials.compiler_fault, memory)
 

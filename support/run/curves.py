@@ -190,8 +190,8 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
         events, left_out = load_log(folder / "log.txt")
         if not any(events.values()):
             raise InputError("; ".join([f"{folder / 'log.txt'} holds no events yet", *left_out]))
-        # matplotlib leaves out a label with a leading "_", and reads mathematics between two "$".
-        name = folder.resolve().name.replace("$", r"\$")
+        name = name_of(folder)
+        # matplotlib leaves out a label with a leading "_".
         label = f"{'run ' * name.startswith('_')}{name}, " if len(folders) > 1 else ""
         runs.append(DrawnRun(folder, events, read_run(folder), f"C{i}", label))
         notes += left_out
@@ -218,10 +218,15 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
         row, left = 1 + i // columns, width * (i % columns)
         axis = figure.add_subplot(grid[row, left : left + width], sharex=losses)
         draw_panel(axis, runs, TITLES.get(kind, kind), [kind], text=9)
-    captions = [caption(run.folder.resolve().name, run.facts) for run in runs]
+    captions = [caption(name_of(run.folder), run.facts) for run in runs]
     figure.supxlabel("\n".join(captions), fontsize=10, color="dimgray")
     save_picture(figure, out)
     return notes
+
+
+def name_of(folder: Path) -> str:
+    """A folder's name for a picture: matplotlib reads mathematics between two "$"."""
+    return folder.resolve().name.replace("$", r"\$")
 
 
 def draw_panel(

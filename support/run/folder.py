@@ -36,7 +36,13 @@ from support.cli import InputError, RunFault, advice, in_words
 from support.data import order
 from support.data.shards import Shards
 from support.files import flush_to_disk, lock_folder, sha256, to_json, try_to_save, write_file
-from support.machine.device import device_name, free_host_memory, is_out_of_memory, to_host
+from support.machine.device import (
+    device_name,
+    free_host_memory,
+    is_out_of_memory,
+    release_pinned_memory,
+    to_host,
+)
 from support.machine.processes import World
 from support.machine.sharding import collect, is_sharded, shard_states
 from support.model.huggingface import CARD, list_checkpoints, step_of
@@ -338,6 +344,7 @@ class RunFolder:
         earlier checkpoints.
         """
         self.finish_save()
+        release_pinned_memory(self.world.device)
         self.saved_at = time.monotonic()
         weights: dict[str, torch.Tensor] = dict(raw_model.named_parameters())
         trainer = {
