@@ -15,7 +15,15 @@ import pytest
 BATCH = 524_288
 
 
-def make_run(folder, encoding="gpt2", dataset="HuggingFaceFW/fineweb-edu", items=10_042, more=()):
+def make_run(
+    folder,
+    encoding="gpt2",
+    dataset="HuggingFaceFW/fineweb-edu",
+    items=10_042,
+    val_tokens=10_485_760,
+    sequence_length=1024,
+    more=(),
+):
     """A run's folder, without checkpoints; `more` lines end its log."""
     folder.mkdir()
     events = [f"{step} train {10 - step / 10}" for step in range(50)]
@@ -26,7 +34,8 @@ def make_run(folder, encoding="gpt2", dataset="HuggingFaceFW/fineweb-edu", items
         "encoding": encoding,
         "data": {"dataset": dataset},
         "hellaswag_items": items,
-        "train_config": {"total_batch_size": BATCH},
+        "val_tokens": val_tokens,
+        "train_config": {"total_batch_size": BATCH, "sequence_length": sequence_length},
     }
     (folder / "run.json").write_text(json.dumps(facts))
     return folder
@@ -155,7 +164,7 @@ def test_published_lines_stand_beside_comparable_runs_only(tmp_path, draw):
     panels, notes = draw(fair)
     assert notes == []
     assert texts(panels[LOSS]) == ["OpenAI's GPT-2 (124M): 3.292"]
-    assert "GPT-3 of the same size: 0.337" in texts(panels[HELLA])
+    assert "GPT-3 Small (125M): 0.337" in texts(panels[HELLA])
     assert [text.xy[0] for text in panels[LOSS].texts] == [1]  # at the end, the curve lies below
     assert [text.xy[0] for text in panels[HELLA].texts] == [0, 0, 1]
     panels, _ = draw(make_run(tmp_path / "other_data", dataset=None))
@@ -163,6 +172,8 @@ def test_published_lines_stand_beside_comparable_runs_only(tmp_path, draw):
     assert "OpenAI's GPT-2 (124M): 0.2955" in texts(panels[HELLA])  # the same items, whatever the model read
     panels, _ = draw(fair, make_run(tmp_path / "few", items=3243))
     assert texts(panels[HELLA]) == ["chance: 0.25"]
+    for name, changes in (("few_tokens", {"val_tokens": 8192}), ("short_rows", {"sequence_length": 256})):
+        assert not texts(draw(make_run(tmp_path / name, **changes))[0][LOSS])
     panels, _ = draw(make_run(tmp_path / "bytes", encoding="bytes"))
     assert not any("OpenAI" in text for axis in panels.values() for text in texts(axis))
 

@@ -176,7 +176,8 @@ def test_precision_and_attention_by_device(monkeypatch):
     [
         ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756),
         ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A100 80GB PCIe", 312),
-        ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65), ("NVIDIA GeForce RTX 4090", 165.2),
+        ("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-16GB", 112), ("Tesla T4", 65),
+        ("NVIDIA GeForce RTX 4090", 165.2),
         ("NVIDIA GeForce RTX 4070 SUPER", 71), ("NVIDIA L4", 121), ("NVIDIA RTX A6000", 154.8),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA GeForce RTX 3080 Ti", None), ("NVIDIA A10G", None), ("cpu (x86_64, 2 cores)", None),

@@ -1226,6 +1226,24 @@ def test_a_plan_that_came_to_nothing_is_forgotten(tmp_path):
         assert [(plan["step"], plan["max_steps"]) for plan in folder.plans] == plans
 
 
+def test_the_commit_is_that_of_the_code_and_says_if_the_code_differs(tmp_path, monkeypatch):
+    def git(*command):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        subprocess.run(["git", *who, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    code = tmp_path / "code.py"
+    code.write_text("1")
+    monkeypatch.setattr(folder_module, "__file__", str(code))
+    git("init")
+    assert folder_module.versions()["commit"] is None  # a folder in another repository
+    git("add", "code.py")
+    git("commit", "-m", "a")
+    commit = folder_module.versions()["commit"]
+    assert re.fullmatch("[0-9a-f]{40}", commit)
+    code.write_text("2")
+    assert folder_module.versions()["commit"] == f"{commit}, with changes"
+
+
 def test_a_difference_with_braces_is_said_as_it_is(tmp_path):
     folder = run_folder(tmp_path, init_from="{a}")
     folder.open(GPTConfig(), NO_SHARDS, get_lr)

@@ -35,7 +35,7 @@ FAIR = {
     "optimizer": "AdamW",
     "changed": None,
     "flops_per_token": 500_000,
-    "val_tokens": 1024,
+    "val_tokens": 10_485_760,
 }
 
 
@@ -50,13 +50,13 @@ def begin(monkeypatch, tmp_path):
     monkeypatch.setattr(report, "opening_table", lambda *_: "the table")
     monkeypatch.setattr(report.devices, "peak_flops", lambda _: 1e9)
 
-    def make(facts=None, on_terminal=False, trainer=None, **changes):
+    def make(facts=None, on_terminal=False, trainer=None, interruptions=0, **changes):
         config = replace(TrainConfig(), log_dir=tmp_path, **changes)
         made = report.Report(config, CPU)
         made.on_terminal, made.said = on_terminal, []
         monkeypatch.setattr(made, "show", made.said.append)
         run = run_folder(tmp_path)
-        run.trainer = trainer or {}
+        run.trainer, run.interruptions = trainer or {}, interruptions
         monkeypatch.setattr(report, "facts_of", lambda *_, **__: facts_of(**changes) | (facts or {}))
         made.start(run, None, None, None, None, n_items=0)
         return made
@@ -92,7 +92,21 @@ def test_time_and_tokens_of_all_parts_of_a_run_add_up(begin, monkeypatch):
     now += 30  # of which two steps take 16
     for step in (5, 6):
         resumed.step(step, 4.0, 1e-3, 1.0, seconds=8.0)
-    assert resumed.spent == {"training": 116.0, "other": 24.0, "tokens": 7000}
+    assert resumed.spent == {"training": 116.0, "other": 24.0, "tokens": 7000, "dollars": None}
+    resumed.close("")
+
+
+def test_each_part_of_a_run_has_its_price_and_lost_work_has_one_too(begin, monkeypatch):
+    """An hour at $14 was saved, another 36 minutes were lost in a crash; then two hours at $1."""
+    now = 1000.0
+    monkeypatch.setattr(report.time, "perf_counter", lambda: now)
+    saved = {"training": 3000.0, "other": 600.0, "tokens": 5000, "dollars": 14.0}
+    status = {"events": [], "training_seconds": 5000.0, "other_seconds": 760.0, "dollars": 22.4}
+    monkeypatch.setattr(report.curves, "read_status", lambda _: status)
+    resumed = begin(trainer={"spent": saved}, interruptions=1, dollars_per_hour=1.0)
+    now += 7200
+    expected = {"training": 3000.0, "other": 2760.0 + 7200.0, "tokens": 5000, "dollars": 22.4 + 2.0}
+    assert resumed.spent == pytest.approx(expected)
     resumed.close("")
 
 
@@ -156,6 +170,10 @@ def test_what_may_surprise_is_noted():
     assert "note:" not in table_of(100, 10_000_000)
     assert "more than 20 epochs" in table_of(100, 2_000_000)
     assert "less than 1,000,000 tokens" in table_of(20, 999_999)
+    mix = {"train_tokens": 10**10, "train_shards": 2, "parts": {"a": 0.5, "b": 0.5}, "epochs_a_token": {
+        "a": 0.5 / 10**6, "b": 0.5 / (10**10 - 10**6)}}  # fmt: skip
+    assert "up to 26.21 epochs" in table_of(100, 0, data=mix)
+    assert "more than 20 epochs" in table_of(100, 0, data=mix)
     assert "the warm-up takes 10 steps, and after 9 the rate falls or the run ends" in table_of(9, 10**7)
     assert "note:" not in table_of(0, 10**7)
     assert "the warm-up takes 10 steps, and after 8 the rate" in table_of(20, 10**7, 0, "trapezoid")
@@ -219,23 +237,25 @@ def test_an_unhealthy_loss_is_said_once(begin, changes, facts, step, loss, warns
 
 def test_the_closing_table_compares_where_it_is_fair():
     facts = facts_of(dollars_per_hour=2.0)
-    spent = {"training": 9 * 3600.0, "other": 3600.0, "tokens": 9_999_745_024}
+    spent = {"training": 9 * 3600.0, "other": 3600.0, "tokens": 9_999_745_024, "dollars": 20.0}
     score = Score(10_042, 0.29, 0.305, 0, [])
     facts["result"] = result = report.result_of(facts, 19_073, spent, 3.0512, score)
     table = report.closing_table(facts)
-    assert "3.0512 (OpenAI's GPT-2 3.2924, healthy runs 3.02 to 3.09)" in table
-    assert "0.3050 +- 0.0046 on 10,042 items (OpenAI's GPT-2 0.2955, healthy runs .300 to .313)" in table
+    assert "3.0512 (OpenAI's GPT-2 (124M) 3.2924, healthy runs 3.02 to 3.09)" in table
+    assert (
+        "0.3050 +- 0.0046 on 10,042 items (OpenAI's GPT-2 (124M) 0.2955, healthy runs .300 to .313)" in table
+    )
     assert "9,999,745,024" in table
     assert "9 h 00 min of training, 1 h 00 min of evaluation, saving and start-up" in table
     assert "308,634 tokens/s" in table
     assert "$20.00" in table
     assert "interruptions:   2" in table
     other_recipe = facts | {"default_recipe": False}
-    assert "3.0512 (OpenAI's GPT-2 3.2924)" in report.closing_table(other_recipe)
+    assert "3.0512 (OpenAI's GPT-2 (124M) 3.2924)" in report.closing_table(other_recipe)
     assert "OpenAI" not in report.closing_table(facts | {"encoding": "bytes"})
     other_data = report.closing_table(facts | {"data": {"dataset": None}})
     assert "3.0512\n" in other_data
-    assert "on 10,042 items (OpenAI's GPT-2 0.2955)" in other_data
+    assert "on 10,042 items (OpenAI's GPT-2 (124M) 0.2955)" in other_data
     assert json.loads(json.dumps(result)) == result
     best = {"best_checkpoint": "checkpoint_15000", "best_validation_loss": 3.04}
     table = report.closing_table(facts | {"result": result | best})

@@ -54,7 +54,7 @@ else:
 PEAK_TFLOPS = {
     "B200": 2250, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756, "H100 NVL": 835,
     "A100": 312, "A40": 149.7, "A10": 125, "L40S": 362, "L40": 181, "L4": 121, "RTX A6000": 154.8,
-    "V100": 125, "T4": 65,
+    "V100": 125, "V100 PCIe": 112, "T4": 65,
     "RTX 3070": 40.6, "RTX 3080": 59.5, "RTX 3090": 71,
     "RTX 4070": 58.3, "RTX 4070 SUPER": 71, "RTX 4080": 97.5, "RTX 4090": 165.2,
     "RTX 5070": 61.7, "RTX 5070 Ti": 87.9, "RTX 5080": 112.6, "RTX 5090": 209.5,
@@ -140,7 +140,7 @@ def card_name(name: str) -> str | None:
     """The row of PEAK_TFLOPS for the device that torch.cuda calls `name`; None if it is not in the table."""
     name = re.sub(r"^(NVIDIA |Tesla |GeForce )+", "", name)
     card = re.sub(r"([- ](SXM\d?|PCIe|PCIE|\d+GB|HBM\w+))+$", "", name)
-    if card + " PCIe" in PEAK_TFLOPS and "PCIe" in name:
+    if card + " PCIe" in PEAK_TFLOPS and "PCIE" in name.upper():
         card += " PCIe"
     return card if card in PEAK_TFLOPS else None
 

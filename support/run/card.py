@@ -28,7 +28,7 @@ KNOWN_DATASETS = {
 def run_card(
     facts: dict[str, Any],
     step: int,
-    spent: dict[str, float],
+    spent: dict[str, Any],
     events: dict[str, curves.Points],
     samples: tuple[int, list[str]] | None,
     picture: bool,
@@ -47,7 +47,7 @@ def run_card(
     block_size = facts["model_config"]["block_size"]
     dataset, commit = facts["data"]["dataset"], facts["versions"]["commit"]
     tokens = step * config["total_batch_size"]
-    epochs = tokens / facts["data"]["train_tokens"]
+    epochs = curves.epochs(facts, tokens)
     base, origin = None, "from scratch"
     if (start := config["init_from"]) is not None:  # a folder's name means nothing elsewhere
         name = start if "/" in start else f"openai-community/{start}"
@@ -81,7 +81,7 @@ def run_card(
         "processes": plural(facts["world_size"], "process"),
         "part": " (of the part after the last interruption)" if facts["interruptions"] else "",
         "version": VERSION,
-        "commit": f", commit `{commit[:12]}`" if commit else "",
+        "commit": f", commit `{commit[:12]}`{commit[40:]}" if commit else "",
         "training": duration(spent["training"]),
         "other": duration(spent["other"]),
         "samples": samples_section(*samples) if samples else "",
@@ -156,7 +156,7 @@ def results_section(at: int, facts: dict[str, Any], events: dict[str, curves.Poi
         best = min(losses, key=lambda step: losses[step])
         here = ", that of this checkpoint" if best == at else ""
         notes += f" The lowest was {losses[best]:.4f}, at step {best:,}{here}."
-    if scores:
+    if scores and facts["hellaswag_items"]:  # a run that was resumed without them does not know how many
         notes += (
             f" HellaSwag: {facts['hellaswag_items']:,} items of the validation split, the ending with the "
             "lowest mean loss per token wins; lm-evaluation-harness, which divides by characters, gives "

@@ -27,12 +27,14 @@ NOT_DRAWN = ("max_steps", "cooldown")  # A run whose length was changed logs its
 EVENT = re.compile(r"\s*([0-9]{1,12})\s+([^\W\d][\w./-]*)\s+(\S+)\s*")
 
 # Published values, plotted only beside comparable runs.
-GPT2_VAL_LOSS = 3.2924  # OpenAI's 124M on FineWeb-Edu's validation shard (build-nanogpt, play.ipynb)
+# OpenAI's 124M on so many tokens of FineWeb-Edu's validation shard, in rows of so many (build-nanogpt,
+# play.ipynb).
+GPT2_VAL_LOSS, VAL_TOKENS, VAL_ROW = 3.2924, 10_485_760, 1024
 GPT2_HELLASWAG = 0.2955  # OpenAI's 124M, acc_norm, tutorial protocol (build-nanogpt, hellaswag.py)
 GPT3_HELLASWAG = 0.337  # GPT-3 Small (GPT-3 paper, table H.1)
 ALL_HELLASWAG_ITEMS = 10_042
 GPT2_VAL_LOSS_CONFIG = "sample-10BT"  # another config of FineWeb-Edu has another validation shard
-GPT2, GPT3 = "OpenAI's GPT-2 (124M)", "GPT-3 of the same size"  # labels of published values
+GPT2, GPT3 = "OpenAI's GPT-2 (124M)", "GPT-3 Small (125M)"  # labels of published values
 
 # -----------------------------------------------------------------------------
 # a run's files
@@ -104,6 +106,13 @@ def read_status(folder: Path) -> dict[str, Any]:
     return {}
 
 
+def epochs(run: dict[str, Any], tokens: float) -> float:
+    """How often a run has read its training data after so many tokens; of a mix, the part that it reads most
+    often. `run` is a run.json."""
+    parts: dict[str, float] = run["data"].get("epochs_a_token", {})
+    return tokens * max(parts.values(), default=1 / run["data"]["train_tokens"])
+
+
 def unit_of(run: dict[str, Any]) -> str:
     """What a loss is per. `run` is a run.json."""
     return "byte" if run.get("encoding") == "bytes" else "token"
@@ -114,11 +123,13 @@ def unit_of(run: dict[str, Any]) -> str:
 
 
 def comparable_loss(run: dict[str, Any]) -> bool:
-    """Whether a run's loss is comparable with OpenAI's: same data, same tokens. `run` is its run.json; before
-    version 1.1 it did not tell the dataset's config."""
+    """Whether a run's loss is comparable with OpenAI's: same data, same tokens, rows as long. `run` is its
+    run.json; before version 1.1 it did not tell the dataset's config."""
     data = {"config": GPT2_VAL_LOSS_CONFIG, **run.get("data", {})}
-    same = (data.get("dataset"), data["config"]) == ("HuggingFaceFW/fineweb-edu", GPT2_VAL_LOSS_CONFIG)
-    return run.get("encoding") == "gpt2" and same
+    same_data = (data.get("dataset"), data["config"]) == ("HuggingFaceFW/fineweb-edu", GPT2_VAL_LOSS_CONFIG)
+    row = run.get("train_config", {}).get("sequence_length", VAL_ROW)
+    same_rows = (run.get("val_tokens", VAL_TOKENS), row) == (VAL_TOKENS, VAL_ROW)
+    return run.get("encoding") == "gpt2" and same_data and same_rows
 
 
 def comparable_hellaswag(run: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from support.cli import InputError, duration, file_size, plural
 from support.machine.device import card_name, peak_flops
 from support.machine.processes import World
 from support.model.huggingface import list_checkpoints
+from support.run import curves
 from support.run.curves import read_log, read_run, read_status
 from support.run.folder import SAVE_AT_LEAST_EVERY, RunFolder
 from support.run.report import A_LONG_TIME, note_on, table
@@ -73,7 +74,7 @@ class Findings:
             (self.refusals if config.resume else self.of_the_folder).append(str(error))
         steps_left = max(0, config.max_steps - run.trainer.get("step", 0))
         self.training_seconds = steps_left * self.step_seconds
-        self.epochs = config.max_steps * config.total_batch_size / facts["data"]["train_tokens"]
+        self.epochs = curves.epochs(facts, config.max_steps * config.total_batch_size)
         more = self.most_checkpoints() - len(list_checkpoints(config.log_dir))
         self.disk_needed = max(0, more) * self.checkpoint_bytes
         # An all-reduce of the gradients, in float32.
@@ -86,7 +87,8 @@ class Findings:
         if not config.checkpoint_every:
             return 0
         kept = 4 + (config.max_steps // config.keep_every if config.keep_every else 0)
-        return min(kept, math.ceil(config.max_steps / config.checkpoint_every))
+        saves = math.ceil(config.max_steps / config.checkpoint_every)
+        return min(kept, saves + int(self.training_seconds // SAVE_AT_LEAST_EVERY))
 
     def reported(self) -> tuple[float, str] | None:
         """The tokens/s that others report for so many of these cards, and who; None for another model."""
@@ -157,7 +159,7 @@ class Findings:
                 f"the loss before training is {self.first_loss:.2f}; a model that knows nothing has about "
                 f"{self.uniform:.2f}: the device may compute wrongly"
             )
-        if note := note_on(config, facts["data"]["train_tokens"]):
+        if note := note_on(config, facts):
             found.append(note)
         elif self.epochs > ONE_EPOCH:
             found.append(

@@ -511,10 +511,18 @@ def check_sums(folder: Path) -> None:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of Python and PyTorch, and this repository's commit if git knows it."""
-    commit = None
-    if git := shutil.which("git"):
-        command = [git, "rev-parse", "HEAD"]
+    """The versions of Python and PyTorch, and this repository's commit if git knows it, with ", with changes"
+    if the files differ from it."""
+
+    def ask_git(*command: str) -> str:
         here = Path(__file__).parent
-        commit = subprocess.run(command, cwd=here, capture_output=True, check=False).stdout.decode().strip()
+        with contextlib.suppress(OSError):  # there is no git
+            done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=False)
+            return "" if done.returncode else done.stdout.strip()
+        return ""
+
+    commit = None
+    if ask_git("ls-files", "--error-unmatch", __file__):  # else this repository is a folder in another one
+        commit = ask_git("rev-parse", "--verify", "--quiet", "HEAD")
+        commit += ", with changes" if ask_git("status", "--porcelain", "--untracked-files=no") else ""
     return {"python": platform.python_version(), "torch": torch.__version__, "commit": commit or None}

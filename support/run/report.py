@@ -91,6 +91,12 @@ def facts_of(
             "train_shards": len(shards.files["train"]),
             "text": shards.describe(),
             "parts": dict(zip(shards.names(), shards.proportions(), strict=True)),
+            "epochs_a_token": {
+                name: share / part.count("train")
+                for name, share, part in zip(
+                    shards.names(), shards.proportions(), shards.parts or [shards], strict=True
+                )
+            },
         },
         "device": devices.device_name(world.device),
         "world_size": world.size,
@@ -140,7 +146,7 @@ def opening_table(facts: Facts, config: "TrainConfig", dollars_so_far: float | N
         "mix": ", ".join(f"{name} {part:.1%}" for name, part in mixed.items()) if len(mixed) > 1 else None,
         "recipe": f"{config.recipe}: {facts['optimizer']}, {config.schedule}, at most {config.max_lr:.2g}",
         "training": f"{plural(config.max_steps, 'step')}, {tokens:,} tokens, "
-        f"{tokens / data['train_tokens']:.2f} epochs",
+        f"{'up to ' if len(mixed) > 1 else ''}{curves.epochs(facts, tokens):.2f} epochs",
         "batch": f"{config.total_batch_size:,} tokens a step = {plural(facts['micro_batch_size'], 'row')} x "
         f"{config.sequence_length} tokens x {processes} x {plural(facts['grad_accum_steps'], 'micro-step')}",
         "validation": f"{facts['val_tokens']:,} tokens every {plural(config.val_every, 'step')}",
@@ -161,12 +167,12 @@ def opening_table(facts: Facts, config: "TrainConfig", dollars_so_far: float | N
             "and sample.py reads them; transformers and llama.cpp don't"
         )
     rows["cost"] = price and f"${price:,.2f} an hour, ${dollars_so_far:,.2f} so far"
-    rows["note"] = note_on(config, data["train_tokens"])
+    rows["note"] = note_on(config, facts)
     width = max(60, shutil.get_terminal_size().columns - 1) if sys.stdout.isatty() else sys.maxsize
     return table(rows, 13, width)
 
 
-def note_on(config: "TrainConfig", train_tokens: int) -> str | None:
+def note_on(config: "TrainConfig", facts: Facts) -> str | None:
     """What the configuration does and its author may not have meant."""
     steps, warm_up = config.max_steps, config.warmup_steps
     rises_until = round((1 - config.cooldown) * steps) if config.schedule == "trapezoid" else steps
@@ -175,15 +181,15 @@ def note_on(config: "TrainConfig", train_tokens: int) -> str | None:
             f"the learning rate never reaches --max_lr: the warm-up takes {warm_up} steps, and after "
             f"{rises_until} the rate falls or the run ends; see --warmup_steps"
         )
-    if steps * config.total_batch_size > MANY_EPOCHS * train_tokens:
+    if curves.epochs(facts, steps * config.total_batch_size) > MANY_EPOCHS:
         return f"more than {MANY_EPOCHS} epochs: the model may memorize the text; lower --max_steps"
-    if train_tokens < LITTLE_DATA and not config.init_from:
+    if facts["data"]["train_tokens"] < LITTLE_DATA and not config.init_from:
         return f"less than {LITTLE_DATA:,} tokens: too little to learn a language from"
     return None
 
 
 def result_of(
-    facts: Facts, step: int, spent: dict[str, float], val_loss: float, score: "Score | None"
+    facts: Facts, step: int, spent: dict[str, Any], val_loss: float, score: "Score | None"
 ) -> dict[str, Any]:
     """The results in run.json: losses in nats, times in hours."""
     config = facts["train_config"]
@@ -201,7 +207,7 @@ def result_of(
         "training_hours": training,
         "other_hours": other,
         "tokens_per_second": spent["tokens"] / spent["training"] if spent["training"] else None,
-        "dollars": config["dollars_per_hour"] and config["dollars_per_hour"] * (training + other),
+        "dollars": spent["dollars"],
         "interruptions": facts["interruptions"],
     }
 
@@ -214,11 +220,11 @@ def closing_table(facts: Facts) -> str:
     rows: dict[str, str | None] = {}
     if result["validation_loss"] is not None:
         healthy = ", healthy runs 3.02 to 3.09" if default else ""
-        published = f" (OpenAI's GPT-2 {curves.GPT2_VAL_LOSS}{healthy})" if fair_loss else ""
+        published = f" ({curves.GPT2} {curves.GPT2_VAL_LOSS}{healthy})" if fair_loss else ""
         rows["validation loss"] = f"{result['validation_loss']:.4f}{published}"
     if score:
         healthy = ", healthy runs .300 to .313" if default else ""
-        published = f" (OpenAI's GPT-2 {curves.GPT2_HELLASWAG}{healthy})" if fair_score else ""
+        published = f" ({curves.GPT2} {curves.GPT2_HELLASWAG}{healthy})" if fair_score else ""
         accuracy = f"{score['acc_norm']:.4f} +- {score['standard_error']:.4f} on {score['items']:,} items"
         rows["HellaSwag"] = accuracy + published
     if best := result.get("best_checkpoint"):
@@ -269,12 +275,32 @@ class Report:
         self.facts: Facts = {}
         self.started = time.perf_counter()
         self.training_seconds, self.tokens = 0.0, 0  # sums over all parts of the run
+        self.earlier_seconds, self.earlier_dollars = 0.0, 0.0  # sums over the parts before
 
     @property
-    def spent(self) -> dict[str, float]:
-        """Seconds of training, seconds of everything else, and tokens trained on, in all parts of the run."""
-        other = time.perf_counter() - self.started - self.training_seconds
-        return {"training": self.training_seconds, "other": other, "tokens": self.tokens}
+    def spent(self) -> dict[str, Any]:
+        """In all parts of the run: seconds of training and of everything else, tokens trained on, and dollars
+        (None if the price is not known)."""
+        seconds = time.perf_counter() - self.started
+        dollars = self.dollars(seconds - self.earlier_seconds)
+        return {
+            "training": self.training_seconds,
+            "other": seconds - self.training_seconds,
+            "tokens": self.tokens,
+            "dollars": None if dollars is None else self.earlier_dollars + dollars,
+        }
+
+    def take_over(self, spent: dict[str, Any], status: dict[str, Any]) -> None:
+        """Count what the parts before have spent: as the checkpoint says, and as the status says, which also
+        knows of the work that a crash lost."""
+        self.training_seconds, self.tokens = spent["training"], spent["tokens"]
+        known = [spent["training"] + spent["other"]]
+        with contextlib.suppress(KeyError, TypeError):  # status.json may be another version's
+            known.append(status["training_seconds"] + status["other_seconds"])
+        self.earlier_seconds = max(known)
+        self.started -= self.earlier_seconds  # as if the run had never stopped
+        dollars = [of["dollars"] for of in (spent, status) if of.get("dollars") is not None]
+        self.earlier_dollars = max(dollars, default=self.dollars(self.earlier_seconds) or 0.0)
 
     def dollars(self, seconds: float) -> float | None:
         """The price of so much time; None if the price of an hour is not known."""
@@ -296,15 +322,13 @@ class Report:
         run.write_facts(facts)
         # FLOP/s of each device; None for float32, because the known peaks are those of 16-bit types
         self.peak = None if facts["precision"].startswith("float32") else devices.peak_flops(facts["device"])
-        if before := run.trainer.get("spent"):
-            self.training_seconds, self.tokens = before["training"], before["tokens"]
-            self.started -= before["training"] + before["other"]  # as if the run had never stopped
-        if run.interruptions:  # events stay, even those of steps that run again
-            status = curves.read_status(run.path)
+        status = curves.read_status(run.path) if run.interruptions else {}
+        nothing = {"training": 0.0, "other": 0.0, "tokens": 0}
+        self.take_over(run.trainer.get("spent", nothing), status)
+        if status:  # events stay, even those of steps that run again
             self.events = deque([*status.get("events", []), *self.events], maxlen=EVENTS_KEPT)
             self.status |= {name: status[name] for name in ("samples", "samples_step") if name in status}
-        dollars = self.dollars(self.spent["training"] + self.spent["other"])
-        self.show(opening_table(facts, self.config, dollars, run.first_step))
+        self.show(opening_table(facts, self.config, self.spent["dollars"], run.first_step))
         self.write_status()
         if self.config.tracker and self.is_main:
             self.track(self.start_tracker)
@@ -477,7 +501,7 @@ class Report:
             "task": self.task,
             "training_seconds": spent["training"],
             "other_seconds": spent["other"],
-            "dollars": self.dollars(spent["training"] + spent["other"]),
+            "dollars": spent["dollars"],
             "dollars_left": left and self.dollars(left),
             "events": list(self.events),
         }
