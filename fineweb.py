@@ -360,13 +360,13 @@ def make_shards(config: ShardConfig, files: list[File]) -> None:
         print(f"resuming after {plural(len(record['shards']), 'finished shard')}, {n_tokens:,} tokens")
     writer = ShardWriter(folder, record, downloads.drop_before if downloads else lambda file: None)
     progress = TokenProgress(files, config.max_tokens, record)
-    started = time.monotonic()
+    started = time.perf_counter()
     streams = streams_of(files, reading, writer, downloads)
     write_shards(streams, writer, config.workers, progress.on_piece)
     progress.bar.close()
     if downloads:
         downloads.remove()
-    print(closing_line(folder, record, record["tokens"] - n_tokens, time.monotonic() - started))
+    print(closing_line(folder, record, record["tokens"] - n_tokens, time.perf_counter() - started))
     if record["tokens"] * BYTES_PER_TOKEN[config.encoding] < LITTLE:
         print("note: less than a million characters of text; a model will memorize it")
 

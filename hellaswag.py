@@ -127,14 +127,18 @@ class Limits:
     logits: int  # tokens whose float32 logits exist at once: 201 kB each
 
 
-LIMITS = {"cpu": Limits(8_192, 32, 2, 128), "gpu": Limits(65_536, 512, 16, 4_096)}
+LIMITS = {
+    "cpu": Limits(8_192, 32, 2, 128),
+    "gpu": Limits(65_536, 512, 16, 4_096),
+    "mps": Limits(16_384, 128, 16, 1_024),  # a quarter: a Mac's memory is everybody's
+}
 
 
 def limits_for(model: "GPT", kind: str | None = None) -> Limits:
     """The limits of `kind`, by default the model's device. A model larger than 124M gets fewer tokens, for
     the same memory."""
-    own_kind = "cpu" if next(model.parameters()).device.type == "cpu" else "gpu"
-    limits, config = LIMITS[kind or own_kind], model.config
+    kind = kind or next(model.parameters()).device.type
+    limits, config = LIMITS.get(kind, LIMITS["gpu"]), model.config
     tokens = limits.tokens * 12 * 768 // max(12 * 768, config.n_layer * config.n_embd)
     return replace(limits, tokens=tokens)
 

@@ -807,6 +807,27 @@ def test_a_save_that_fails_is_said_and_leaves_nothing(failure, place, small_run,
     small_run.folder.wait_for_save(3)
 
 
+def test_a_run_json_that_can_not_be_written_is_no_lost_checkpoint(small_run, monkeypatch):
+    """Another program may hold it. The next save writes it."""
+    folder, written = small_run.folder, []
+
+    def write(facts):
+        if not written:
+            written.append("failed")
+            raise PermissionError(errno.EACCES, "Access is denied")
+        written.append(folder.saved)
+
+    folder.facts = {"a": 1}
+    monkeypatch.setattr(folder, "make_card", lambda *_: {})
+    monkeypatch.setattr(folder, "write_facts", write)
+    small_run.gate.set()
+    for step in (1, 2):
+        small_run.save(step)
+        folder.wait_for_save(step)
+    assert not [text for text in small_run.said if "NOT SAVED" in text]
+    assert written == ["failed", True]
+
+
 def test_what_nobody_expects_in_the_thread_is_not_lost(small_run, monkeypatch):
     monkeypatch.setattr(folder_module, "sha256", lambda _: 1 / 0)
     small_run.gate.set()

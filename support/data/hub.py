@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent import futures
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
@@ -336,6 +337,8 @@ class Downloads:
         """Wait for file `i`, which will be read next, and return its path. Raises what `fetch` raises."""
         self.current = i
         self.start(i)
+        while not self.futures[i].done():
+            futures.wait([self.futures[i]], timeout=0.5)  # without an end, Windows would not see Ctrl-C
         path = self.futures[i].result()
         self.look_ahead()
         return path

@@ -100,7 +100,7 @@ def fetch_shards(dataset: str, revision: str, folder: Path, max_tokens: int | No
     downloads.remove()
     os.replace(folder / PARTIAL, folder / "shards.json")
     where = f"{record['tokens']:,} tokens in {plural(len(chosen), 'shard')} in {folder}"
-    print(f"{where}; next: python train_gpt2.py --data_dir {shlex.quote(str(folder))}")
+    print(f"{where}; next: python train_gpt2.py --data_dir {shlex.quote(folder.as_posix())}")
 
 
 def choose_shards(dataset: str, files: list[File], max_tokens: int | None) -> dict[str, File]:

@@ -269,6 +269,8 @@ def memory_limit(device: torch.device, limit_gb: float | None) -> float | None:
     size: float | None = None
     if device.type == "cuda":
         size = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    elif device.type == "mps":  # of the memory that it shares with the CPU, what Metal recommends
+        size = torch.mps.recommended_max_memory()
     elif hasattr(os, "sysconf"):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # they share it
         total = min(

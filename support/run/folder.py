@@ -439,9 +439,12 @@ class RunFolder:
             flush_to_disk(self.path)
             self.print(f"step {step}: saved {final} in {time.monotonic() - self.saved_at:.1f} s")
             self.delete_old_checkpoints()
-            if self.facts and not self.saved:
-                self.saved = True
+        if final.exists() and self.facts and not self.saved:
+            self.saved = True
+            try:
                 self.write_facts(self.facts)
+            except OSError:  # the next save tries again
+                self.saved = False
 
     def delete_old_checkpoints(self) -> None:
         """Delete all checkpoints except the last two, the best, and those at multiples of --keep_every."""

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from support.cli import InputError, duration, plural, printable
@@ -231,7 +232,7 @@ def closing_table(facts: Facts) -> str:
         rows["best checkpoint"] = f"{best}, validation loss {result['best_validation_loss']:.4f}"
     training, other = duration(3600 * result["training_hours"]), duration(3600 * result["other_hours"])
     speed, dollars = result["tokens_per_second"], result["dollars"]
-    folder = shlex.quote(str(config["log_dir"]))
+    folder = shlex.quote(Path(config["log_dir"]).as_posix())
     sample = f"python sample.py --model {folder}; " if config["checkpoint_every"] else ""
     rows |= {
         "tokens": f"{result['tokens']:,}",
