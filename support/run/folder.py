@@ -520,7 +520,9 @@ def versions() -> dict[str, str | None]:
     def ask_git(*command: str) -> str:
         here = Path(__file__).parent
         with contextlib.suppress(OSError):  # there is no git
-            done = subprocess.run(["git", *command], cwd=here, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                ["git", *command], cwd=here, capture_output=True, encoding="utf-8", check=False
+            )
             return "" if done.returncode else done.stdout.strip()
         return ""
 
