@@ -443,7 +443,7 @@ def main(config: ScoreConfig) -> None:
     if config.save_predictions:
         if config.data and config.save_predictions.resolve() == config.data.resolve():
             raise InputError(f"--save_predictions {config.data}: that file holds the items; choose another")
-        config.save_predictions.touch()  # fails now, not after the last item
+        open(config.save_predictions, "ab").close()  # fails now, not after the last item
     dtype = getattr(torch, config.dtype)
     for name in config.model:
         find_model(name)  # fail before scoring the first if one is missing
@@ -454,6 +454,7 @@ def main(config: ScoreConfig) -> None:
         with autocast_to(device, dtype):
             score = evaluate(model, items, encoding, progress=True, protocol=config.protocol)
         print(f"{name:{width}}  HellaSwag {score}", flush=True)
+        del model  # before the next one is read
     if config.save_predictions:
         with open(config.save_predictions, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(prediction) + "\n" for prediction in score.predictions)

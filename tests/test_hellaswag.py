@@ -415,3 +415,11 @@ def test_predictions_never_take_the_place_of_the_items(tmp_path):
     assert done.returncode == 2
     assert "items.jsonl: that file holds the items; choose another" in done.stderr
     assert file.read_text() == json.dumps(GOOD)
+
+
+def test_predictions_that_could_not_be_saved_are_found_before_scoring(tmp_path):
+    file = tmp_path / "items.jsonl"
+    file.write_text(json.dumps(GOOD))
+    flags = f"--data={file}", f"--save_predictions={tmp_path}", f"--model={tmp_path}/none", "--device=cpu"
+    done = call("hellaswag.py", *flags, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, f"error: {tmp_path}: Is a directory")
