@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from support.cli import InputError, run_command
-from support.run.curves import draw_runs, new_figure, save_picture
+from support.run.curves import as_text, draw_runs, new_figure, save_picture
 from support.run.watch import serve
 
 import numpy as np
@@ -50,7 +50,7 @@ def draw_positions(weights: np.ndarray, out: Path, name: str) -> None:
     figure = new_figure(figsize=(12, 5), dpi=120, layout="constrained")
     image, curves = figure.subplots(1, 2)
     image.imshow(weights, cmap="gray", aspect="auto", interpolation="nearest")
-    image.set(title=f"position embeddings of {name}", xlabel="channel", ylabel="position")
+    image.set(title=f"position embeddings of {as_text(name)}", xlabel="channel", ylabel="position")
     for channel in sorted({c * channels // 768 for c in (150, 200, 250)}):  # the lecture's, for any width
         curves.plot(range(positions), weights[:, channel], linewidth=0.9, label=f"channel {channel}")
     curves.set(title="three channels", xlabel="position", ylabel="value")

@@ -133,8 +133,10 @@ def is_one_line(done, status, text):
 
 def test_bad_input_is_found(text_shards, tmp_path):
     (tmp_path / "file").write_text("")
-    done = call("train_gpt2.py", *flags(text_shards, tmp_path / "file"), check=False)
-    assert is_one_line(done, 2, "--log_dir .*/file: is a file, not a folder$")
+    with_check = flags(text_shards, tmp_path / "file")
+    for all_flags in (with_check, with_check[:-1]):
+        done = call("train_gpt2.py", *all_flags, check=False)
+        assert is_one_line(done, 2, "--log_dir .*/file: is a file, not a folder$")
 
 
 @pytest.mark.slow

@@ -197,6 +197,18 @@ def test_the_usual_kinds_have_one_panel_or_two(tmp_path, draw):
     assert tuple(panels[LOSS].get_figure().get_size_inches()) == (8, 5.5)
 
 
+def test_a_run_beside_one_of_the_tutorials_is_drawn_over_steps(tmp_path, draw):
+    """...which does not record how many tokens they have."""
+    panels, notes = draw(
+        make_run(tmp_path / "ours"), write_log(tmp_path / "tutorial", b"0 val 9", b"50 val 4")
+    )
+    assert panels[LOSS].get_xlabel() == "steps trained on"
+    ours, tutorials = [line.get_xdata() for line in panels[LOSS].lines if line.get_marker() == "o"]
+    assert list(ours) == [0, 25, 50]
+    assert list(tutorials) == [0, 50]
+    assert notes == ["the curves are over steps, since not every run records how many tokens a step has"]
+
+
 def test_the_axis_fits_what_follows_the_first_fall(tmp_path, draw):
     """...of 2% of the run."""
     losses = [b"%d train %d" % (step, 9 if step < 2 else 4 - (step > 40)) for step in range(101)]
@@ -345,8 +357,9 @@ def test_what_is_no_run_and_no_picture_is_named(tmp_path):
 
 def test_positions(tmp_path):
     config = GPTConfig(block_size=32, vocab_size=257, n_layer=1, n_head=2, n_embd=16, encoding="bytes")
-    GPT(config).save_pretrained(tmp_path / "model")
-    call("plot.py", "positions", tmp_path / "model", "--out", tmp_path / "wpe.png")
+    model = tmp_path / r"$\a$"  # would be read as mathematics, and is none
+    GPT(config).save_pretrained(model)
+    call("plot.py", "positions", model, "--out", tmp_path / "wpe.png")
     assert (tmp_path / "wpe.png").read_bytes().startswith(b"\x89PNG")
 
 

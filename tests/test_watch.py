@@ -374,6 +374,9 @@ def test_the_server_gives_its_page_and_its_data_and_nothing_else(tmp_path):
         status, _, text = get("/data.json")
         assert status == 500
         assert text.startswith("run.json or status.json is damaged")
+        (folder / "log.txt").unlink()
+        (folder / "log.txt").mkdir()  # as any fault of the system: it is named
+        assert get("/data.json")[::2] == (500, f"{folder} holds no run ({folder}/log.txt: Is a directory)\n")
 
 
 def test_nothing_is_loaded_from_elsewhere():

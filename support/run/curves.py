@@ -90,7 +90,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         run = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(run, dict):
             raise ValueError("not an object")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
         raise InputError(f"{file}: damaged ({error})") from error
@@ -164,14 +164,13 @@ class DrawnRun(NamedTuple):
     facts: dict[str, Any]  # run.json
     color: str
     label: str  # how curves' labels begin: the run's name and a comma, or nothing for a run alone
+    batch: int | None  # tokens of a step; None: the axis counts steps
 
     def curve(self, kind: str) -> tuple[list[int], list[float]]:
-        """The tokens trained on before each value of a kind, or the steps if a batch's size is unknown; and
-        the values."""
-        batch = self.facts.get("train_config", {}).get("total_batch_size") or 1
+        """The tokens, or steps, trained on before each value of a kind; and the values."""
         points = self.events.get(kind, [])
         shift = kind == "train"  # a training loss is logged after its step
-        return [(step + shift) * batch for step, _ in points], [value for _, value in points]
+        return [(step + shift) * (self.batch or 1) for step, _ in points], [value for _, value in points]
 
     def late_losses(self) -> list[float]:
         """The losses after the first 2% of the run, which the axis fits: before that, they only fall."""
@@ -197,6 +196,9 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
     can't be written.
     """
     runs, notes = [], []
+    facts = [read_run(folder) for folder in folders]
+    batches = [run.get("train_config", {}).get("total_batch_size") for run in facts]
+    in_tokens = all(batches)  # the tutorial's runs don't record it
     for i, folder in enumerate(folders):
         events, left_out = load_log(folder / "log.txt")
         if not any(events.values()):
@@ -204,8 +206,11 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
         name = name_of(folder)
         # matplotlib leaves out a label with a leading "_".
         label = f"{'run ' * name.startswith('_')}{name}, " if len(folders) > 1 else ""
-        runs.append(DrawnRun(folder, events, read_run(folder), f"C{i}", label))
+        batch = batches[i] if in_tokens else None
+        runs.append(DrawnRun(folder, events, facts[i], f"C{i}", label=label, batch=batch))
         notes += left_out
+    if any(batches) and not in_tokens:
+        notes.append("the curves are over steps, since not every run records how many tokens a step has")
     units = sorted({unit_of(run.facts) for run in runs})
     if len(units) > 1:
         notes.append("these losses can't be compared, some are per byte and some per token")
@@ -236,8 +241,13 @@ def draw_runs(folders: Sequence[Path], out: Path) -> list[str]:
 
 
 def name_of(folder: Path) -> str:
-    """A folder's name for a picture: matplotlib reads mathematics between two "$"."""
-    return folder.resolve().name.replace("$", r"\$")
+    """A folder's name for a picture."""
+    return as_text(folder.resolve().name)
+
+
+def as_text(name: str) -> str:
+    """A name for a picture: matplotlib reads mathematics between two "$"."""
+    return name.replace("$", r"\$")
 
 
 def draw_panel(
@@ -264,9 +274,8 @@ def draw_panel(
                 fontsize=text,
                 annotation_clip=True,  # The layout would make room for a label outside of the panel.
             )
-    units = {"tokens" if "train_config" in run.facts else "steps" for run in runs}
     axis.set_title(title, fontsize=text + 3)
-    axis.set_xlabel(" / ".join(sorted(units)) + " trained on", fontsize=text + 1)
+    axis.set_xlabel(f"{'tokens' if runs[0].batch else 'steps'} trained on", fontsize=text + 1)
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))  # 100k, 1M, 10G
     axis.tick_params(labelsize=text)
     axis.grid(alpha=0.25)

@@ -155,6 +155,8 @@ class Handler(BaseHTTPRequestHandler):
         elif self.path == "/data.json":
             try:
                 self.reply(200, "application/json", json.dumps(self.server.watcher.data()))
+            except (InputError, OSError) as error:  # say, a folder of another machine that went away
+                self.reply(500, "text/plain", f"{in_words(error)}\n")
             except (AttributeError, KeyError, TypeError, ValueError) as error:  # JSON of something else
                 self.reply(500, "text/plain", f"run.json or status.json is damaged: {error!r}\n")
         else:
