@@ -8,8 +8,10 @@ import shutil
 import threading
 from contextlib import redirect_stdout
 from dataclasses import asdict, replace
+from pathlib import Path
 
 from conftest import TINY, call
+from support.data.shards import Shards
 from support.files import sha256
 from support.machine.processes import World
 from support.model.huggingface import list_checkpoints
@@ -105,18 +107,15 @@ def test_a_checkpoints_card_says_what_was_measured_of_it(finished):
     assert "Written at step 0" in card.text
 
 
-def test_the_card_is_in_the_sums_and_may_be_edited(finished, tmp_path):
+def test_all_files_have_sums_but_those_that_may_be_edited(finished, tmp_path):
     folder = shutil.copytree(finished[-1], tmp_path / "checkpoint")
-    sums = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
-    assert {path.name for path in folder.iterdir()} == sums.keys() | {"SHA256SUMS"}
-    assert sums["README.md"] == sha256(folder / "README.md")
-    assert sums["loss.png"] == sha256(folder / "loss.png")
+    lines = (folder / "SHA256SUMS").read_text()
+    sums = dict(line.split("  ")[::-1] for line in lines.splitlines())
+    assert {path.name for path in folder.iterdir()} == sums.keys() | {"README.md", "loss.png", "SHA256SUMS"}
+    (folder / "SHA256SUMS").write_text(f"{lines}{sha256(folder / 'README.md')}  README.md\n")  # before 1.2
     (folder / "README.md").write_text("mine")
     (folder / "loss.png").unlink()
     check_sums(folder)
-    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
-    without = [line for line in lines if "README.md" not in line and "loss.png" not in line]
-    (folder / "SHA256SUMS").write_text("".join(without))  # as an old checkpoint, which has no card
     (folder / "README.md").unlink()
     check_sums(folder)
     (folder / "config.json").write_text("{}")
@@ -216,9 +215,26 @@ def test_a_run_without_evaluations_has_no_table():
 
 
 def test_no_path_of_the_trainers_gets_into_a_card(tmp_path):
-    text, _ = card_of(data_dir=tmp_path / "secret", log_dir=tmp_path / "secret", init_from=str(tmp_path))
+    facts = facts_of(data_dir=tmp_path / "secret", log_dir=tmp_path / "secret", init_from=str(tmp_path))
+    files = [[f"{tmp_path}/secret/{folder}/index.txt", 5] for folder in "ab"]  # of one name: their paths tell
+    described = Shards(Path(), {}, {}, "bytes", {"files": files}, "").describe()
+    assert described == "the text of 2 files (index.txt, index.txt)"
+    facts["data"] |= {"dataset": None, "text": described}
+    facts["precision"] += f" off: it failed (CalledProcessError: {tmp_path}/secret/main.c | 1)"
+    text = run_card(facts, 19073, SPENT, EVENTS, samples=None, picture=True)
     assert "secret" not in text
     assert str(tmp_path) not in text
+    assert "index.txt" in text
+
+
+def test_a_mix_is_read_as_often_as_its_parts():
+    """...which differ: 6 epochs of one, and hardly anything of the other."""
+    facts = facts_of()
+    tokens = 19_073 * 524_288
+    facts["data"] |= {"parts": {"a": 0.3, "b": 0.7}, "epochs_a_token": {"a": 6 / tokens, "b": 0.01 / tokens}}
+    text = run_card(facts, 19073, SPENT, EVENTS, samples=None, picture=True)
+    assert "9,853,989,344 training tokens, read at most 6.00 times;" in text
+    assert "It has read some of its training text 6.0 times, and may" in text
 
 
 def test_a_model_saved_outside_a_run_has_a_short_card(tmp_path):

@@ -550,6 +550,11 @@ def test_another_tokenizer_of_as_many_tokens_is_refused(tmp_path):
             (tmp_path / file).write_text(json.dumps(contents) if file == name else text)
         with pytest.raises(InputError, match=rf"/{name}: another tokenizer than the encoding 'gpt2'"):
             read_config(config, GPTConfig)
+    for name in texts:
+        for file, text in texts.items():
+            (tmp_path / file).write_text(text[:1000] if file == name else text)
+        with pytest.raises(InputError, match=rf"/{name}: damaged \("):
+            read_config(config, GPTConfig)
     for file, text in tokenizer_files("bytes", 32).items():
         (tmp_path / file).write_text(text)
     with pytest.raises(InputError, match="another tokenizer than the encoding 'gpt2'"):

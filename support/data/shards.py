@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NotRequired, TypedDict
 
 from support.cli import InputError, RunFault, advice, in_words, plural
@@ -431,7 +431,8 @@ class Shards:
             shares = [f"{share:.1%}" for share in self.proportions()]
             return "; ".join(f"{share} {text}" for share, text in zip(shares, texts, strict=True))
         if files := self.source.get("files"):
-            return f"the text of {describe_files([name for name, _ in files])}"
+            # Names alone: this goes into a model's card, and nobody publishes the paths of their machine.
+            return f"the text of {describe_files([PurePosixPath(name).name for name, _ in files])}"
         dataset: str | None = self.source.get("dataset")
         return dataset
 

@@ -174,6 +174,8 @@ def check_tokenizer(folder: Path, encoding: str, rows: int) -> None:
             theirs = {token: i for token, i in theirs.items() if i < rows}
         except InputError:
             raise
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{file}: damaged ({error})") from error
         except (ValueError, KeyError, TypeError, AttributeError):
             theirs = None  # another kind of tokenizer
         if theirs != {token: i for token, i in vocabulary(encoding).items() if i < rows}:
@@ -411,7 +413,7 @@ def how_to_use(block_size: int, change: str | None = None) -> str:
     return WITH_PIPELINE.replace("NEW", f"{max(1, min(100, block_size - prompt))}")
 
 
-def limits(block_size: int, epochs: float = 0) -> str:
+def limits(block_size: int, epochs: float = 0, what: str = "its training text") -> str:
     text = (
         f"- It continues text, and sees at most the last {block_size:,} tokens. It was not taught to follow "
         "instructions.\n"
@@ -419,5 +421,5 @@ def limits(block_size: int, epochs: float = 0) -> str:
         "against that.\n"
     )
     if epochs >= 1.5:
-        text += f"- It has read its training text {epochs:.1f} times, and may repeat parts word for word.\n"
+        text += f"- It has read {what} {epochs:.1f} times, and may repeat parts word for word.\n"
     return text

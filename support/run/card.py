@@ -47,7 +47,7 @@ def run_card(
     block_size = facts["model_config"]["block_size"]
     dataset, commit = facts["data"]["dataset"], facts["versions"]["commit"]
     tokens = step * config["total_batch_size"]
-    epochs = curves.epochs(facts, tokens)
+    epochs, mixed = curves.epochs(facts, tokens), len(facts["data"].get("parts", {})) > 1
     base, origin = None, "from scratch"
     if (start := config["init_from"]) is not None:  # a folder's name means nothing elsewhere
         name = start if "/" in start else f"openai-community/{start}"
@@ -75,10 +75,11 @@ def run_card(
         "change": f" It is not a GPT-2: {changed}." if changed else "",
         "rest": f" Training was to go on until step {config['max_steps']:,}." * (step < config["max_steps"]),
         "results": results_section(step, facts, events, picture),
-        "epochs": epochs,
+        "read": f"{'at most ' if mixed else ''}{epochs:.2f} times",
         "optimizer": "Muon for the blocks' matrices, AdamW for the rest" if muon else facts["optimizer"],
         "clipping": f"gradients clipped at {config['grad_clip']:g}" if config["grad_clip"] else "no clipping",
         "processes": plural(facts["world_size"], "process"),
+        "precision": facts["precision"].partition(": it failed")[0],  # the compiler's words may have paths
         "part": " (of the part after the last interruption)" if facts["interruptions"] else "",
         "version": VERSION,
         "commit": f", commit `{commit[:12]}`{commit[40:]}" if commit else "",
@@ -86,7 +87,7 @@ def run_card(
         "other": duration(spent["other"]),
         "samples": samples_section(*samples) if samples else "",
         "how_to_use": how_to_use(block_size, changed),
-        "limits": limits(block_size, epochs),
+        "limits": limits(block_size, epochs, "some of its training text" if mixed else "its training text"),
         "data_license": f" The training data, {source}, is under {data_license}." if data_license else "",
     }
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")

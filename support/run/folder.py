@@ -19,6 +19,7 @@ import contextlib
 import errno
 import json
 import math
+import operator
 import os
 import platform
 import shutil
@@ -57,6 +58,7 @@ from torch.utils._pytree import tree_leaves
 if TYPE_CHECKING:
     from train_gpt2 import GPT, GPTConfig, TrainConfig
 
+MAY_BE_EDITED = (CARD, PICTURE)  # a checkpoint's files without a sum; before version 1.2 they had one
 SAVE_AT_LEAST_EVERY = 15 * 60  # seconds of work that a slow machine may lose
 # Reading a damaged checkpoint raises one of these.
 DAMAGE = (FileNotFoundError, ValueError, RuntimeError, EOFError, AttributeError, UnpicklingError)
@@ -412,7 +414,7 @@ class RunFolder:
         folder = self.path / f"checkpoint_{step:05d}"
         if self.world.is_main and folder.exists():
             for name, contents in self.make_card(step, state).items():
-                (folder / name).write_bytes(contents)
+                write_file(folder / name, operator.methodcaller("write", contents))
 
     def write_checkpoint(
         self,
@@ -431,7 +433,8 @@ class RunFolder:
                 (temporary / name).write_bytes(contents)
             with open(temporary / "trainer.pt", "wb") as file:  # PyTorch's own would not tell why it failed
                 torch.save(trainer, file)
-            sums = "".join(f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir()))
+            files = [file for file in sorted(temporary.iterdir()) if file.name not in MAY_BE_EDITED]
+            sums = "".join(f"{sha256(file)}  {file.name}\n" for file in files)
             (temporary / "SHA256SUMS").write_text(sums, encoding="utf-8", newline="\n")
             for path in (*temporary.iterdir(), temporary, self.path / "log.txt"):
                 flush_to_disk(path)
@@ -503,11 +506,10 @@ def broadcast_states(
 
 
 def check_sums(folder: Path) -> None:
-    """Raises ValueError or OSError, naming the file, unless every file matches SHA256SUMS. The model card
-    and its picture may change: their reader may edit them."""
+    """Raises ValueError or OSError, naming the file, unless every file in SHA256SUMS matches its sum."""
     lines = (folder / "SHA256SUMS").read_text(encoding="utf-8").splitlines()
     pairs = (line.split("  ") for line in lines)
-    expected = {name: digest for digest, name in pairs if name not in (CARD, PICTURE)}
+    expected = {name: digest for digest, name in pairs if name not in MAY_BE_EDITED}
     for name in ("model.safetensors", "config.json", "trainer.pt", *expected):
         if name not in expected or sha256(folder / name) != expected[name]:
             raise ValueError(f"{name} is not what SHA256SUMS says")
