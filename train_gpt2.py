@@ -760,8 +760,8 @@ def main(config: TrainConfig) -> None:
                 stop.check()  # ends the loop over the steps after a signal to any process
                 report.micro_step(step, micro_step, grad_accum_steps)
                 if W > 1:
-                    # The processes average their gradients in the step's last backward pass only. DDP reads
-                    # this flag in the forward pass.
+                    # The processes average their gradients in the step's last backward pass only, unless
+                    # shards leave no memory for that. DDP reads this flag in the forward pass.
                     model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
                 with autocast:
                     loss = model(x, y)
@@ -792,7 +792,7 @@ def main(config: TrainConfig) -> None:
                 optimizer.step()
             elif finite:  # here the host waits
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=(W == 1))  # DDP's gradients are views of its buffers
+            optimizer.zero_grad(set_to_none=(W == 1 or config.shard))  # DDP's are views of its buffers
 
             # With a fused optimizer, this is the step's only host-device sync. Meanwhile a GPU is busy with
             # the update, which counts in the time of the next step.

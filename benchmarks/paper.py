@@ -15,7 +15,7 @@ from pathlib import Path
 from benchmarks.training import spread
 from hellaswag import N_VALIDATION
 from support.machine.device import GB, HEAD_ROOM, peak_flops
-from support.machine.micro_batch import least_bytes
+from support.machine.micro_batch import least_bytes_sharded
 from support.run.curves import draw_runs
 from train_gpt2 import MODEL_SHAPES, GPTConfig, TrainConfig
 
@@ -117,8 +117,9 @@ def exchanges(card: float, recompute: bool, processes: int = 8) -> list[list[str
     rows = []
     for always in (False, True):
         sizes = (2**i for i in range(6, -1, -1))
-        needed = {n: least_bytes(config, shape, n, 1, processes) for n in sizes}
-        fits = [n for n in needed if needed[n] + (0 if always else whole) <= limit]
+        kept = 0 if always else whole
+        needed = {n: least_bytes_sharded(config, shape, n, 1, shards=processes, kept=kept) for n in sizes}
+        fits = [n for n in needed if needed[n] <= limit]
         if not fits:
             rows.append(["none", "", ""])
             continue

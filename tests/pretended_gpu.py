@@ -535,7 +535,8 @@ def pretended_gpu(count=1, free=79 * GB, capability=(9, 0), compiles=False):
             "get_autocast_dtype": lambda device_type: dtype_of(cpus(device_type)),
         },
         dist: {
-            "init_process_group": init_process_group, "all_gather_object": all_gather_object,
+            "init_process_group": init_process_group, "is_nccl_available": lambda: True,
+            "all_gather_object": all_gather_object,
             "broadcast_object_list": broadcast_object_list,
         },
         functional: {"_maybe_wrap_tensor": functional.wait_tensor},  # a wrapper in C++ would lose the GPU

@@ -102,6 +102,7 @@ def layout(monkeypatch):
         ({**TWO, "LOCAL_RANK": "2"}, "LOCAL_RANK is 2, but WORLD_SIZE is 2"),
         ({**TWO, "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "1"}, "LOCAL_RANK is 1, but LOCAL_WORLD_SIZE is 1"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but RANK is not set"),
+        ({**TWO, "LOCAL_RANK": None}, "WORLD_SIZE is 2, but LOCAL_RANK is not set"),  # all would take GPU 0
         ({**TWO, "MASTER_ADDR": None}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
         ({**TWO, "MASTER_PORT": ""}, "WORLD_SIZE is 2, but MASTER_PORT is not set"),
         ({**TWO, "MASTER_PORT": "auto"}, "MASTER_PORT is 'auto', not a port"),

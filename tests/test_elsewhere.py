@@ -114,9 +114,16 @@ def test_what_only_linux_has_is_asked_for_on_linux_only(monkeypatch):
 def test_a_mac_has_one_process(monkeypatch):
     """Its GPU can't be shared, and there is no NCCL; without an NVIDIA GPU several processes use gloo."""
     monkeypatch.setattr(processes, "choose_device", torch.device)
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match="several processes can't share MPS"):
         processes.start_processes("mps", 1)
+    # PyTorch for Windows has CUDA and no NCCL.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    with pytest.raises(InputError, match="this PyTorch has no NCCL, which several GPUs need; use one, or"):
+        processes.start_processes("cuda", 1)
     monkeypatch.delenv("WORLD_SIZE")
     assert processes.start_processes("mps", 1).collective_device == torch.device("cpu")

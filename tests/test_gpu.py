@@ -246,7 +246,7 @@ def test_memory_decides_the_micro_batch(config, tmp_path, monkeypatch):
 def test_memory_that_runs_out_later_ends_in_one_line(config, tmp_path, monkeypatch):
     with pretended() as gpu:
         monkeypatch.setattr(Report, "step", lambda *_: setattr(gpu, "free", 0))
-        with pytest.raises(RunFault, match=r"out of memory .*--resume finds the micro-batch that fits now"):
+        with pytest.raises(RunFault, match=r"out of memory .*--resume looks for a micro-batch that fits now"):
             train(replace(config, device="cuda", log_dir=tmp_path / "gpu"))
 
 

@@ -16,7 +16,7 @@ import sys
 import termios
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -24,7 +24,8 @@ from conftest import ROOT, TINY, call, faulty, make_shards, run, run_folder, tor
 from support.cli import InputError, RunFault
 from support.data.shards import Shards
 from support.files import sha256
-from support.machine.processes import STOP_SIGNALS, Stopped, StopSignals
+from support.machine.device import device_name
+from support.machine.processes import STOP_SIGNALS, Stopped, StopSignals, World
 from support.model.huggingface import list_checkpoints, step_of
 from support.run import folder as folder_module
 from support.run.curves import read_log
@@ -542,6 +543,14 @@ def test_a_strange_record_names_no_micro_batch(record, tmp_path):
     folder = run_folder(tmp_path, resume=True)
     folder.before = json.loads(record)
     assert folder.fitted_before() is None
+
+
+def test_another_way_to_divide_memory_is_searched_anew(tmp_path):
+    record = {"device": device_name(World().device), "world_size": 1, "micro_batch_size": 4, "loss_chunks": 1}
+    for shard, found in ((False, (4, 1)), (True, None)):
+        folder = run_folder(tmp_path, resume=True)
+        folder.before = record | {"train_config": asdict(TrainConfig(shard=shard))}
+        assert folder.fitted_before() == found
 
 
 LOGS = {  # what log.txt and run.json hold besides a recipe, and what --resume may do

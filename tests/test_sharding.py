@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 from conftest import CPU, ROOT, TINY, call, run, torchrun
 from support.cli import InputError
 from support.files import sha256
 from support.machine import micro_batch, sharding
-from support.machine.micro_batch import Trials, check_memory, least_bytes, most_rows
+from support.machine.micro_batch import Trials, check_memory, least_bytes_sharded, most_rows
 from support.machine.processes import World
 from support.model import muon
 from support.model.huggingface import list_checkpoints
@@ -274,35 +275,64 @@ def test_hosts_divide_the_gradients_always_or_at_the_end(short, tmp_path):
 def test_the_micro_batch_is_computed(monkeypatch):
     """gpt2-xl in bfloat16 on 8 cards: the most rows whose sum, with some caution, fits into a card; with the
     loss in chunks where few fit."""
-    config = TrainConfig(shard=True, total_batch_size=8 * 16 * 1024)
+    config = TrainConfig(shard=True, total_batch_size=8 * 16 * 1024, dtype="bfloat16")
     xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
     world = Hosts(0, 8, torch.device("cuda"))
     object.__setattr__(world, "local", [8] * 8)
-    trials = Trials(None, SimpleNamespace(config=xl), config, world, None, print=print, compiled=True)
+    raw_model = SimpleNamespace(config=xl, gradients_are_large=False)
+    trials = Trials(None, raw_model, config, world, None, print=print, compiled=True)
+    least = partial(least_bytes_sharded, shards=8)
     sizes = [16, 8, 4, 2, 1]
     # On 24 GB, the unsharded gradients stay between micro-steps; on 16 GB, they are too large.
-    for gigabytes, fit, kept in ((80, (16, 1), 5.8), (24, (4, 32), 5.8), (16, (2, 1), 0)):
+    whole = 4 * xl.n_parameters
+    for gigabytes, fit, kept in ((80, (16, 1), whole), (24, (4, 32), whole), (16, (2, 1), 0)):
         monkeypatch.setattr(World, "memory_limit", lambda *_, size=gigabytes: size * 2**30)
+        raw_model.gradients_are_large = kept == 0
         assert most_rows(sizes, trials.should_fit, 8) == fit
         rows, chunks = fit
-        needed = kept + least_bytes(config, xl, rows, chunks, 8) / 2**30
-        assert needed < 0.93 * gigabytes
+        assert least(config, xl, rows, chunks, kept=kept) < 0.93 * gigabytes * 2**30
     # Without the compiler, logits take six times the memory: 9 GB instead of 1.5 for 16 rows.
     monkeypatch.setattr(World, "memory_limit", lambda *_: 40 * 2**30)
+    raw_model.gradients_are_large = False
     assert most_rows(sizes, trials.should_fit, 8) == (8, 1)
     assert not replace(trials, compiled=False).should_fit(8, 1)
-    in_two_ways = [least_bytes(config, xl, 16, 1, 8, compiled=way) for way in (False, True)]
+    in_two_ways = [least(config, xl, 16, 1, compiled=way) for way in (False, True)]
     assert in_two_ways[0] - in_two_ways[1] == 10 * 16 * 1024 * 50_257
-    # Muon's states are smaller; its update takes less than a row of activations, but more than one computed
-    # again.
+    # Muon's states are smaller; among 4, its update takes less than a row of activations, among 2, more than
+    # one computed again, and than a validation.
     muons = replace(config, optimizer="muon")
     spared = 4 * 12 * 48 * 1600**2 / 4
-    assert least_bytes(config, xl, 1, 1, 4) - least_bytes(muons, xl, 1, 1, 4) == spared
+    assert least(config, xl, 1, 1, shards=4) - least(muons, xl, 1, 1, shards=4) == spared
     config, muons = replace(config, recompute=True), replace(muons, recompute=True)
-    assert 0 < least_bytes(config, xl, 1, 1, 4) - least_bytes(muons, xl, 1, 1, 4) < 0.5 * spared
+    assert 0 < least(config, xl, 1, 1, shards=2) - least(muons, xl, 1, 1, shards=2) < 2 * spared
     monkeypatch.setattr(World, "memory_limit", lambda *_: 6 * 2**30)
     with pytest.raises(InputError, match="out of memory with a micro-batch of 1 row"):
         most_rows(sizes, trials.should_fit, 8)
+
+
+def test_what_a_divided_model_keeps_depends_on_its_dtype():
+    """gpt2-xl on 8 cards, 16 rows: in float32, the numbers of 16 bits take twice as much."""
+    config, xl = TrainConfig(shard=True), GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+    tokens, layers = 16 * 1024, 48 * 1600
+    wide, narrow = (
+        least_bytes_sharded(config, xl, 16, 1, shards=8, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    # A block keeps x, both norms, 3 of attention, its output, the middle of the stream, 4 + 4 of the MLP.
+    assert 4 * (1 + 2 + 3 + 1 + 1 + 4 + 4) == 64
+    assert wide - narrow == tokens * ((64 - 37) * layers + 2 * 50_257)
+
+
+def test_validation_of_a_divided_model_counts():
+    """It gathers the whole model. With 8 rows on each of 4 cards of 16 GB in float16, all computed again,
+    training's step fits and the validation would not."""
+    config, xl = TrainConfig(shard=True, recompute=True), GPTConfig(n_layer=48, n_head=25, n_embd=1600)
+    states, logits = 4 * xl.n_parameters, 8 * 1024 * 10 * 50_257
+    needed = least_bytes_sharded(config, xl, 8, 1, shards=4, dtype=torch.float16)
+    assert needed == states + (4 + 2) * xl.n_parameters + logits  # weights, and autocast's copies
+    in_bfloat16 = least_bytes_sharded(config, xl, 8, 1, shards=4)
+    gathered = 2 * xl.n_parameters + 2 * 50_257 * 1600  # the blocks in bfloat16, the embedding in float32
+    assert in_bfloat16 == states + gathered + logits
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -516,6 +546,8 @@ def test_what_cannot_fit_says_what_would(monkeypatch):
     monkeypatch.setattr(micro_batch, "device_name", lambda _: "a card")
     with pytest.raises(InputError, match=r"divide it among 3 such devices: torchrun --nproc_per_node=3"):
         check_memory(TrainConfig(memory_limit_gb=22.0), xl, World(0, 1, torch.device("cuda")))
+    with pytest.raises(InputError, match=r"choose a smaller --model$"):  # a Mac's GPU can't be shared
+        check_memory(TrainConfig(memory_limit_gb=22.0), xl, World(0, 1, torch.device("mps")))
     eight = Hosts(0, 8, torch.device("cpu"))
     object.__setattr__(eight, "local", [8] * 8)
     assert "2.90 GB for weights" in check_memory(CONFIG, xl, eight)

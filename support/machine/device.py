@@ -34,7 +34,7 @@ class DeviceType:
     is_available: Callable[[], bool]
     most_tokens: int  # of a micro-batch: more gains nothing
     backend: str | None  # of torch.distributed; None: one process only
-    fused: bool  # whether optimizers have a fused version there
+    fused: bool  # whether fused optimizers there skip an update if `found_inf` says so; MPS's ignore it
 
 
 # The first available one is what --device auto takes. Another kind of device is another row.
@@ -193,11 +193,11 @@ def choose_compile(wanted: bool, device: torch.device) -> tuple[bool, str]:
 def prefer_fast_attention(device: torch.device) -> None:
     """Let F.scaled_dot_product_attention take the fastest kernel for shapes that stay the same.
 
-    On Hopper and Blackwell that is cuDNN's, 1.7 to 2.3 times as fast as flash attention 2; where cuDNN's is
+    On the H100 and B200 that is cuDNN's, 1.7 to 2.3 times as fast as flash attention 2; where cuDNN's is
     enabled, PyTorch takes it first there. Elsewhere flash attention is faster, and PyTorch's first choice.
     """
-    hopper_or_later = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
-    torch.backends.cuda.enable_cudnn_sdp(hopper_or_later)
+    data_centre = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    torch.backends.cuda.enable_cudnn_sdp(data_centre)
 
 
 def varying_shapes() -> contextlib.AbstractContextManager[Any]:
@@ -312,20 +312,24 @@ def group_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
     return limits
 
 
+def cap_memory(device: torch.device, limit_gb: float | None) -> None:
+    """Let PyTorch take `limit_gb` of a GPU's memory, or all of it; other devices have no such limit."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        allowed = min(total, limit_gb * GB) if limit_gb else total
+        torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+
+
 @contextlib.contextmanager
 def head_room(device: torch.device, limit_gb: float | None) -> Iterator[None]:
     """Inside, cap a GPU's memory slightly below its `memory_limit`; then restore all of it, or `limit_gb`."""
-    if device.type != "cuda":
-        yield
-        return
-    total = torch.cuda.get_device_properties(device).total_memory
-    limit = memory_limit(device, limit_gb) or total
-    torch.cuda.set_per_process_memory_fraction((1 - HEAD_ROOM) * limit / total, device)
+    limit = memory_limit(device, limit_gb)
+    if limit:
+        cap_memory(device, (1 - HEAD_ROOM) * limit / GB)
     try:
         yield
     finally:
-        allowed = min(total, limit_gb * GB) if limit_gb else total
-        torch.cuda.set_per_process_memory_fraction(allowed / total, device)
+        cap_memory(device, limit_gb)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

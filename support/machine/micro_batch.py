@@ -1,5 +1,6 @@
 """
-Find the largest micro-batch (rows at once) that fits into memory, by running real steps before training.
+Find the largest micro-batch (rows at once) that fits into memory, by running real steps before training. With
+--shard, it is computed.
 
 The tokens of a step stay as the recipe sets them: a smaller micro-batch only means more micro-steps.
 """
@@ -15,14 +16,14 @@ from support.cli import InputError, brief, plural
 from support.machine import device as devices
 from support.machine.device import GB, HEAD_ROOM, device_name, head_room, is_out_of_memory, type_of
 from support.machine.processes import World
-from support.machine.sharding import ShardedModel, are_large, count_shards, gradient_bytes
+from support.machine.sharding import ShardedModel, count_shards, gradient_bytes
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 if TYPE_CHECKING:
-    from train_gpt2 import GPT, GPTConfig, TrainConfig
+    from train_gpt2 import GPTConfig, TrainConfig
 
 LOSS_CHUNKS = 32  # Where memory is short, logits exist for one chunk of a micro-batch at a time.
 ENOUGH_TOKENS = 2**13  # From here on, a larger micro-batch gains less than chunks would cost.
@@ -51,9 +52,9 @@ def check_batch(config: "TrainConfig", model_config: "GPTConfig", world: World) 
 
 def micro_batch_sizes(config: "TrainConfig", model_config: "GPTConfig", world: World) -> list[int]:
     """The micro-batch sizes to try, in rows per process, largest first; only --micro_batch_size if it is
-    given. On CPU and MPS, a full memory raises no error but slows the computer down or kills the process, so
-    a cautious estimate excludes sizes that are too large. Raises InputError, with numbers that work, if the
-    batch can't be divided."""
+    given. On a CPU or a Mac, a full memory slows the computer down or kills the process before any error,
+    so a cautious estimate excludes sizes that are too large. Raises InputError, with numbers that work, if
+    the batch can't be divided."""
     T, W = config.sequence_length, world.size
     if config.total_batch_size % (T * W):
         raise InputError(
@@ -109,7 +110,7 @@ def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World)
     limit = world.memory_limit(config.memory_limit_gb)
     if limit is not None and own > limit:
         advice = "choose a smaller --model"
-        if world.device.type != "cpu":  # on a CPU, dividing does not help: the processes share one memory
+        if world.device.type == "cuda":  # elsewhere, several processes share one memory, or there is one only
             enough = math.ceil(total / (limit / 2))  # shards that leave half of the memory free
             launch = f"torchrun --nproc_per_node={enough} and --shard"
             advice += f", or divide it among {enough} such devices: {launch}"
@@ -121,31 +122,61 @@ def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World)
     return need
 
 
-def least_bytes(
+def bytes_a_token(
+    config: "TrainConfig", model_config: "GPTConfig", chunks: int, compiled: bool, dtype: torch.dtype
+) -> float:
+    """What a training step keeps of a token on a GPU: in every layer, 37 bytes per channel (64 in float32, 4
+    with --recompute), and its logits in the `dtype` of the products. Those in 16 bits are read from the code
+    that PyTorch 2.13 generates for a compiled step; in float32, the same numbers take twice as much. Without
+    the compiler, a logit takes 12 bytes: in float32 as it is, its softmax, and its gradient."""
+    in_float32 = dtype == torch.float32
+    per_channel = 4 if config.recompute else 64 if in_float32 else 37
+    per_logit = 12 if not compiled else 4 if in_float32 else 2
+    blocks = per_channel * model_config.n_layer * model_config.n_embd
+    return blocks + per_logit * model_config.vocab_size / chunks
+
+
+def least_bytes(config: "TrainConfig", model_config: "GPTConfig", rows: int, chunks: int) -> float:
+    """What a step keeps in a GPU's memory at the least: weights, gradients and the optimizer's state, and
+    what it keeps of its tokens if it is compiled and in 16 bits."""
+    per_token = bytes_a_token(config, model_config, chunks, compiled=True, dtype=torch.bfloat16)
+    return state_bytes(config, model_config) + rows * config.sequence_length * per_token
+
+
+def least_bytes_sharded(
     config: "TrainConfig",
     model_config: "GPTConfig",
     rows: int,
     chunks: int,
-    shards: int = 1,
+    *,
+    shards: int,
+    kept: float = 0.0,
     compiled: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """What a step keeps in a GPU's memory at the least: weights, gradients and the optimizer's state, and for
-    each token, in every layer, 37 bytes per channel (with --recompute 4), and its logits in 16 bits: read
-    from the code that PyTorch 2.13 generates for a compiled step in bfloat16. Without the compiler, a logit
-    takes 12 bytes: in float32 as it is, its softmax, and its gradient; 16 bits are on the way."""
-    blocks = (4 if config.recompute else 37) * model_config.n_layer * model_config.n_embd
-    per_token = blocks + (2 if compiled else 12) * model_config.vocab_size / chunks
+    """`least_bytes` of a divided model: its shards, and the most that a training step, an update or a
+    validation needs beside them.
+
+    Args:
+        shards: among how many processes the model is divided.
+        kept: bytes of unsharded gradients that stay between micro-steps.
+        compiled: whether training is; validation is not, since it gathers the whole model.
+        dtype: of the products. In bfloat16, the blocks' weights are gathered in bfloat16; in float16,
+            autocast keeps a copy of all weights in 16 bits.
+    """
     tokens = rows * config.sequence_length
-    states = state_bytes(config, model_config) / shards
-    if shards == 1:
-        return states + tokens * per_token
-    # Validation is not compiled there: a logit in 16 bits, in float32, and its log-softmax.
-    per_token = max(per_token, 10 * model_config.vocab_size / chunks)
-    gathered = 8 * model_config.vocab_size * model_config.n_embd  # the embedding and its gradient
+    embedding = 4 * model_config.vocab_size * model_config.n_embd
+    copies = 2 * model_config.n_parameters if dtype == torch.float16 else 0
+    per_token = bytes_a_token(config, model_config, chunks, compiled, dtype)
+    training = copies + 2 * embedding + kept + tokens * per_token  # the embedding has a gradient, too
+    # A logit as the products leave it, in float32, and its log-softmax.
+    per_logit = 8 if dtype == torch.float32 else 10
+    blocks = (2 if dtype == torch.bfloat16 else 4) * (model_config.n_parameters - embedding / 4)
+    validation = copies + embedding + blocks + tokens * per_logit * model_config.vocab_size / chunks
     # Muon's update, after the backward pass: the matrices of one shape, a third of all, as averages in
     # float32 and in six tensors of 16 bits.
     update = 16 * block_matrices(model_config) / 3 / shards if config.optimizer == "muon" else 0
-    return states + max(gathered + tokens * per_token, update)
+    return state_bytes(config, model_config) / shards + max(training, validation, update)
 
 
 # -----------------------------------------------------------------------------
@@ -175,8 +206,10 @@ def find_micro_batch(
     sizes = micro_batch_sizes(config, raw_model.config, world)
     enough = max(1, ENOUGH_TOKENS // config.sequence_length)
     sharded = isinstance(model, ShardedModel)
-    if sharded and compiled:
-        trials.stop_compiling_after(trials.try_a_block())
+    if sharded:
+        devices.cap_memory(world.device, config.memory_limit_gb)  # as the trials of an undivided model do
+        if compiled:
+            trials.stop_compiling_after(trials.try_a_block())
     if len(sizes) == 1 and (sharded or (not compiled and world.device.type != "cuda")):
         rows, chunks = sizes[0], 1  # nothing to search
     elif sharded:  # no process can try without the others
@@ -225,7 +258,7 @@ class Trials:
     """Steps on trial, in all processes together: what fails in one has failed in all."""
 
     model: nn.Module
-    raw_model: "GPT"
+    raw_model: Any
     config: "TrainConfig"
     world: World
     autocast: torch.autocast
@@ -239,11 +272,20 @@ class Trials:
         limit = self.world.memory_limit(self.config.memory_limit_gb)
         if self.world.device.type != "cuda" or limit is None:
             return True
-        shards, gradients = count_shards(self.config, self.world), gradient_bytes(self.raw_model.config)
-        kept = gradients if shards > 1 and not are_large(gradients, limit) else 0
-        compiled = self.compiled or shards == 1  # one process alone can try
-        least = least_bytes(self.config, self.raw_model.config, rows, chunks, shards, compiled=compiled)
-        return kept + least <= share * limit
+        shards, model_config = count_shards(self.config, self.world), self.raw_model.config
+        if shards == 1:  # a trial will tell
+            return least_bytes(self.config, model_config, rows, chunks) <= share * limit
+        least = least_bytes_sharded(
+            self.config,
+            model_config,
+            rows,
+            chunks,
+            shards=shards,
+            kept=0 if self.raw_model.gradients_are_large else gradient_bytes(model_config),
+            compiled=self.compiled,
+            dtype=devices.choose_dtype(self.config.dtype, self.world.device, model_config.n_embd),
+        )
+        return least <= share * limit
 
     def fit(self, rows: int, chunks: int) -> bool:
         """Whether a step with these rows, and their loss in these chunks, fits into every memory."""

@@ -136,6 +136,8 @@ def start_processes(wanted: str, timeout_minutes: float) -> World:
     backend = type_of(device).backend
     if backend is None and world_size > 1:
         raise InputError(f"several processes can't share {device.type.upper()}; use one, or --device cpu")
+    if backend == "nccl" and world_size > 1 and not dist.is_nccl_available():
+        raise InputError("this PyTorch has no NCCL, which several GPUs need; use one, or --device cpu")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise InputError(
@@ -204,7 +206,7 @@ def read_layout() -> tuple[int, int, int]:
         + (f"LOCAL_WORLD_SIZE is {here}" if "LOCAL_WORLD_SIZE" in given else of_size),
     )
     if size > 1:
-        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             check(bool(os.environ.get(name)), f"WORLD_SIZE is {size}, but {name} is not set")
         port = os.environ["MASTER_PORT"]
         check(port.isdecimal() and 0 < int(port) < 2**16, f"MASTER_PORT is {port!r}, not a port")
@@ -266,9 +268,9 @@ def faults_in_one_line(resumes: bool = False) -> Iterator[None]:
         said = brief(error)
         if is_out_of_memory(error):
             fault = (
-                "out of memory (another program may have taken it); the same command with --resume finds "
-                "the micro-batch that fits now, --micro_batch_size N sets one; the tokens of every step stay "
-                "the same"
+                "out of memory (another program may have taken it); the same command with --resume looks for "
+                "a micro-batch that fits now, --micro_batch_size N sets a smaller one; the tokens of every "
+                "step stay the same"
             )
             if not resumes:
                 fault = "out of memory; --dtype bfloat16 needs less of a GPU, and --device cpu none"
@@ -352,9 +354,10 @@ class StopSignals:
     def check(self, all_meet: bool = True) -> None:
         """Raises Stopped after a signal to any process: in all of them, at the same place.
 
-        With `all_meet`, every process calls this, before it communicates. The first one writes into the store
-        that all go on from there; a process with a signal writes that all stop at the next place of the
-        foremost. The others find it. In between, processes only look, and write after a signal.
+        With `all_meet`, every process calls this, before it communicates. These places are numbered. The
+        first process at place N writes "go N + 1" into the store: all will pass it. A process with a signal
+        turns "go M", which is as far as any may go so far, into "stop M". Each goes on until it has passed M
+        places. In between, where not all meet, a process only looks, and writes after a signal.
         """
         if not self.store:
             if self.received:

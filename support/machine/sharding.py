@@ -3,8 +3,8 @@ A model divided among the processes (--shard), by PyTorch's fully_shard, known a
 
 Each process keeps a share of weights, gradients and moments. A block's weights are gathered when they are
 needed, forward and backward, and given up again; its gradients are averaged and divided. The mathematics is
-that of DDP. So a model can be trained that no card holds alone, for the price of communication. With several
-hosts, each has a copy (known as hybrid sharding, HSDP).
+that of DDP. So a model can be trained that no card holds alone, for the price of communication. Several hosts
+of equally many processes have a copy each (known as hybrid sharding, HSDP).
 """
 
 import contextlib
@@ -77,8 +77,9 @@ class ShardedModel(nn.Module):
     def set_sync(self, sync: bool) -> None:
         """Whether the backward pass averages the gradients among the processes.
 
-        Without it, unsharded gradients are kept. Where they would take more than UNSHARDED_GRADIENTS of the
-        memory, they are averaged and sharded in every micro-step, but within a host only.
+        Without it, each process adds up its own gradients, unsharded, over the micro-steps. Where these would
+        take more than UNSHARDED_GRADIENTS of the memory, they are averaged and sharded in every micro-step,
+        but only among the processes that share a copy.
         """
         model: Any = self.raw_model
         model.set_requires_gradient_sync(sync or model.gradients_are_large)
@@ -93,8 +94,8 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     Args:
         unsharded: on the host. Only the main process's weights count; every other process gets its shards of
             them, tensor by tensor, so its own may be on the meta device, which has none.
-        dtype: of the matrix products. In bfloat16 a GPU's weights travel so, too (a CPU's layer norm takes no
-            such mixture); gradients are summed in float32.
+        dtype: of the matrix products. In bfloat16 the blocks' weights travel so, too, on a GPU (a CPU's layer
+            norm takes no such mixture); gradients are summed in float32.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard

@@ -237,7 +237,7 @@ class RunFolder:
     def fitted_before(self) -> tuple[int, int] | None:
         """The micro-batch that the interrupted run found, as (rows, chunks of the loss), if it was made on
         the same device, with the same flags that matter for memory."""
-        flags = ("dtype", "compile", "recompute", "memory_limit_gb", "micro_batch_size")
+        flags = ("dtype", "compile", "shard", "recompute", "memory_limit_gb", "micro_batch_size")
         now = [device_name(self.world.device), self.world.size, *(getattr(self.config, f) for f in flags)]
         found = None
         with contextlib.suppress(KeyError, TypeError):  # run.json may be another version's, or damaged
