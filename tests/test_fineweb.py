@@ -615,9 +615,9 @@ def test_what_there_is_of_an_unfinished_job_can_be_used(tmp_path):
     (tmp_path / "x.txt").write_text("a word " * 1000)
     make(tmp_path / "out", f"--input={tmp_path}/x.txt", "--encoding=bytes", "--shard_size=700")
     (tmp_path / "out/shards.json").rename(tmp_path / "out/shards.partial.json")
-    with pytest.raises(InputError, match="to use what there is: mv ") as said:
+    with pytest.raises(InputError, match=r"to use what there is .*: mv ") as said:
         load_shards(tmp_path / "out")
-    subprocess.run(shlex.split(str(said.value).partition("what there is: ")[2]), check=True)
+    subprocess.run(shlex.split(str(said.value).partition("move it back): ")[2]), check=True)
     assert load_shards(tmp_path / "out").encoding == "bytes"
 
 
@@ -902,6 +902,44 @@ def test_a_page_that_is_not_the_hubs_is_one_line(make_error, message):
 def test_a_mistake_here_is_not_blamed_on_the_hub():
     with pytest.raises(KeyError), hub_module.hub_errors("the list"):
         {}["name"]
+    with pytest.raises(RuntimeError, match="no task"), hub_module.hub_errors("the list"):
+        raise RuntimeError("no task")
+
+
+def test_a_failed_task_of_the_library_in_rust_is_a_failed_download():
+    """hf_xet, which loads most files, has a RuntimeError for it; its caller's line is the innermost."""
+    source = "def xet_get():\n    next(iter(()), None) or (_ for _ in ()).throw(ERROR)\n"
+    names = {"__name__": "huggingface_hub.file_download", "ERROR": RuntimeError("Task error: Network error")}
+    exec(source, names)
+    message = r"could not fetch the file from the Hugging Face Hub: Task error: Network error"
+    with pytest.raises(RunFault, match=message), hub_module.hub_errors("the file"):
+        names["xet_get"]()
+
+
+def read_and_fail(texts):
+    for i, text in enumerate(texts):
+        yield Piece("texts", i, text)
+    raise InputError("a bad line")
+
+
+@pytest.mark.parametrize("workers", [1, 8])
+def test_a_fault_behind_the_last_wanted_token_does_not_matter(workers, tmp_path):
+    """...nor in another group of files. And all that comes before a fault is in the shards."""
+    texts = ["some text "] * 100
+    settings = {"shard_size": 50, "val_size": 50, "max_tokens": 400}
+    writer = ShardWriter(tmp_path, new_record(get_encoding("bytes"), {}, settings))
+    record = write_shards([Stream(read_and_fail(texts)), Stream(read_and_fail([]))], writer, workers)
+    assert tokens_in(tmp_path) == stream_of(texts)[:400]
+    assert record["shards"][-1]["ends_at"]["document"] == 400 // 11
+    (tmp_path / "all").mkdir()
+    writer = ShardWriter(
+        tmp_path / "all", new_record(get_encoding("bytes"), {}, settings | {"max_tokens": None})
+    )
+    with pytest.raises(InputError, match="a bad line"):
+        write_shards([Stream(read_and_fail(texts))], writer, workers)
+    assert [shard["tokens"] for shard in writer.record["shards"]] == [50] * (
+        1100 // 50 - 1
+    )  # the last waits for its end
 
 
 def test_a_trial_downloads_only_what_it_needs(hub, tmp_path):
@@ -1067,10 +1105,15 @@ def test_check_tells_what_a_folder_holds(text_shards, tmp_path, capsys):
     call("fineweb.py", "--check", tmp_path, "--encoding=bytes", "--write_shards_json")
     assert load_shards(tmp_path, verify=True).encoding == "bytes"
     assert load_shards(tmp_path).count("train") == len(tokens) - 50
+    bin_shard(tmp_path / "my_train_000002.bin", tokens)
+    known = call("fineweb.py", "--check", tmp_path)
+    assert "shards.json does not list 1 file (my_train_000002.bin); not used" in known.stdout
+    assert load_shards(tmp_path).count("train") == len(tokens) - 50
+    (tmp_path / "my_train_000002.bin").unlink()
 
     bin_shard(tmp_path / "my_train_000001.bin", [7, *tokens[51:]])
     damaged = refusal(tmp_path / "out", "--check", tmp_path)
-    assert "my_train_000001.bin: its SHA-256 is not the one in shards.json" in damaged
+    assert "its SHA-256 is not the one in shards.json; remove it and fetch or copy it again" in damaged
     (tmp_path / "shards.json").unlink()
     bin_shard(tmp_path / "my_train_000001.bin", [*tokens[50:], 300])
     beyond = refusal(tmp_path / "out", "--check", tmp_path)

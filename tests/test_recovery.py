@@ -1034,6 +1034,14 @@ def test_only_damaged_checkpoints_are_not_a_reason_to_start_over(flags, tmp_path
     assert done.returncode == 2
     assert "has no sound checkpoint, only damaged ones (checkpoint_00020, checkpoint_00016" in done.stderr
     assert (tmp_path / "log/log.txt").read_text() == (undisturbed / "log.txt").read_text()
+    assert "; delete the folder to start over, or choose another --log_dir" in done.stderr
+
+
+def test_somebodys_line_stays_whatever_is_in_it(tmp_path):
+    """A carriage return, as a bar of progress has it, ends no line."""
+    (tmp_path / "log.txt").write_bytes(b"0 train 5\na bar\rat work\n1 train 4\n")
+    run_folder(tmp_path).cut_log(1)
+    assert (tmp_path / "log.txt").read_bytes() == b"0 train 5\na bar\rat work\n"
 
 
 def test_what_a_power_cut_leaves_in_the_log_is_cut_out(flags, tmp_path, undisturbed):

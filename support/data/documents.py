@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, AnyStr, BinaryIO, cast
 
-from support.cli import InputError, brief, plural
+from support.cli import InputError, RunFault, brief, plural
 from support.files import check_not_pointer
 
 if TYPE_CHECKING:
@@ -428,6 +428,8 @@ def open_parquet(path: Path, column: str | None = None) -> Iterator["ParquetFile
     except (pyarrow.ArrowException, OSError) as error:
         if getattr(error, "errno", None) is not None:  # the system's
             raise
+        if isinstance(error, MemoryError):
+            raise RunFault(f"{path}: out of memory ({str(error).splitlines()[0]})") from error
         raise InputError(f"{path}: not a sound parquet file ({str(error).splitlines()[0]})") from error
 
 

@@ -56,9 +56,13 @@ def hub_errors(wanted: str) -> Iterator[None]:
         yield
     except Exception as error:
         from_client = type(error).__module__.startswith(("http", "requests"))  # not all are OSErrors
+        from_client |= isinstance(error, RuntimeError) and raised_by_hub(error)  # hf_xet's, written in Rust
         if remedy(error) and not isinstance(error, OSError):
             raise OSError(in_words(error)) from error  # of this disk, from a library written in Rust
-        strange = isinstance(error, json.JSONDecodeError) or is_confused(error)
+        # A library met an answer that is not the Hub's, such as the page of a login portal.
+        strange = isinstance(error, json.JSONDecodeError) or (
+            isinstance(error, TypeError | KeyError | AttributeError) and raised_by_hub(error)
+        )
         if remedy(error) or not (from_client or strange or isinstance(error, OSError | HFValidationError)):
             raise  # not a failed download: a full disk, a folder without permission, a mistake in the code
         if is_offline(error):
@@ -73,13 +77,13 @@ def hub_errors(wanted: str) -> Iterator[None]:
         raise kind(f"could not fetch {wanted} from the Hugging Face Hub: {reason}") from error
 
 
-def is_confused(error: BaseException) -> bool:
-    """Whether a library met an answer that is not the Hub's, such as the page of a login portal."""
+def raised_by_hub(error: BaseException) -> bool:
+    """Whether the innermost line of Python is one of huggingface_hub."""
     trace = error.__traceback__
     while trace and trace.tb_next:
         trace = trace.tb_next
     place = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return isinstance(error, TypeError | KeyError | AttributeError) and place.startswith("huggingface_hub")
+    return place.startswith("huggingface_hub")
 
 
 def is_offline(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NotRequired, TypedDict
 
-from support.cli import InputError, RunFault, advice, in_words, plural
+from support.cli import InputError, RunFault, advice, in_words, plural, speaks_for_host
 from support.data.documents import Piece
 from support.data.encodings import get_encoding
 from support.data.order import Order, WindowOrder
@@ -39,6 +39,7 @@ import tiktoken
 from tqdm import tqdm
 
 WINDOW = 1025  # tokens that one row needs at the default --sequence_length
+MADE_ELSEWHERE = {"made": "elsewhere"}  # the source in a record of shards that fineweb.py has only checked
 PARTIAL = "shards.partial.json"  # the record of an unfinished job of fineweb.py
 LINE = "{n_fmt} of about {total_fmt}{unit} | {rate_fmt} | {remaining} left{postfix}"  # fields are tqdm's
 
@@ -367,6 +368,8 @@ def write_shards(
     Calls `on_piece` with the number of tokens taken of each piece, and the piece."""
     encoding = get_encoding(writer.record["encoding"])
     for stream in streams:
+        if not writer.left:
+            break
         writer.begin(stream)
         for piece, tokens, remarks in encode_stream(stream.documents, encoding, workers):
             on_piece(writer.add(piece, tokens, remarks), piece)
@@ -523,23 +526,28 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
             "with --data_dir, or try `python train_gpt2.py --demo`"
         )
     if (folder / PARTIAL).exists():
+        names = [shlex.quote(str(folder / name)) for name in (PARTIAL, "shards.json")]
         raise InputError(
             f"{folder} is not finished: run the same fineweb.py command again to continue; to use what there "
-            f"is: mv {shlex.quote(str(folder / PARTIAL))} {shlex.quote(str(folder / 'shards.json'))}"
+            f"is (and to continue later, move it back): mv {' '.join(names)}"
         )
     shown = (file for file in folder.iterdir() if not file.name.startswith("."))  # the Finder hides its notes
     files = sorted(file for file in shown if file.suffix in (".npy", ".bin"))
     allow_open_files(len(files))
     record = read_record(folder / "shards.json") if (folder / "shards.json").exists() else None
+    ours = record and record["source"] != MADE_ELSEWHERE
+    remedy = "run fineweb.py again" if ours else "fetch or copy it again"
     entries = {entry["file"]: entry for entry in record["shards"]} if record else {}
     if missing := entries.keys() - {file.name for file in files}:
-        raise InputError(
-            f"{folder / min(missing)}: missing, though shards.json lists it; run fineweb.py again"
-        )
+        raise InputError(f"{folder / min(missing)}: missing, though shards.json lists it; {remedy}")
     if record:
-        files = [file for file in files if file.name in entries]
+        listed = [file for file in files if file.name in entries]
+        others = [file.name for file in files if file not in listed and split_of(file)]
+        if others and speaks_for_host():
+            print(f"note: {folder}: shards.json does not list {describe_files(others)}; not used")
+        files = listed
     splits = {split: [file for file in files if split_of(file) == split] for split in ("train", "val")}
-    tokens = {split: [open_shard(file) for file in splits[split]] for split in splits}
+    tokens = {split: [open_shard(file, remedy) for file in splits[split]] for split in splits}
     digest = hashlib.sha256()
     for split in splits:
         if not splits[split]:
@@ -549,7 +557,7 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
             )
         for file, shard in zip(splits[split], tokens[split], strict=True):
             if record:
-                check_entry(file, len(shard), entries[file.name], verify)
+                check_entry(file, len(shard), entries[file.name], verify, remedy)
             digest.update(f"{file.name} {len(shard)}\n".encode())
     digest.update(json.dumps([entry["sha256"] for entry in record["shards"]] if record else []).encode())
     encoding, source = (record["encoding"], record["source"]) if record else ("gpt2", {})
@@ -616,16 +624,12 @@ def load_mix(folders: Sequence[Path], verify: bool = False) -> Shards:
 # checking
 
 
-def check_entry(file: Path, n_tokens: int, entry: ShardEntry, verify: bool) -> None:
+def check_entry(file: Path, n_tokens: int, entry: ShardEntry, verify: bool, remedy: str) -> None:
     """Raises InputError if a shard differs from its `entry` in shards.json; compares sums if `verify`."""
     if n_tokens != entry["tokens"]:
-        raise InputError(
-            f"{file}: holds {n_tokens:,} tokens, shards.json says {entry['tokens']:,}; run fineweb.py again"
-        )
+        raise InputError(f"{file}: holds {n_tokens:,} tokens, shards.json says {entry['tokens']:,}; {remedy}")
     if verify and sha256(file) != entry["sha256"]:
-        raise InputError(
-            f"{file}: its SHA-256 is not the one in shards.json; remove it and run fineweb.py again"
-        )
+        raise InputError(f"{file}: its SHA-256 is not the one in shards.json; remove it and {remedy}")
 
 
 def check_ids(file: Path, tokens: np.ndarray, encoding: tiktoken.Encoding) -> None:
@@ -658,7 +662,7 @@ def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
     if has_record:
         print("sound: headers, sizes, ids and the SHA-256 of every shard")
     elif write_json:
-        record = new_record(encoding, {"made": "elsewhere"}, {})
+        record = new_record(encoding, MADE_ELSEWHERE, {})
         for file in (*shards.files["val"], *shards.files["train"]):
             n_tokens = len(open_shard(file))
             record["shards"].append({"file": file.name, "tokens": n_tokens, "sha256": sha256(file)})

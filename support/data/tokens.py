@@ -45,23 +45,31 @@ def encode_stream(stream: Iterable[Piece], encoding: tiktoken.Encoding, workers:
             pool.shutdown(cancel_futures=True)
 
 
-def in_tasks(stream: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Group the pieces into lists of about TASK characters."""
+def in_tasks(stream: Iterable[Piece]) -> Iterator[list[Piece] | Exception]:
+    """Group the pieces into lists of about TASK characters. A fault of the stream comes in its place: what
+    was read before it counts, and it does not matter if nobody wants what comes after."""
     task: list[Piece] = []
-    characters = 0
-    for piece in stream:
-        task.append(piece)
-        characters += len(piece.text or "") + 1
-        if characters >= TASK:
-            yield task
-            task, characters = [], 0
+    characters, fault = 0, None
+    try:
+        for piece in stream:
+            task.append(piece)
+            characters += len(piece.text or "") + 1
+            if characters >= TASK:
+                yield task
+                task, characters = [], 0
+    except Exception as error:
+        fault = error
     if task:
         yield task
+    if fault:
+        yield fault
 
 
-def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece]) -> list[Encoded]:
+def encode_task(encoding: tiktoken.Encoding, pieces: list[Piece] | Exception) -> list[Encoded]:
     """Each piece with its tokens and remarks. One call encodes all pieces if none is special: every call ends
     by waiting for the GIL, which would be too slow for each of so many documents."""
+    if isinstance(pieces, Exception):
+        raise pieces
     texts = [piece.text for piece in pieces if piece.text and piece.begins and piece.ends]
     if len(texts) == len(pieces):
         joined = "".join(END_OF_TEXT + text for text in texts)

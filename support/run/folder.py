@@ -17,6 +17,7 @@ Training waits only while a checkpoint is copied to host memory: a thread writes
 
 import contextlib
 import errno
+import io
 import json
 import math
 import operator
@@ -149,8 +150,8 @@ class RunFolder:
         damaged = self.find_checkpoint()
         if damaged and not self.checkpoint:
             raise InputError(
-                f"{self.path} has no sound checkpoint, only damaged ones ({', '.join(damaged)}); remove them "
-                "to start over, or choose another --log_dir"
+                f"{self.path} has no sound checkpoint, only damaged ones ({', '.join(damaged)}); delete the "
+                "folder to start over, or choose another --log_dir"
             )
         if self.checkpoint:
             self.compare_recipes(self.trainer["recipe"], self.trainer.get("step", 0))
@@ -161,7 +162,7 @@ class RunFolder:
     def read_lines(self) -> list[bytes]:
         """The lines of log.txt with their ends; none if there is no such file."""
         log = self.path / "log.txt"
-        return log.read_bytes().splitlines(keepends=True) if log.exists() else []
+        return io.BytesIO(log.read_bytes()).readlines() if log.exists() else []  # only "\n" ends a line
 
     def holds_a_run(self) -> bool:
         """Whether there is a run to resume, or to lose. A run stopped before its first step does not count:
