@@ -148,10 +148,8 @@ class TrainConfig:
     hellaswag_data: Path | None = None  # local HellaSwag items, .jsonl or .parquet; default: from the Hub
     hellaswag_limit: cli.PositiveInt | None = None  # score only this many items, evenly spaced; default: all
     sample_every: int = 250  # steps between samples
-    checkpoint_every: int = (
-        1000  # steps between checkpoints, at most 15 minutes; the last two and the best stay
-    )
-    keep_every: int = 5000  # steps between checkpoints that are kept for good
+    checkpoint_every: int = 1000  # steps between checkpoints, at most 15 minutes; the last two and best stay
+    keep_every: int = 5000  # checkpoints at multiples of this are kept for good
 
     # -- the machine
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # number format of the matrix products
@@ -242,6 +240,7 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
     flags = {field.name: getattr(config, field.name, None) for field in fields(GPTConfig)}
     given = {name: value for name, value in flags.items() if value is not None}
     shape = MODEL_SHAPES[config.model or "gpt2"]
+    named = None if config.demo and config.model == DEMO.model else config.model
     if config.init_from is None:
         return GPTConfig(
             config.sequence_length, encoding.n_vocab, encoding=encoding.name, **{**shape, **given}
@@ -249,7 +248,7 @@ def choose_model_config(config: TrainConfig, encoding: tiktoken.Encoding) -> GPT
     config_file, _ = huggingface.find_model(config.init_from)
     loaded = GPTConfig(**huggingface.read_config(config_file, GPTConfig))
     for name in shape:
-        value = flags[name] or (shape[name] if config.model else getattr(loaded, name))
+        value = flags[name] or (shape[name] if named else getattr(loaded, name))
         if value != getattr(loaded, name):
             flag = f"--{name} {value}" if flags[name] else f"--model {config.model}, {name} {value}"
             raise InputError(f"{flag}: --init_from {config.init_from} has {getattr(loaded, name)}")
@@ -599,7 +598,7 @@ class TokenLoader:
 def open_shards(config: TrainConfig, world: World) -> Shards:
     """The shards in --data_dir; the demo writes its own first."""
     if config.demo and config.data_dir == DEMO.data_dir:  # another folder holds one's own text
-        world.from_main(lambda: write_demo_shards(*config.data_dir))
+        world.on_each_host(lambda: write_demo_shards(*config.data_dir))
     return load_mix(config.data_dir, config.verify)
 
 
@@ -798,7 +797,7 @@ def main(config: TrainConfig) -> None:
             # the update, which counts in the time of the next step.
             train_loss, overdue, grad_norm = read_values()
             save_overdue = overdue > 0 and config.checkpoint_every > 0
-            check_finite(step, train_loss, grad_norm, scaler, world, own_loss=loss_sum)
+            check_finite(step, train_loss, grad_norm, scaler, world, own_loss=loss_sum, dtype=dtype)
             scaler.update()
             # ------------- the step is done; the rest of the loop reports it -------------
 

@@ -305,6 +305,21 @@ def test_a_healthy_machine_has_no_warnings(tmp_path):
     assert rows["links"] == "200.0 GB/s (bus bandwidth of an all-reduce): 4.4 ms for a step's gradients"
 
 
+def test_a_wide_model_begins_higher(tmp_path):
+    """Its logits vary more."""
+    wide = {"model_config": {"n_layer": 2, "n_embd": 4096, "vocab_size": 50257}}
+    assert findings(tmp_path, facts=wide, loss=11.64).warnings() == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"facts": {"precision": "float32, torch.compile on"}}, {"config": {"recompute": True}}]
+)
+def test_others_figures_are_for_what_they_ran(changes, tmp_path):
+    found = findings(tmp_path, step=1.0, **changes)
+    assert found.reported() is None
+    assert found.warnings() == []
+
+
 @pytest.mark.parametrize(
     ("changes", "warning"),
     [
@@ -324,6 +339,7 @@ def test_a_healthy_machine_has_no_warnings(tmp_path):
         ({"machine": {"processes": [PROCESS | {"idle": 3}]}}, "3 GPUs would be idle"),
         ({"machine": {"processes": [PROCESS, PROCESS | {"device": "T4"}]}}, "the devices differ"),
         ({"loss": 12.0}, "the loss before training is 12.00"),
+        ({"loss": 11.6}, "the loss before training is 11.60; a model that knows nothing has about 10.98"),
         ({"loss": "nan"}, "the loss before training is nan"),
         ({"config": {"max_steps": 40_000}}, "reads its data 2.1 times"),
         ({"config": {"max_steps": 500}}, "the learning rate never reaches --max_lr"),

@@ -183,3 +183,13 @@ def test_an_error_of_the_main_process_is_told_to_all():
         RunFault, match=r"^checkpoint: Too many open files; allow more open files \(ulimit -n\)$"
     ):
         World().from_main(fail)
+    with pytest.raises(RunFault, match="Too many open files"):
+        World().on_each_host(fail)
+
+
+def test_one_process_of_each_host(monkeypatch):
+    done = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        World().on_each_host(lambda rank=rank: done.append(rank))
+    assert done == ["0"]

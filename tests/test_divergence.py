@@ -10,11 +10,11 @@ import pytest
 import torch
 
 
-def check(loss, norm, scale=None):
+def check(loss, norm, scale=None, dtype=torch.bfloat16):
     scaler = torch.amp.GradScaler("cpu", enabled=scale is not None, init_scale=scale or 1.0)
     if scale is not None:
         scaler.scale(torch.ones(()))  # the scale exists once it has been used
-    check_finite(7, loss, norm, scaler, CPU, own_loss=torch.tensor(loss))
+    check_finite(7, loss, norm, scaler, CPU, own_loss=torch.tensor(loss), dtype=dtype)
 
 
 def test_a_finite_step_passes():
@@ -27,6 +27,18 @@ def test_a_finite_step_passes():
 def test_a_broken_loss_is_a_fault_whatever_the_scale(loss, scale):
     with pytest.raises(RunFault, match=f"step 7: the loss of rank 0 is {loss}; the weights were not updated"):
         check(loss, math.nan, scale)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float16, "add --resume --dtype float32; if not, a new run needs a lower --max_lr"),
+        (torch.float32, r"what is saved is intact\. A new run needs a lower --max_lr"),
+    ],
+)
+def test_the_advice_is_not_what_was_done(dtype, advice):
+    with pytest.raises(RunFault, match=f"{advice}$"):
+        check(math.nan, math.nan, dtype=dtype)
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])

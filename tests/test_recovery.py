@@ -22,7 +22,7 @@ from unittest.mock import Mock
 
 from conftest import ROOT, TINY, call, faulty, make_shards, run, run_folder, torchrun
 from support.cli import InputError, RunFault
-from support.data.shards import Shards
+from support.data.shards import Shards, load_shards
 from support.files import sha256
 from support.machine.device import device_name
 from support.machine.processes import STOP_SIGNALS, Stopped, StopSignals, World
@@ -1428,6 +1428,15 @@ def test_a_token_outside_the_vocabulary_stops_with_its_place(flags, text_shards,
 
 def test_verify_accepts_sound_shards(flags):
     assert "done: 1 step;" in call("train_gpt2.py", *flags, "--verify", "--max_steps=1").stdout
+
+
+def test_verify_needs_something_to_verify_by(tmp_path):
+    make_shards(tmp_path, [5000, 5000])
+    assert load_shards(tmp_path).count("train") == 5000
+    with pytest.raises(
+        InputError, match=f"--verify: {tmp_path} has no shards.json .*: python fineweb.py --check"
+    ):
+        load_shards(tmp_path, verify=True)
 
 
 # ------------------------------------------------------------------ one run, one folder

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from conftest import CPU, ROOT, TINY, call, run, write_texts
 from support import VERSION
+from support.cli import InputError
 from support.data.encodings import get_encoding
 from support.data.shards import load_shards
 from support.files import sha256
@@ -454,6 +455,14 @@ def test_a_model_can_be_named_beside_the_demo():
     named = replace(DEMO, model="gpt2-medium")
     assert choose_model_config(named, get_encoding("bytes")).n_layer == 24
     assert choose_model_config(replace(named, n_layer=3), get_encoding("bytes")).n_layer == 3
+
+
+def test_the_demo_goes_on_with_any_model_of_bytes(tmp_path):
+    GPT(GPTConfig(128, 257, 3, 2, 48, encoding="bytes")).save_pretrained(tmp_path)
+    config = replace(DEMO, init_from=str(tmp_path))
+    assert choose_model_config(config, get_encoding("bytes")).n_layer == 3
+    with pytest.raises(InputError, match=r"--model gpt2, n_layer 12: --init_from .* has 3"):
+        choose_model_config(replace(config, model="gpt2"), get_encoding("bytes"))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])

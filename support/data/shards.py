@@ -518,7 +518,8 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
     """Find the shards in `folder` and check them, against `shards.json` if there is one. `verify` reads them
     all and compares their SHA-256.
 
-    Raises InputError if the folder, a split or a shard is missing or damaged.
+    Raises InputError if the folder, a split or a shard is missing or damaged, or if there is nothing to
+    verify the shards by.
     """
     if not folder.is_dir():
         raise InputError(
@@ -535,6 +536,11 @@ def load_shards(folder: Path, verify: bool = False) -> Shards:
     files = sorted(file for file in shown if file.suffix in (".npy", ".bin"))
     allow_open_files(len(files))
     record = read_record(folder / "shards.json") if (folder / "shards.json").exists() else None
+    if verify and not record:
+        raise InputError(
+            f"--verify: {folder} has no shards.json to compare with; for new runs, this makes one: "
+            f"python fineweb.py --check {shlex.quote(str(folder))} --write_shards_json"
+        )
     ours = record and record["source"] != MADE_ELSEWHERE
     remedy = "run fineweb.py again" if ours else "fetch or copy it again"
     entries = {entry["file"]: entry for entry in record["shards"]} if record else {}
@@ -648,8 +654,8 @@ def check_folder(folder: Path, encoding_name: str, write_json: bool) -> None:
     the shard, if one is damaged or holds ids beyond the encoding's."""
     if not folder.is_dir():
         raise InputError(f"--check {folder}: no such folder")
-    shards = load_shards(folder, verify=True)
     has_record = (folder / "shards.json").exists()
+    shards = load_shards(folder, verify=has_record)
     encoding = get_encoding(shards.encoding if has_record else encoding_name)
     origin = "as shards.json says" if has_record else "--encoding; there is no shards.json"
     print(f"{folder}: {encoding.name} encoding ({origin})")

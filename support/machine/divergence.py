@@ -9,7 +9,14 @@ import torch
 
 
 def check_finite(
-    step: int, loss: float, norm: float, scaler: torch.amp.GradScaler, world: World, *, own_loss: torch.Tensor
+    step: int,
+    loss: float,
+    norm: float,
+    scaler: torch.amp.GradScaler,
+    world: World,
+    *,
+    own_loss: torch.Tensor,
+    dtype: torch.dtype,
 ) -> None:
     """Raises RunFault, in every process, if a step's loss or gradient norm is not finite.
 
@@ -20,6 +27,7 @@ def check_finite(
     Args:
         loss: the mean over all processes.
         own_loss: this process's loss, a scalar.
+        dtype: of the matrix products.
     """
     if math.isfinite(loss) and math.isfinite(norm):
         return
@@ -29,7 +37,9 @@ def check_finite(
     for rank, value in reversed(list(enumerate(world.from_all(own_loss.item())))):
         if not math.isfinite(value):
             what = f"the loss of rank {rank} is {value}"
+    advice = "A new run needs a lower --max_lr"
+    if dtype != torch.float32:
+        advice = "To see if the precision is to blame, add --resume --dtype float32; if not, a" + advice[1:]
     raise RunFault(
-        f"step {step}: {what}; the weights were not updated, and earlier checkpoints are intact. To see if "
-        "the precision is to blame, add --resume --dtype float32; if not, a new run needs a lower --max_lr"
+        f"step {step}: {what}; the weights were not updated, and what is saved is intact. {advice}"
     )

@@ -58,17 +58,18 @@ class World:
         every one, and its OSError too, as a RunFault."""
         outcome: list[Any] = [None, None]
         if self.is_main:
-            try:
-                outcome[0] = make()
-            except CommandError as error:
-                outcome[1] = error
-            except OSError as error:
-                outcome[1] = RunFault(with_remedy(error))
+            outcome = attempt(make)
         if self.size > 1:
             dist.broadcast_object_list(outcome, device=self.collective_device)
         if outcome[1]:
             raise outcome[1]
         return outcome[0]
+
+    def on_each_host(self, do: Callable[[], object]) -> None:
+        """Call `do()` in one process of each host; all wait for them, and raise what one has raised."""
+        fault = attempt(do)[1] if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        for other in filter(None, self.from_all(fault)):
+            raise other
 
     def from_all(self, value: T) -> list[T]:
         """Every process's `value`, by rank."""
@@ -123,6 +124,16 @@ class World:
             os._exit(status)
         if status:
             sys.exit(status)
+
+
+def attempt(make: Callable[[], T]) -> list[Any]:
+    """`make()`'s value and None, or None and its CommandError; an OSError becomes a RunFault."""
+    try:
+        return [make(), None]
+    except CommandError as error:
+        return [None, error]
+    except OSError as error:
+        return [None, RunFault(with_remedy(error))]
 
 
 def start_processes(wanted: str, timeout_minutes: float) -> World:

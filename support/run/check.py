@@ -80,7 +80,7 @@ def rehearse(config: "TrainConfig", get_lr: Callable[[int, "TrainConfig"], float
         schedule="trapezoid",
         cooldown=0.001,
         val_every=STEPS,
-        val_tokens=size * config.sequence_length,  # one batch
+        val_tokens=size * max(2**12, config.sequence_length),  # a few rows may be of one line again and again
         hellaswag_every=STEPS if config.hellaswag_every and trains else 0,
         hellaswag_limit=HELLASWAG_ITEMS,
         sample_every=STEPS if config.sample_every and trains else 0,
@@ -225,9 +225,11 @@ class Check:
             seconds = facts.get("warm_up_step_seconds") or 0.0
             if (STEPS + 1) * seconds > self.limit:
                 whole = duration(seconds * self.config.max_steps)
+                minutes = math.ceil((STEPS + 4) * seconds / 60)
                 return (
                     f"a step would take about {duration(seconds)} on {facts['device']}, and the run {whole}; "
-                    "take a faster machine, or a smaller model: --demo"
+                    "take a faster machine, or a smaller model: --demo; to check it all the same: "
+                    f"--timeout_minutes {minutes}"
                 )
         return None
 

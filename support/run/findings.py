@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from train_gpt2 import TrainConfig
 
 NOTES = r"training without HellaSwag: |note: \S"  # lines of a run that are warnings
-FIRST_LOSS = 0.05  # The loss before training differs from that of a uniform guess by at most this share.
+FIRST_LOSS = 0.05  # The loss before training differs from the expected one by at most this share.
 FAR_BELOW = 0.6  # of what others report
 LINKS_SHARE = 0.2  # of a step, for its all-reduce
 USED_SHARE = 0.1  # of a GPU's memory, before a run begins: a context and NCCL take less
@@ -54,7 +54,10 @@ class Findings:
         self.size: int = facts["world_size"]
         self.checkpoint_bytes = sum(file.stat().st_size for file in list_checkpoints(folder)[-1].iterdir())
         self.first_loss = dict(read_log(folder / "log.txt")["val"]).get(0, math.nan)  # in nats
-        self.uniform = math.log(facts["model_config"]["vocab_size"])  # the loss of a uniform guess
+        # The loss of a uniform guess, and of a model's guess before training: its logits have a variance of
+        # 0.02² n_embd, since the norm before them gives vectors of length √n_embd.
+        self.uniform = math.log(facts["model_config"]["vocab_size"])
+        self.untrained = self.uniform + 0.02**2 * facts["model_config"]["n_embd"] / 2
         self.on_cpu = facts["device"].startswith("cpu")
         self.step_seconds: float = status["step_seconds"]
         saves = [re.search(r": saved .* in ([\d.]+) s$", text) for _, text in status["events"]]
@@ -91,10 +94,12 @@ class Findings:
         return min(kept, saves + int(self.training_seconds // SAVE_AT_LEAST_EVERY))
 
     def reported(self) -> tuple[float, str] | None:
-        """The tokens/s that others report for so many of these cards, and who; None for another model."""
+        """The tokens/s that others report for so many of these cards, and who; None for another model, or
+        another way to compute it."""
         model, card = self.facts["model_config"], card_name(self.facts["device"])
         gpt2 = (model["n_layer"], model["n_embd"], self.config.sequence_length) == (12, 768, 1024)
-        if card not in REPORTED or not gpt2:
+        fast = self.facts["precision"] == "bfloat16, torch.compile on" and not self.config.recompute
+        if card not in REPORTED or not gpt2 or not fast:
             return None
         rate, source = REPORTED[card]
         return rate * self.size, source
@@ -154,10 +159,11 @@ class Findings:
     def of_the_run(self) -> list[str]:
         config, facts = self.config, self.facts
         found = [*self.of_the_folder]
-        if not config.init_from and not abs(self.first_loss - self.uniform) <= FIRST_LOSS * self.uniform:
+        off = abs(self.first_loss - self.untrained)
+        if not config.init_from and not off <= FIRST_LOSS * self.untrained:
             found.append(
                 f"the loss before training is {self.first_loss:.2f}; a model that knows nothing has about "
-                f"{self.uniform:.2f}: the device may compute wrongly"
+                f"{self.untrained:.2f}: the device may compute wrongly"
             )
         if note := note_on(config, facts):
             found.append(note)
