@@ -227,6 +227,14 @@ def test_no_path_of_the_trainers_gets_into_a_card(tmp_path):
     assert "index.txt" in text
 
 
+def test_losses_on_other_tokens_do_not_compare():
+    """--val_tokens was changed at step 5,000: no loss before that is in the table, or is the lowest."""
+    events = EVENTS | {"val": [(0, 11.0), (4750, 1.5), (5000, 4.0), (19073, 3.0581)]}
+    text = run_card(facts_of() | {"val_since": 5000}, 19073, SPENT, events, samples=None, picture=True)
+    assert "1.5000" not in text
+    assert "The lowest was 3.0581, at step 19,073, that of this checkpoint." in text
+
+
 def test_a_mix_is_read_as_often_as_its_parts():
     """...which differ: 6 epochs of one, and hardly anything of the other."""
     facts = facts_of()

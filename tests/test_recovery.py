@@ -1324,6 +1324,18 @@ def test_a_run_whose_length_changed_has_the_bits_of_one_planned_so(optimizer, te
     assert run["train_config"]["max_steps"] == 20
 
 
+def test_losses_on_other_tokens_are_not_compared(flags, tmp_path, undisturbed):
+    shutil.copytree(undisturbed, tmp_path / "log")
+    shutil.rmtree(tmp_path / "log/checkpoint_00020")
+    log = tmp_path / "log/log.txt"
+    log.write_text(re.sub(r"(?m)^0 val .*$", "0 val 0.1", log.read_text()))
+    done = call("train_gpt2.py", *flags, "--val_tokens=256", "--resume")
+    assert "on 256 tokens" in done.stdout
+    run = json.loads((tmp_path / "log/run.json").read_text())
+    assert run["val_since"] == 16
+    assert run["result"]["best_validation_loss"] == dict(read_log(log)["val"])[20] > 0.1
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_a_run_of_the_first_order_of_tokens_is_not_resumed(shuffle, tmp_path):
     """It visited the shards one after another, and its recipe does not mention the order. The tutorial's

@@ -133,7 +133,7 @@ def measured_at(step: int, facts: dict[str, Any], events: dict[str, curves.Point
 def results_section(at: int, facts: dict[str, Any], events: dict[str, curves.Points], picture: bool) -> str:
     """The run's evaluations as a table, evenly picked, beside published values; and the picture. `at` is the
     checkpoint's step."""
-    losses, scores = dict(events["val"]), dict(events["hella"])
+    losses, scores = curves.comparable_losses(facts, events), dict(events["hella"])
     steps = sorted(losses | scores)
     if not steps:
         return ""

@@ -113,6 +113,13 @@ def epochs(run: dict[str, Any], tokens: float) -> float:
     return tokens * max(parts.values(), default=1 / run["data"]["train_tokens"])
 
 
+def comparable_losses(run: dict[str, Any], events: dict[str, Points]) -> dict[int, float]:
+    """The validation losses of a log by step, without those before --val_tokens was changed. `run` is a
+    run.json."""
+    since = run.get("val_since", 0)
+    return {step: loss for step, loss in events["val"] if step >= since}
+
+
 def unit_of(run: dict[str, Any]) -> str:
     """What a loss is per. `run` is a run.json."""
     return "byte" if run.get("encoding") == "bytes" else "token"

@@ -49,7 +49,7 @@ from support.machine.processes import World
 from support.machine.sharding import collect, is_sharded, shard_states
 from support.model.huggingface import CARD, list_checkpoints, step_of
 from support.run.card import PICTURE, run_card
-from support.run.curves import draw_runs, read_event, read_log, read_run
+from support.run.curves import comparable_losses, draw_runs, read_event, read_log, read_run
 
 import safetensors
 import torch
@@ -459,10 +459,10 @@ class RunFolder:
                     shutil.rmtree(old, ignore_errors=True)
 
     def best_checkpoint(self) -> tuple[Path | None, float]:
-        """The checkpoint at whose step the log has the lowest validation loss, and that loss; None and nan
-        without one."""
+        """The checkpoint at whose step the log has the lowest validation loss, of those on as many tokens as
+        now, and that loss; None and nan without one."""
         folders = list_checkpoints(self.path)
-        losses = dict(read_log(self.path / "log.txt")["val"]) if folders else {}
+        losses = comparable_losses(self.facts, read_log(self.path / "log.txt")) if folders else {}
         measured = [folder for folder in folders if step_of(folder) in losses]
         best = min(measured, key=lambda folder: losses[step_of(folder)], default=None)
         return best, losses[step_of(best)] if best else math.nan

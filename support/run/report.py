@@ -74,6 +74,8 @@ def facts_of(
         compiler = f"off: it failed ({fit.compiler_fault})"
     grad_accum_steps = config.total_batch_size // (config.sequence_length * fit.rows * world.size)
     padding = raw_model.transformer.wte.weight.size(0) - shape.vocab_size  # rows without a token
+    val_tokens, before = sum(loader.n_windows for loader in val_loaders) * config.sequence_length, run.before
+    same_tokens = before.get("val_tokens", val_tokens) == val_tokens
     return {
         "train_config": asdict(config),
         "model_config": asdict(shape),
@@ -81,7 +83,8 @@ def facts_of(
         "parameters": sum(p.numel() for p in raw_model.parameters()) - padding * shape.n_embd,
         "changed": raw_model.change_from_gpt2(),
         "flops_per_token": shape.flops_per_token(config.sequence_length),
-        "val_tokens": sum(loader.n_windows for loader in val_loaders) * config.sequence_length,
+        "val_tokens": val_tokens,
+        "val_since": before.get("val_since", 0) if same_tokens else run.first_step,  # on so many tokens
         "hellaswag_items": n_items,
         "encoding": shards.encoding,
         "data": {
