@@ -127,8 +127,8 @@ def bytes_a_token(
 ) -> float:
     """What a training step keeps of a token on a GPU: in every layer, 37 bytes per channel (64 in float32, 4
     with --recompute), and its logits in the `dtype` of the products. Those in 16 bits are read from the code
-    that PyTorch 2.13 generates for a compiled step; in float32, the same numbers take twice as much. Without
-    the compiler, a logit takes 12 bytes: in float32 as it is, its softmax, and its gradient."""
+    that PyTorch 2.13 generates for a compiled step; in float32, what is 2 bytes there takes 4. Without the
+    compiler, a logit takes 12 bytes: in float32 as it is, its softmax, and its gradient."""
     in_float32 = dtype == torch.float32
     per_channel = 4 if config.recompute else 64 if in_float32 else 37
     per_logit = 12 if not compiled else 4 if in_float32 else 2
