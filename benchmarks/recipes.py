@@ -82,6 +82,9 @@ CHOSEN = {  # by the sweeps
     "Muon": "--warmup_steps 10 --momentum 0.9",
 }
 TOKENS_PER_STEP, VAL_EVERY = 4096, 125
+BATCHES = {  # the tokens in a step, and the squares of two rates, both as multiples of the common ones
+    1 / 8: (1 / 2, 1 / 4), 1 / 4: (1, 1 / 2), 1 / 2: (1, 1 / 2), 2: (1, 2),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -227,20 +230,20 @@ def wanted_sweeps(results: Results, size: str) -> list[Run]:
 
 
 def wanted_batches(results: Results, size: str) -> list[Run]:
-    """A quarter, half and twice the tokens in a step, as many in all, with the same rate and with one that is
-    lower, or for larger steps higher, by the square root of 2."""
+    """An eighth to twice the tokens in a step, as many in all, with two rates each."""
     runs = []
     for way in SWEEP:
         rate = settled(results, size, way, SWEEP_STEPS)
-        for factor in (0.25, 0.5, 2.0) if rate else ():
+        for factor, squares in BATCHES.items() if rate else ():
             changes = " ".join(
                 f"--{name} {value:.0f}" for name, value in (
                     ("total_batch_size", TOKENS_PER_STEP * factor),
                     ("warmup_steps", WAYS[way]["warmup_steps"] / factor), ("val_every", VAL_EVERY / factor),
                 )
             )  # fmt: skip
-            for of in (rate, float(f"{(rate or 0) * math.sqrt(2 if factor > 1 else 0.5):.2g}")):
-                runs.append(Run(size, way, of or 0.0, SEEDS[0], round(SWEEP_STEPS / factor), changes))
+            for square in squares:
+                of = float(f"{(rate or 0) * math.sqrt(square):.2g}")
+                runs.append(Run(size, way, of, SEEDS[0], round(SWEEP_STEPS / factor), changes))
     return runs
 
 

@@ -130,7 +130,7 @@ def test_a_field_is_swept_around_the_smaller_sizes_best():
 def test_batches_have_as_many_tokens_in_all():
     results = carry_all_out({}, [], wanted_sweeps)
     runs = wanted_batches(results, "3M")
-    assert len(runs) == len({run.name for run in runs}) == 12
+    assert len(runs) == len({run.name for run in runs}) == 16
     for run in runs:
         flags = dict(itertools.pairwise(run.command(Config())))
         assert int(flags["--max_steps"]) * int(flags["--total_batch_size"]) == 500 * 4096
