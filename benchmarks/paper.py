@@ -10,12 +10,14 @@ import statistics
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.training import spread
 from hellaswag import N_VALIDATION
+from support.cli import InputError
 from support.machine.device import GB, HEAD_ROOM, peak_flops
-from support.machine.micro_batch import least_bytes_sharded
+from support.machine.micro_batch import CAUTION, ENOUGH_TOKENS, least_bytes_sharded, most_rows
 from support.run.curves import draw_runs
 from train_gpt2 import MODEL_SHAPES, GPTConfig, TrainConfig
 
@@ -54,6 +56,7 @@ UNCOMPILED = (
 )
 COPY = 16e9  # bytes/s assumed from a GPU to the host: half the nominal rate of PCIe 4.0 with 16 lanes
 STEPS = TrainConfig.val_every
+SIZES = [64, 32, 16, 8, 4, 2, 1]  # rows to try
 
 
 def drawing_seconds(n: int) -> list[float]:
@@ -110,23 +113,25 @@ def exchanges(card: float, recompute: bool, processes: int = 8) -> list[list[str
     """gpt2-xl divided among cards of so many GB, in steps of the default recipe: for gradients divided in a
     step's last micro-step and in each, the rows that fit, and the GB that a process receives in a step."""
     config, shape = TrainConfig(recompute=recompute), GPTConfig(**MODEL_SHAPES["gpt2-xl"])
-    limit = (1 - HEAD_ROOM) * (card - 0.5) * GB  # the driver takes 0.5 GB
+    limit = (1 - HEAD_ROOM) / CAUTION * (card - 0.5) * GB  # the driver takes 0.5 GB
     whole = 4 * shape.n_parameters  # bytes of gradients in float32
     rest = shape.vocab_size * shape.n_embd  # about all parameters outside the blocks
     passes = 2 * 2 * (shape.n_parameters - rest) + 2 * rest  # in 16 bits: blocks forward and backward
+
+    def fits(kept: float, rows: int, chunks: int) -> bool:
+        return least_bytes_sharded(config, shape, rows, chunks, shards=processes, kept=kept) <= limit
+
     rows = []
     for always in (False, True):
-        sizes = (2**i for i in range(6, -1, -1))
-        kept = 0 if always else whole
-        needed = {n: least_bytes_sharded(config, shape, n, 1, shards=processes, kept=kept) for n in sizes}
-        fits = [n for n in needed if needed[n] <= limit]
-        if not fits:
+        try:
+            most, _ = most_rows(SIZES, partial(fits, 0 if always else whole), ENOUGH_TOKENS // 1024)
+        except InputError:
             rows.append(["none", "", ""])
             continue
-        micro_steps = config.total_batch_size // (fits[0] * 1024 * processes)
+        micro_steps = config.total_batch_size // (most * 1024 * processes)
         received = micro_steps * passes + (micro_steps if always else 1) * whole
         received *= (processes - 1) / processes
-        rows.append([str(fits[0]), str(micro_steps), f"{received / GB:,.0f}"])
+        rows.append([str(most), str(micro_steps), f"{received / GB:,.0f}"])
     return rows
 
 

@@ -260,13 +260,14 @@ def test_the_shares_on_paper_add_up(capsys, monkeypatch):
 
 
 def test_gradients_of_a_divided_model_on_paper():
-    """By hand, for 24 GB: 16 micro-steps gather 2 bytes for each of 1,557,611,200 parameters, those of the
-    blocks (all but 50,257 x 1,600) twice; a process receives 7/8 of that, and of the gradients' 4 bytes."""
+    """By hand, for 24 GB and 2 or 4 rows: each micro-step gathers 2 bytes for each of 1,557,611,200
+    parameters, those of the blocks (all but 50,257 x 1,600) twice; a process receives 7/8 of that, and of the
+    gradients' 4 bytes."""
     last, each = paper.exchanges(24, False)
     blocks, rest = 1_557_611_200 - 50_257 * 1_600, 50_257 * 1_600
-    gathered = 16 * (4 * blocks + 2 * rest)
-    assert last == ["4", "16", f"{7 / 8 * (gathered + 4 * 1_557_611_200) / 2**30:.0f}"]
-    assert each == ["4", "16", f"{7 / 8 * (gathered + 16 * 4 * 1_557_611_200) / 2**30:.0f}"]
+    gathered, gradients = 4 * blocks + 2 * rest, 4 * 1_557_611_200
+    assert last == ["2", "32", f"{7 / 8 * (32 * gathered + gradients) / 2**30:.0f}"]
+    assert each == ["4", "16", f"{7 / 8 * 16 * (gathered + gradients) / 2**30:.0f}"]
 
 
 def test_drawings_are_timed_on_a_whole_run(monkeypatch):
