@@ -67,7 +67,7 @@ VARIANTS = (  # see benchmarks/variants.py
 SWEEP_STEPS = 500  # of the sweeps and the variants
 SWEEP = {"AdamW": (2e-3, 4e-3, 8e-3), "Muon": (4e-3, 8e-3, 16e-3)}  # the rates to begin with
 GRID: dict[str, tuple[float, ...]] = {  # the other fields that are swept, one at a time
-    "cooldown": (0.4, 0.6, 0.8, 1.0),
+    "cooldown": (0.2, 0.4, 0.6, 0.8, 1.0),
     "weight_decay": (0.0, 0.03, 0.1, 0.3),
     "adamw_lr_ratio": (0.5, 1.0, 2.0, 4.0, 8.0),
     "warmup_steps": (0, 10, 25, 50, 100),

@@ -113,7 +113,7 @@ def test_a_field_is_swept_around_the_smaller_sizes_best():
         values = {
             run.changes for run in map(run_of, results.values()) if run[:5] == (size, way, rate, 1337, 500)
         }
-        expected = {"", *(f"--cooldown {of}" for of in ("0.4", "0.8", "1")[size == "3M" :])}
+        expected = {"", *(f"--cooldown {of}" for of in ("0.2", "0.4", "0.8", "1")[2 * (size == "3M") :])}
         expected |= {f"--weight_decay {of}" for of in ("0", "0.03", "0.3")[2 * (size == "3M") :]}
         if way == "Muon":
             expected |= {
@@ -123,7 +123,7 @@ def test_a_field_is_swept_around_the_smaller_sizes_best():
         assert ("--weight_decay 0.03" in values) == (size == "1M")
         assert Run(size, way, rate, 1337, 1000, "--weight_decay 0.3").name in results
     lines = "\n".join(table_of_sweeps(results))
-    assert "| 1M | Muon | 500 | cooldown | 0.4: " in lines
+    assert "| 1M | Muon | 500 | cooldown | 0.2: " in lines
     assert "| 3M | AdamW | 1000 | weight_decay | 0: " in lines
 
 
