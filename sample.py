@@ -33,7 +33,7 @@ class SampleConfig:
     """what the text begins with; -: read it from standard input; empty: a new document; <|endoftext|> in it
     is the token"""
     num_samples: int | None = None
-    """texts, written at once; default: 5, with --stream or --temperature 0, where all are alike, 1"""
+    """how many texts; default: 5; 1 with --stream, and with --temperature 0, where all would be alike"""
     max_new_tokens: int | None = None  # tokens after the prompt; default: 30, of bytes 120
     top_k: int = 50  # sample among the k most likely tokens; 0: among all
     top_p: float = 1.0  # sample among the fewest tokens that have this probability together; 1: among all

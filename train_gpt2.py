@@ -170,6 +170,10 @@ class TrainConfig:
         """Whether what is done every `every` steps is due at `step`; at the last step, everything is due."""
         return every > 0 and (step % every == 0 or step == self.max_steps)
 
+    def common_fields(self) -> dict[str, Any]:
+        """The fields in which all processes have to agree: each host has a command of its own."""
+        return {name: value for name, value in asdict(self).items() if name not in OF_A_HOST}
+
     def recipe_fields(self) -> dict[str, Any]:
         """The fields that decide a run's numbers: all but those of MAY_CHANGE. --resume compares them."""
         values = {name: value for name, value in asdict(self).items() if name not in MAY_CHANGE}
@@ -187,6 +191,12 @@ MAY_CHANGE = {
     "timeout_minutes",
     # These decide other things, which are compared: the shards, the model's configuration, other fields.
     *("data_dir", "model", "n_layer", "n_head", "n_embd", "demo", "recipe"),
+}
+
+# The fields in which hosts may differ.
+OF_A_HOST = {
+    *("data_dir", "log_dir", "resume", "init_from", "hellaswag_data", "tracker", "dollars_per_hour"),
+    *("dtype", "device", "compile", "micro_batch_size", "memory_limit_gb", "timeout_minutes"),
 }
 
 MIN_LR_RATIO = 0.1  # the schedule ends at a tenth of its peak (GPT-3 paper, appendix B)
@@ -654,6 +664,7 @@ def main(config: TrainConfig) -> None:
     if config.check:  # the script runs as a child of itself; only a child goes on, with fewer steps
         config = check.rehearse(config, get_lr)
     world = start_processes(config.device, config.timeout_minutes)
+    world.require_same(**config.common_fields())
     device, W, T = world.device, world.size, config.sequence_length
     torch.set_float32_matmul_precision("high")  # TF32, on GPUs that have it
     devices.prefer_fast_attention(device)
@@ -667,7 +678,8 @@ def main(config: TrainConfig) -> None:
     hellaswag_items = world.from_main(lambda: items_for_training(config))
     model_config = choose_model_config(config, encoding)
     dtype = devices.choose_dtype(config.dtype, device, model_config.n_embd)
-    world.require_same(data=shards.fingerprint, dtype=str(dtype), shard=config.shard)
+    use_compile, _ = devices.choose_compile(config.compile, device)
+    world.require_same(data=shards.fingerprint, dtype=str(dtype), compile=use_compile)
     micro_batch.check_batch(config, model_config, world)
     run = RunFolder(config, world, report.print)
     first_step = run.open(model_config, shards, get_lr)  # 0, or where the run was interrupted
@@ -685,10 +697,9 @@ def main(config: TrainConfig) -> None:
         raw_model = GPT.from_pretrained(weights_from, model_config) if weights_from else GPT(model_config)
     raw_model.pad_vocabulary()  # from here on, wte has rows that no token uses
 
-    # raw_model is the plain module: HellaSwag, samples and checkpoints, whose shapes vary, use it. model is
-    # the same weights compiled and wrapped: training and validation, whose shapes are fixed, use that.
+    # raw_model is the plain module, for HellaSwag and samples, whose shapes vary, and for checkpoints. model
+    # is the same weights compiled and wrapped, for training and validation, whose shapes are fixed.
     model: Any = raw_model
-    use_compile, _ = devices.choose_compile(config.compile, device)
     if config.shard:  # each process keeps a share of the model
         raw_model = sharding.divide(raw_model, config, world, dtype)
         model = sharding.ShardedModel(raw_model, use_compile)
@@ -706,7 +717,7 @@ def main(config: TrainConfig) -> None:
     # float16 loses small gradients; the scaler multiplies the loss to keep them, and does nothing otherwise.
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
 
-    # Trial steps of this model find the largest micro-batch that fits, beginning with the one found before.
+    # Trial steps find the largest micro-batch that fits. A resumed run keeps its own, if that still fits.
     found_before = run.fitted_before()
     fit = micro_batch.find_micro_batch(model, config, world, autocast, report.print, first=found_before)
     B, raw_model.loss_chunks = fit.rows, fit.loss_chunks
@@ -760,7 +771,7 @@ def main(config: TrainConfig) -> None:
                 report.micro_step(step, micro_step, grad_accum_steps)
                 if W > 1:
                     # The processes average their gradients in the step's last backward pass only, unless
-                    # shards leave no memory for that. DDP reads this flag in the forward pass.
+                    # --shard lacks the memory for that. DDP reads this flag in the forward pass.
                     model.require_backward_grad_sync = micro_step == grad_accum_steps - 1
                 with autocast:
                     loss = model(x, y)

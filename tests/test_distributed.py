@@ -1,12 +1,17 @@
 """One process or several: the same batch, the same gradients, the same losses; and how they meet."""
 
+import contextlib
 import errno
+import re
 import socket
+from dataclasses import replace
+from pathlib import Path
 
 from conftest import ROOT, TINY, call, run, torchrun
 from support.cli import InputError, RunFault
 from support.machine.processes import World, faults_in_one_line, start_processes
 from support.run.curves import read_log
+from train_gpt2 import TrainConfig
 
 import pytest
 import torch
@@ -66,6 +71,35 @@ def test_bad_input_is_said_once_by_all_processes(tmp_path):
     done = torchrun(2, "train_gpt2.py", *TINY, f"--data_dir={tmp_path / 'nowhere'}", check=False)
     assert done.returncode != 0
     assert done.stderr.count("error: the data folder") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_lr": 1e-3}, "the processes differ in max_lr: 0.0006, 0.001"),
+        ({"val_every": 100}, "the processes differ in val_every: 250, 100"),
+        ({"data_dir": (Path("here"),), "device": "cpu", "micro_batch_size": 4, "resume": True}, None),
+    ],
+)
+def test_each_host_has_a_command_but_one_recipe(changes, message):
+    class Two(World):
+        def from_all(self, value):
+            return [value, replace(TrainConfig(), **changes).common_fields()]
+
+    world = Two(0, 2, torch.device("cpu"))
+    with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+        world.require_same(**TrainConfig().common_fields())
+
+
+@pytest.mark.slow
+def test_a_save_may_take_longer_than_the_timeout(tmp_path, text_shards):
+    """The other process waits as long as the main one shows that it lives."""
+    flags = (*TINY, "--max_steps=2", "--sample_every=0", "--timeout_minutes=0.25")
+    env = {"FAULTS": "slow_flush=3", "PYTHONPATH": str(ROOT)}
+    folders = (f"--data_dir={text_shards}", f"--log_dir={tmp_path}")
+    done = torchrun(2, ROOT / "tests/faults.py", *flags, *folders, env=env)
+    (seconds,) = re.findall(r"step 2: saved .* in ([\d.]+) s", done.stdout)
+    assert float(seconds) > 15
 
 
 LAYOUT = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -47,7 +47,7 @@ def test_the_batch_is_divided_or_refused_with_numbers_that_work():
         sizes_of({"micro_batch_size": 60}, CPU)
     with pytest.raises(InputError, match=r"--total_batch_size 500000 .*; 499712 can"):
         sizes_of({"total_batch_size": 500_000}, CPU)
-    with pytest.raises(InputError, match="3 processes; 525312 can"):
+    with pytest.raises(InputError, match="3 processes; 2 processes can share it; a new run can take 525312"):
         sizes_of({}, replace(CPU, size=3))
     assert 525312 % (3 * 1024) == 0
 
@@ -154,7 +154,7 @@ def test_a_resumed_run_tries_first_what_fitted_before(tmp_path, text_shards):
     again = faulty("oom=1:4", *flags, "--resume")
     assert "warm-up: trying a micro-batch of 4 rows" in again.stdout
     assert "out of memory" not in again.stdout.lower()
-    assert "micro-batches of 4 rows, the loss in 32 chunks" in again.stdout
+    assert "micro-batches of 4 rows, the loss in 32 chunks, as before" in again.stdout
     other = faulty("oom=8", *flags, "--recompute", "--resume")  # finished: nothing is tried
     assert "is finished" in other.stdout
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from types import SimpleNamespace
 
@@ -310,6 +311,40 @@ def test_the_micro_batch_is_computed(monkeypatch):
         most_rows(sizes, trials.should_fit, 8)
 
 
+def test_rows_that_are_asked_for_may_need_the_loss_in_chunks(monkeypatch):
+    """Nothing is searched, yet 4 rows with a whole loss don't fit into 24 GB."""
+    config = TrainConfig(shard=True, total_batch_size=8 * 16 * 1024, micro_batch_size=4, dtype="bfloat16")
+    world = Hosts(0, 8, torch.device("cuda"))
+    object.__setattr__(world, "local", [8] * 8)
+    monkeypatch.setattr(micro_batch.devices, "cap_memory", lambda *_: None)
+    monkeypatch.setattr(micro_batch.devices, "choose_compile", lambda *_: (False, "off"))
+    with torch.device("meta"):
+        raw_model = GPT(GPTConfig(n_layer=48, n_head=25, n_embd=1600))
+    raw_model.gradients_are_large = False
+    for gigabytes, chunks in ((24, 32), (80, 1)):
+        monkeypatch.setattr(World, "memory_limit", lambda *_, size=gigabytes: size * 2**30)
+        model = sharding.ShardedModel(raw_model, compiled=False)
+        fit = micro_batch.find_micro_batch(model, config, world, None, print)
+        assert (fit.rows, fit.loss_chunks) == (4, chunks)
+
+
+def timeout_work(rank, world_size, folder):
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    world = Hosts(rank, world_size, torch.device("cpu"))
+    object.__setattr__(world, "local", [2] * 4)
+    model = sharding.divide(whole_model(), replace(CONFIG, timeout_minutes=7), world, torch.float32)
+    (mesh,) = {p.device_mesh for p in model.parameters()}
+    for group in mesh.get_all_groups():
+        assert group.size() == 2
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(minutes=7)
+    dist.destroy_process_group()
+
+
+def test_the_groups_of_each_host_have_the_timeout_too(tmp_path):
+    mp.start_processes(timeout_work, (4, tmp_path), nprocs=4, start_method="fork")
+
+
 def test_what_a_divided_model_keeps_depends_on_its_dtype():
     """gpt2-xl on 8 cards, 16 rows: in float32, the numbers of 16 bits take twice as much."""
     config, xl = TrainConfig(shard=True), GPTConfig(n_layer=48, n_head=25, n_embd=1600)
@@ -537,14 +572,14 @@ def test_a_model_is_divided_within_hosts(local, shares):
 
 
 def test_what_cannot_fit_says_what_would(monkeypatch):
-    """GPT-2 XL: 23.2 GB of states; on cards of 22 GB, three leave half of each free. On a CPU, dividing would
-    not help: the processes share its memory."""
+    """GPT-2 XL: 23.2 GB of states; on cards of 22 GB, three leave half of each free, and four divide the
+    batch, too. On a CPU, dividing would not help: the processes share its memory."""
     xl = GPTConfig(n_layer=48, n_head=25, n_embd=1600)
     with pytest.raises(InputError, match=r"GB for it: choose a smaller --model$"):
         check_memory(TrainConfig(memory_limit_gb=22.0), xl, CPU)
     monkeypatch.setattr(World, "memory_limit", lambda *_: 22.0 * 2**30)
     monkeypatch.setattr(micro_batch, "device_name", lambda _: "a card")
-    with pytest.raises(InputError, match=r"divide it among 3 such devices: torchrun --nproc_per_node=3"):
+    with pytest.raises(InputError, match=r"divide it among 4 such devices: torchrun --nproc_per_node=4"):
         check_memory(TrainConfig(memory_limit_gb=22.0), xl, World(0, 1, torch.device("cuda")))
     with pytest.raises(InputError, match=r"choose a smaller --model$"):  # a Mac's GPU can't be shared
         check_memory(TrainConfig(memory_limit_gb=22.0), xl, World(0, 1, torch.device("mps")))
@@ -554,8 +589,13 @@ def test_what_cannot_fit_says_what_would(monkeypatch):
     # With Muon, 12 bytes for each number of the blocks' matrices, 16 for each of the rest.
     assert "2.21 GB for weights, gradients and the optimizer's state" in check_memory(MUON, xl, eight)
     monkeypatch.setattr(World, "memory_limit", lambda *_: 17.0 * 2**30)
-    with pytest.raises(InputError, match=r"17.72 GB .* optimizer's state; .* 3 such devices"):
+    with pytest.raises(InputError, match=r"17.72 GB .* optimizer's state; .* 4 such devices"):
         check_memory(replace(MUON, shard=False), xl, World(0, 1, torch.device("cuda")))
+    # 7% of a GPU stay free: 17.72 GB don't fit into 18.5.
+    monkeypatch.setattr(World, "memory_limit", lambda *_: 18.5 * 2**30)
+    with pytest.raises(InputError, match="divide it among 2 such devices"):
+        check_memory(replace(MUON, shard=False), xl, World(0, 1, torch.device("cuda")))
+    assert "17.72 GB" in check_memory(replace(MUON, shard=False), xl, World(0, 1, torch.device("cpu")))
 
 
 def test_alone_it_needs_torchrun(flags, tmp_path):

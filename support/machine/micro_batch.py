@@ -57,9 +57,12 @@ def micro_batch_sizes(config: "TrainConfig", model_config: "GPTConfig", world: W
     the batch can't be divided."""
     T, W = config.sequence_length, world.size
     if config.total_batch_size % (T * W):
+        tokens = max(1, round(config.total_batch_size / (T * W))) * T * W
+        fewer = next((n for n in range(W, 0, -1) if config.total_batch_size % (T * n) == 0), 0)
+        advice = f"{plural(fewer, 'process')} can share it; a new run can take {tokens}"
         raise InputError(
             f"--total_batch_size {config.total_batch_size} can't be divided into rows of {T} tokens for "
-            f"{plural(W, 'process')}; {max(1, round(config.total_batch_size / (T * W))) * T * W} can"
+            f"{plural(W, 'process')}; {advice if fewer else f'{tokens} can'}"
         )
     rows = config.total_batch_size // (T * W)  # per process and step
     divisors = [n for n in range(rows, 0, -1) if rows % n == 0]
@@ -108,10 +111,13 @@ def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World)
     if shards > 1:
         need += f", {total / GB:.2f} GB divided among {shards} processes"
     limit = world.memory_limit(config.memory_limit_gb)
-    if limit is not None and own > limit:
+    on_gpu = world.device.type == "cuda"
+    if limit is not None and own > (1 - HEAD_ROOM if on_gpu else 1) * limit:
         advice = "choose a smaller --model"
-        if world.device.type == "cuda":  # elsewhere, several processes share one memory, or there is one only
-            enough = math.ceil(total / (limit / 2))  # shards that leave half of the memory free
+        if on_gpu:  # elsewhere, several processes share one memory, or there is one only
+            rows = config.total_batch_size // config.sequence_length
+            half = math.ceil(total / (limit / 2))  # so many shards leave half of the memory free
+            enough = next((n for n in range(half, rows) if rows % n == 0), rows)
             launch = f"torchrun --nproc_per_node={enough} and --shard"
             advice += f", or divide it among {enough} such devices: {launch}"
         each = f", {own / 4 / GB:.2f} GB each" if adamw else ""
@@ -191,13 +197,13 @@ def find_micro_batch(
     print: Callable[[str], None],
     first: tuple[int, int] | None = None,
 ) -> Fit:
-    """The most rows that fit into the memory of every process; InputError if none do. If the compiler fails
-    in one of the processes, all go on without it.
+    """The most rows that fit into the memory of every process, or `first` if it fits; InputError if none do.
+    If the compiler fails in one of the processes, all go on without it.
 
     Args:
         model: ready to be trained: compiled, wrapped. It stays as it is, but for `loss_chunks` of the GPT
             inside, which the caller sets.
-        first: rows and chunks of the loss to try before all others.
+        first: rows and chunks of the loss from the run so far. Another choice would change its last bits.
     """
     started = time.perf_counter()
     raw_model: Any = next(module for module in model.modules() if hasattr(type(module), "loss_chunks"))
@@ -211,15 +217,17 @@ def find_micro_batch(
         if compiled:
             trials.stop_compiling_after(trials.try_a_block())
     if len(sizes) == 1 and (sharded or (not compiled and world.device.type != "cuda")):
-        rows, chunks = sizes[0], 1  # nothing to search
+        rows = sizes[0]  # nothing to search
+        chunks = 1 if trials.should_fit(rows, 1) else LOSS_CHUNKS
     elif sharded:  # no process can try without the others
         rows, chunks = most_rows(sizes, trials.should_fit, enough)
     else:
         print(f"warm-up: trying a micro-batch of {plural(first[0] if first else sizes[0], 'row')}")
         rows, chunks = most_rows(sizes, trials.fit, enough, first)
         in_chunks = f", the loss in {chunks} chunks" if chunks > 1 else ""
+        as_before = ", as before" if (rows, chunks) == first else ""
         seconds = time.perf_counter() - started
-        print(f"warm-up: {seconds:.1f} s, micro-batches of {plural(rows, 'row')}{in_chunks}")
+        print(f"warm-up: {seconds:.1f} s, micro-batches of {plural(rows, 'row')}{in_chunks}{as_before}")
     memory = check_memory(config, raw_model.config, world)
     return Fit(rows, chunks, trials.seconds, trials.compiler_fault, memory)
 

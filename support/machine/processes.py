@@ -85,9 +85,10 @@ class World:
 
     def require_same(self, **settings: object) -> None:
         """Raises InputError unless every process has the same settings."""
-        for name, value in settings.items():
-            values = self.from_all(value)
-            if len(set(values)) > 1:
+        everyone = self.from_all(settings)
+        for name in settings:
+            values = [of[name] for of in everyone]
+            if values.count(values[0]) < len(values):
                 raise InputError(f"the processes differ in {name}: {', '.join(map(str, values))}")
 
     def seed(self, seed: int, step: int) -> None:

@@ -10,6 +10,7 @@ of equally many processes have a copy each (known as hybrid sharding, HSDP).
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, cast
 
 from support.cli import InputError
@@ -106,6 +107,8 @@ def divide(unsharded: "GPT", config: "TrainConfig", world: World, dtype: torch.d
     shards = count_shards(config, world)
     sizes = {"shards": shards} if shards == world.size else {"copies": world.size // shards, "shards": shards}
     mesh = init_device_mesh(world.device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+    for group in mesh.get_all_groups():  # new ones have PyTorch's own timeout
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=config.timeout_minutes), group)
     narrow = torch.bfloat16 if dtype == torch.bfloat16 and world.device.type != "cpu" else None
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
     for block in model.transformer.h:

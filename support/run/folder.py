@@ -12,7 +12,8 @@ A run's folder: its contents, and how they survive crashes.
 Nothing half-written ever has a final name: files and folders are written under a temporary name, flushed to
 disk, then renamed. Checksums reveal a checkpoint that is damaged later.
 
-Training waits only while a checkpoint is copied to host memory: a thread writes the copy.
+Training waits only while a checkpoint is copied to host memory: a thread writes the copy. Without memory for
+a copy, training waits until all is written.
 """
 
 import contextlib
@@ -28,7 +29,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -342,9 +343,9 @@ class RunFolder:
         """Save checkpoint_<step>: a Hugging Face folder, trainer.pt with all that --resume needs (tensors and
         plain values, including `state`), a model card, and SHA256SUMS.
 
-        Returns as soon as all of it is copied to host memory; a thread writes the copy. First waits for the
-        save before. If a save fails (a full disk), prints the reason, leaves nothing behind, and keeps the
-        earlier checkpoints.
+        Returns as soon as all of it is copied to host memory; a thread writes the copy. Where there is no
+        memory for a copy, returns when all is written. First waits for the save before. If a save fails (a
+        full disk), prints the reason, leaves nothing behind, and keeps the earlier checkpoints.
         """
         self.finish_save()
         release_pinned_memory(self.world.device)
@@ -361,24 +362,23 @@ class RunFolder:
         sharded = any(map(is_sharded, weights.values()))
         if sharded:
             weights, trainer = collect((weights, trainer), keep=self.world.is_main)
-        if not self.world.is_main:
-            return
         size = sum(t.nbytes for t in tree_leaves((weights, trainer)) if isinstance(t, torch.Tensor))
         # A copy needs twice its size: the thread transposes, and training may still grow. Where less is free,
         # training waits while its own tensors are written: the system kills a process that takes too much.
-        in_place = not sharded and free_host_memory() < 2 * size
-        with self.failure_reported(step):
-            needed = size + 10_000_000
-            if (free := shutil.disk_usage(self.path).free) < needed:
-                reason = f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed"
-                raise OSError(errno.ENOSPC, reason)
-            self.write_log()
-            card = self.make_card(step, state)
-            if not sharded and not in_place:
-                weights, trainer = to_host((weights, trainer))
-            self.saving = self.writer.submit(
-                self.write_checkpoint, step, raw_model, weights, trainer, card=card
-            )
+        in_place = not sharded and self.world.from_main(lambda: free_host_memory() < 2 * size)
+        if self.world.is_main:
+            with self.failure_reported(step):
+                needed = size + 10_000_000
+                if (free := shutil.disk_usage(self.path).free) < needed:
+                    reason = f"{free / 1e6:,.0f} MB are free, {needed / 1e6:,.0f} MB are needed"
+                    raise OSError(errno.ENOSPC, reason)
+                self.write_log()
+                card = self.make_card(step, state)
+                if not sharded and not in_place:
+                    weights, trainer = to_host((weights, trainer))
+                self.saving = self.writer.submit(
+                    self.write_checkpoint, step, raw_model, weights, trainer, card=card
+                )
         if in_place:
             self.finish_save()
 
@@ -468,9 +468,16 @@ class RunFolder:
         return best, losses[step_of(best)] if best else math.nan
 
     def finish_save(self) -> None:
-        """Wait until the save that the thread was given is complete, or has failed."""
-        if self.saving:
-            self.saving.result()  # raises an error that nobody expected
+        """Wait, in every process, until the save that the thread was given is complete or has failed. The
+        main process answers every second: the others give up on one that is silent for --timeout_minutes."""
+
+        def is_finished() -> bool:
+            if self.saving and wait([self.saving], timeout=1).done:
+                self.saving.result()  # raises an error that nobody expected
+            return not self.saving or self.saving.done()
+
+        while not self.world.from_main(is_finished):
+            pass
 
     def overdue(self) -> bool:
         """Whether the last attempt to save was more than SAVE_AT_LEAST_EVERY seconds ago. Only the main
