@@ -219,6 +219,8 @@ def test_no_path_of_the_trainers_gets_into_a_card(tmp_path):
     files = [[f"{tmp_path}/secret/{folder}/index.txt", 5] for folder in "ab"]  # of one name: their paths tell
     described = Shards(Path(), {}, {}, "bytes", {"files": files}, "").describe()
     assert described == "the text of 2 files (index.txt, index.txt)"
+    latin = Shards(Path(), {}, {}, "bytes", {"files": [["caf\udce9.txt", 5]]}, "").describe()
+    assert latin == "the text of 1 file (caf?.txt)"  # a name that is not UTF-8 can't be written
     facts["data"] |= {"dataset": None, "text": described}
     facts["precision"] += f" off: it failed (CalledProcessError: {tmp_path}/secret/main.c | 1)"
     text = run_card(facts, 19073, SPENT, EVENTS, samples=None, picture=True)

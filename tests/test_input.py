@@ -33,6 +33,12 @@ def zstd(data: bytes) -> bytes:
     return pyarrow.Codec("zstd").compress(data, asbytes=True)
 
 
+def pzstd(data: bytes) -> bytes:
+    """As this program writes it: before each frame, one to be skipped, with the size of the next."""
+    frame = zstd(data)
+    return b"\x50\x2a\x4d\x18\x04\0\0\0" + len(frame).to_bytes(4, "little") + frame
+
+
 def texts_of(path, **reading):
     """The documents of a file, as `read_documents` yields them; None for a row without one."""
     pieces = list(read_documents(File(path.name, path.stat().st_size), path, Reading(**reading)))
@@ -115,7 +121,7 @@ def test_kinds_by_name():
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
-@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstd])
+@pytest.mark.parametrize("pack", [lambda data: data, gzip.compress, zstd, pzstd])
 def test_a_mark_tells_the_encoding_and_the_first_bytes_the_packing(encoding, pack, tmp_path):
     """Whatever the name says; several packed members follow one another."""
     data = ("\ufeff" * (encoding == "utf-16-be") + TEXT).encode(encoding)

@@ -1,6 +1,7 @@
 """What a run says of itself: bar, lines, tracker, warning, closing table."""
 
 import contextlib
+import importlib.machinery
 import json
 import sqlite3
 import sys
@@ -306,7 +307,7 @@ def test_a_tracker_gets_the_values(tmp_path, text_shards, monkeypatch):
     """By the part of the interface that wandb and trackio share."""
     calls = []
     wandb = types.ModuleType("wandb", "")
-    wandb.__spec__ = types.SimpleNamespace(name="wandb")
+    wandb.__spec__ = types.SimpleNamespace(name="wandb", origin="wandb.py")
     wandb.init = lambda **options: calls.append(("init", options))
     wandb.log = lambda values, step: calls.append((step, values))
     wandb.finish = lambda: calls.append(("finish", None))
@@ -336,7 +337,7 @@ def test_a_tracker_gets_the_values(tmp_path, text_shards, monkeypatch):
 
 def test_a_tracker_that_fails_is_not_worth_a_run(tmp_path, text_shards, monkeypatch):
     wandb = types.ModuleType("wandb", "")
-    wandb.__spec__ = types.SimpleNamespace(name="wandb")
+    wandb.__spec__ = types.SimpleNamespace(name="wandb", origin="wandb.py")
     wandb.init = lambda **_: None
 
     def log(*_, **__):
@@ -356,6 +357,12 @@ def test_a_tracker_that_is_not_installed_is_named(tmp_path, text_shards, monkeyp
     with pytest.raises(report.InputError, match="--tracker wandb: it is not installed; pip install wandb"):
         report.check_tracker("wandb")
     report.check_tracker(None)
+    (tmp_path / "wandb").mkdir()  # which wandb leaves behind; Python takes any folder for a package
+    found = importlib.machinery.PathFinder.find_spec("wandb", [str(tmp_path)])
+    assert found is not None
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda _: found)
+    with pytest.raises(report.InputError, match="it is not installed"):
+        report.check_tracker("wandb")
 
 
 def test_with_trackio_itself(tmp_path, text_shards):

@@ -43,6 +43,8 @@ RECORDS = ("shards.json", "shards.partial.json")
 NOT_TEXT = {*RECORDS, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # A split's name, as the name of a folder or of a file, where a number may follow: test-00000-of-00010
 SPLIT = re.compile(r"(train|test|validation|valid|val|dev|eval)([-_.]\d.*)?")
+# The first bytes of a Zstandard frame, or of one to be skipped, as pzstd writes it (RFC 8878, section 3.1)
+ZSTANDARD = re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18")
 PIECE = 250_000  # characters: the approximate size of a piece
 LONGEST_WORD = 4_000_000  # characters; tiktoken needs about 50 bytes of memory per character of a word
 STRINGS = ("string", "large_string", "string_view", "binary", "large_binary", "null")  # Arrow's names
@@ -145,7 +147,8 @@ def files_in(path: Path, output_dir: Path | None, left_out: Counter[str]) -> lis
     """The file at `path`, or all files with documents in the folder and its subfolders.
 
     Counts in `left_out` what else is there: hidden files, files of other kinds, records of a data set and,
-    beside a train split, the other splits; and what lies in `output_dir`. Raises OSError for a folder that
+    beside a train split, the other splits; and what lies in `output_dir`, of which named files but shards and
+    their record are read. Raises OSError for a folder that
     can't be read.
     """
 
@@ -161,7 +164,7 @@ def files_in(path: Path, output_dir: Path | None, left_out: Counter[str]) -> lis
     for file in files:
         inside = file.relative_to(path).parts  # () for the file at `path`, which is named, not found
         in_output = output and os.path.realpath(file).startswith(output)
-        if in_output and (inside or file.name in RECORDS):
+        if in_output and (inside or file.name in RECORDS or file.suffix == ".npy"):
             left_out["in --output_dir"] += 1
         elif any(part.startswith(".") or part == "__MACOSX" for part in inside):
             left_out["hidden file"] += 1
@@ -267,7 +270,7 @@ def open_text(path: Path) -> Iterator[tuple[io.TextIOWrapper, BinaryIO]]:
             stream: BinaryIO = raw
             if head.startswith(b"\x1f\x8b"):
                 stream = cast(BinaryIO, gzip.GzipFile(fileobj=raw))
-            elif head == b"\x28\xb5\x2f\xfd":
+            elif ZSTANDARD.match(head):
                 import pyarrow
 
                 stream = pyarrow.CompressedInputStream(raw, "zstd")

@@ -9,6 +9,7 @@ import posixpath
 import re
 import shutil
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -252,11 +253,17 @@ def dataset_files(dataset: str, config: str | None, revision: str) -> tuple[str,
     Raises InputError if the dataset, configuration, revision or split does not exist, or one of its files
     can't be read here; RunFault if the Hub can't be reached.
     """
-    from datasets import load_dataset_builder
+    from datasets import DatasetBuilder, load_dataset_builder
 
     wanted = f"the file list of {dataset}, configuration {config}, at {revision}"
+
+    def build() -> DatasetBuilder:
+        # With a cache of its own: without the Hub, `datasets` would answer from rows that it has cached.
+        with tempfile.TemporaryDirectory() as empty:
+            return load_dataset_builder(dataset, name=config, revision=revision, cache_dir=empty)
+
     try:
-        builder = retried(wanted, lambda: load_dataset_builder(dataset, name=config, revision=revision))
+        builder = retried(wanted, build)
     except CommandError:
         raise
     except (ValueError, RuntimeError) as error:  # an unknown configuration, or a dataset that is a script

@@ -435,7 +435,8 @@ class Shards:
             return "; ".join(f"{share} {text}" for share, text in zip(shares, texts, strict=True))
         if files := self.source.get("files"):
             # Names alone: this goes into a model's card, and nobody publishes the paths of their machine.
-            return f"the text of {describe_files([PurePosixPath(name).name for name, _ in files])}"
+            names = [PurePosixPath(name).name.encode(errors="replace").decode() for name, _ in files]
+            return f"the text of {describe_files(names)}"
         dataset: str | None = self.source.get("dataset")
         return dataset
 

@@ -77,7 +77,7 @@ def unpickle(file: Path) -> dict[str, Any]:
 
 def read_sizes(file: Path) -> dict[str, Any]:
     """The sizes in a training script's checkpoint, as entries of config.json. Raises InputError if there are
-    none, or settings that GPT-2 has not."""
+    none, or others beside them: they may change the model."""
     saved = unpickle(file)
     for key in SIZES_IN:
         sizes = getattr(saved.get(key), "__dict__", saved.get(key))  # of an object, or a dictionary
@@ -90,7 +90,10 @@ def read_sizes(file: Path) -> dict[str, Any]:
         )
     for name, value in sizes.items():
         if name not in SIZES | HARMLESS and not (value is None or (isinstance(value, int) and not value)):
-            raise InputError(f"{file}: {key} has {name} = {value!r}, which GPT-2 has not")
+            raise InputError(
+                f"{file}: {key} has {name} = {value!r}, which GPT-2 has not; if it does not change the "
+                "model, put the weights into a folder, as pytorch_model.bin beside a config.json"
+            )
     if key == "model_args" and speaks_for_host():
         note = "today's nanoGPT computes GELU exactly, GPT-2 and this program by tanh (0.0005 apart at most)"
         print(f"note: {file}: {note}", file=sys.stderr)

@@ -254,7 +254,8 @@ def closing_table(facts: Facts) -> str:
 
 def check_tracker(name: str | None) -> None:
     """Raises InputError unless the tracker of this name is installed."""
-    if name is not None and importlib.util.find_spec(name) is None:
+    spec = importlib.util.find_spec(name) if name else None
+    if name and (spec is None or spec.origin is None):  # without one, it is a folder that wandb has left here
         raise InputError(f"--tracker {name}: it is not installed; pip install {name}")
 
 
