@@ -222,9 +222,9 @@ def begin(tmp_path, monkeypatch):
         "default_recipe": False,
     }
 
-    def begin(interruptions=0):
+    def begin(interruptions=0, first_step=0):
         run = RunFolder(config, World(), print)
-        run.interruptions = interruptions
+        run.interruptions, run.first_step = interruptions, first_step
         made = report.Report(config, World())
         made.start(run, None, None, None, None, n_items=0)
         made.clock = clock
@@ -258,7 +258,9 @@ def test_events_and_samples_outlive_an_interruption(begin, tmp_path):
     first.print("step 3: saved")
     first.clock[0] += 2
     first.samples(4, ["Hello,\n\x1b[0m\u202e"])
-    again = begin(interruptions=1)
+    assert begin(interruptions=1, first_step=3).run.samples is None  # written by weights that are lost
+    again = begin(interruptions=1, first_step=4)
+    assert again.run.samples == (4, ["Hello,\n\ufffd[0m\ufffd"])  # the next model card has them
     again.clock[0] += 2
     again.print("resuming at step 3")
     data = watch.Watcher(tmp_path).data()
@@ -271,6 +273,20 @@ def test_events_and_samples_outlive_an_interruption(begin, tmp_path):
     another.clock[0] += 2
     another.print("a new run")
     assert [text for _, text in watch.Watcher(tmp_path).data()["events"]] == ["a new run"]
+
+
+def test_a_run_that_starts_again_is_not_called_stopped(begin, tmp_path, monkeypatch):
+    """Its first step may be minutes away."""
+    first = begin()
+    first.close("stopped")
+    assert watch.Watcher(tmp_path).data()["state"][0] == "stopped"
+    run = RunFolder(first.config, World(), print)
+    monkeypatch.setattr(run, "look", lambda lock: [])
+    run.interruptions = 1
+    run.open_here()
+    state, sentence = watch.Watcher(tmp_path).data()["state"]
+    assert state == "running"
+    assert sentence.endswith("; starting")
 
 
 def test_the_status_is_written_once_a_second_and_stays_small(begin, tmp_path, monkeypatch):

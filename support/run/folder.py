@@ -50,7 +50,7 @@ from support.machine.processes import World
 from support.machine.sharding import collect, is_sharded, shard_states
 from support.model.huggingface import CARD, list_checkpoints, step_of
 from support.run.card import PICTURE, run_card
-from support.run.curves import comparable_losses, draw_runs, read_event, read_log, read_run
+from support.run.curves import comparable_losses, draw_runs, read_event, read_log, read_run, read_status
 
 import safetensors
 import torch
@@ -128,6 +128,8 @@ class RunFolder:
         for name in ("checkpoint_*", "trial.*", "log.txt.*", "run.json.*", "status.json.*", "loss.png.*"):
             for leftover in self.path.glob(f"{name}.tmp"):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if self.interruptions and "result" not in self.before and (status := read_status(self.path)):
+            self.write_status(status | {"time": time.time(), "ended": False, "task": "starting"})
         return self.trainer.get("step", 0)
 
     def look(self, lock: bool) -> list[str]:

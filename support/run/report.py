@@ -333,6 +333,8 @@ class Report:
         if status:  # events stay, even those of steps that run again
             self.events = deque([*status.get("events", []), *self.events], maxlen=EVENTS_KEPT)
             self.status |= {name: status[name] for name in ("samples", "samples_step") if name in status}
+            if (step := status.get("samples_step", run.first_step + 1)) <= run.first_step:
+                run.samples = step, [text.replace("\n    ", "\n") for text in status["samples"]]
         self.show(opening_table(facts, self.config, self.spent["dollars"], run.first_step))
         self.write_status()
         if self.config.tracker and self.is_main:
