@@ -193,9 +193,9 @@ MAY_CHANGE = {
     *("data_dir", "model", "n_layer", "n_head", "n_embd", "demo", "recipe"),
 }
 
-# The fields in which hosts may differ.
+# The fields in which hosts may differ, as long as they come to the same shards, dtype and so on.
 OF_A_HOST = {
-    *("data_dir", "log_dir", "resume", "init_from", "hellaswag_data", "tracker", "dollars_per_hour"),
+    *("data_dir", "log_dir", "resume", "verify", "hellaswag_data", "tracker", "dollars_per_hour"),
     *("dtype", "device", "compile", "micro_batch_size", "memory_limit_gb", "timeout_minutes"),
 }
 

@@ -47,7 +47,7 @@ def test_the_batch_is_divided_or_refused_with_numbers_that_work():
         sizes_of({"micro_batch_size": 60}, CPU)
     with pytest.raises(InputError, match=r"--total_batch_size 500000 .*; 499712 can"):
         sizes_of({"total_batch_size": 500_000}, CPU)
-    with pytest.raises(InputError, match="3 processes; 2 processes can share it; a new run can take 525312"):
+    with pytest.raises(InputError, match="3 processes; 2 processes can divide it; a new run can take 525312"):
         sizes_of({}, replace(CPU, size=3))
     assert 525312 % (3 * 1024) == 0
 

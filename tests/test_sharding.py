@@ -593,9 +593,12 @@ def test_what_cannot_fit_says_what_would(monkeypatch):
         check_memory(replace(MUON, shard=False), xl, World(0, 1, torch.device("cuda")))
     # 7% of a GPU stay free: 17.72 GB don't fit into 18.5.
     monkeypatch.setattr(World, "memory_limit", lambda *_: 18.5 * 2**30)
-    with pytest.raises(InputError, match="divide it among 2 such devices"):
+    with pytest.raises(InputError, match=r"has 17.20 GB for it: .* among 4 such devices"):
         check_memory(replace(MUON, shard=False), xl, World(0, 1, torch.device("cuda")))
     assert "17.72 GB" in check_memory(replace(MUON, shard=False), xl, World(0, 1, torch.device("cpu")))
+    one_row = replace(MUON, shard=False, total_batch_size=1024)  # nothing to divide
+    with pytest.raises(InputError, match=r"17.20 GB for it: choose a smaller --model$"):
+        check_memory(one_row, xl, World(0, 1, torch.device("cuda")))
 
 
 def test_alone_it_needs_torchrun(flags, tmp_path):

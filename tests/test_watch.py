@@ -285,8 +285,8 @@ def test_a_run_that_starts_again_is_not_called_stopped(begin, tmp_path, monkeypa
     run.interruptions = 1
     run.open_here()
     state, sentence = watch.Watcher(tmp_path).data()["state"]
-    assert state == "running"
-    assert sentence.endswith("; starting")
+    assert state == "starting"
+    assert sentence.startswith("started again ")
 
 
 def test_the_status_is_written_once_a_second_and_stays_small(begin, tmp_path, monkeypatch):

@@ -147,8 +147,8 @@ def files_in(path: Path, output_dir: Path | None, left_out: Counter[str]) -> lis
     """The file at `path`, or all files with documents in the folder and its subfolders.
 
     Counts in `left_out` what else is there: hidden files, files of other kinds, records of a data set and,
-    beside a train split, the other splits; and what lies in `output_dir`, of which named files but shards and
-    their record are read. Raises OSError for a folder that
+    beside a train split, the other splits; and what lies in `output_dir`, except documents that are named
+    there. Raises OSError for a folder that
     can't be read.
     """
 
@@ -164,7 +164,7 @@ def files_in(path: Path, output_dir: Path | None, left_out: Counter[str]) -> lis
     for file in files:
         inside = file.relative_to(path).parts  # () for the file at `path`, which is named, not found
         in_output = output and os.path.realpath(file).startswith(output)
-        if in_output and (inside or file.name in RECORDS or file.suffix == ".npy"):
+        if in_output and (inside or file.name in RECORDS or kind_of(file.name) is None):
             left_out["in --output_dir"] += 1
         elif any(part.startswith(".") or part == "__MACOSX" for part in inside):
             left_out["hidden file"] += 1

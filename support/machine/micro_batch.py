@@ -59,7 +59,7 @@ def micro_batch_sizes(config: "TrainConfig", model_config: "GPTConfig", world: W
     if config.total_batch_size % (T * W):
         tokens = max(1, round(config.total_batch_size / (T * W))) * T * W
         fewer = next((n for n in range(W, 0, -1) if config.total_batch_size % (T * n) == 0), 0)
-        advice = f"{plural(fewer, 'process')} can share it; a new run can take {tokens}"
+        advice = f"{plural(fewer, 'process')} can divide it; a new run can take {tokens}"
         raise InputError(
             f"--total_batch_size {config.total_batch_size} can't be divided into rows of {T} tokens for "
             f"{plural(W, 'process')}; {advice if fewer else f'{tokens} can'}"
@@ -112,18 +112,19 @@ def check_memory(config: "TrainConfig", model_config: "GPTConfig", world: World)
         need += f", {total / GB:.2f} GB divided among {shards} processes"
     limit = world.memory_limit(config.memory_limit_gb)
     on_gpu = world.device.type == "cuda"
-    if limit is not None and own > (1 - HEAD_ROOM if on_gpu else 1) * limit:
+    room = limit and (1 - HEAD_ROOM if on_gpu else 1) * limit
+    if room is not None and own > room:
         advice = "choose a smaller --model"
-        if on_gpu:  # elsewhere, several processes share one memory, or there is one only
-            rows = config.total_batch_size // config.sequence_length
-            half = math.ceil(total / (limit / 2))  # so many shards leave half of the memory free
-            enough = next((n for n in range(half, rows) if rows % n == 0), rows)
+        rows = config.total_batch_size // config.sequence_length
+        half = math.ceil(total / (room / 2))  # so many shards leave half of the memory free
+        enough = next((n for n in range(half, rows + 1) if rows % n == 0), None)
+        if on_gpu and enough:  # elsewhere, several processes share one memory, or there is one only
             launch = f"torchrun --nproc_per_node={enough} and --shard"
             advice += f", or divide it among {enough} such devices: {launch}"
         each = f", {own / 4 / GB:.2f} GB each" if adamw else ""
         raise InputError(
             f"a model of {model_config.n_parameters:,} parameters needs {need}{each}; "
-            f"{device_name(world.device)} has {limit / GB:.2f} GB for it: {advice}"
+            f"{device_name(world.device)} has {room / GB:.2f} GB for it: {advice}"
         )
     return need
 
@@ -180,8 +181,9 @@ def least_bytes_sharded(
     blocks = (2 if dtype == torch.bfloat16 else 4) * (model_config.n_parameters - embedding / 4)
     validation = copies + embedding + blocks + tokens * per_logit * model_config.vocab_size / chunks
     # Muon's update, after the backward pass: the matrices of one shape, a third of all, as averages in
-    # float32 and in six tensors of 16 bits.
-    update = 16 * block_matrices(model_config) / 3 / shards if config.optimizer == "muon" else 0
+    # float32 and in six tensors of the products' type, which is float32 unless that is bfloat16.
+    per_number = 4 + 6 * (2 if dtype == torch.bfloat16 else 4)
+    update = per_number * block_matrices(model_config) / 3 / shards if config.optimizer == "muon" else 0
     return state_bytes(config, model_config) / shards + max(training, validation, update)
 
 
@@ -197,13 +199,14 @@ def find_micro_batch(
     print: Callable[[str], None],
     first: tuple[int, int] | None = None,
 ) -> Fit:
-    """The most rows that fit into the memory of every process, or `first` if it fits; InputError if none do.
-    If the compiler fails in one of the processes, all go on without it.
+    """The most rows that fit into the memory of every process; InputError if none do. If the compiler fails
+    in one of the processes, all go on without it.
 
     Args:
         model: ready to be trained: compiled, wrapped. It stays as it is, but for `loss_chunks` of the GPT
             inside, which the caller sets.
-        first: rows and chunks of the loss from the run so far. Another choice would change its last bits.
+        first: rows and chunks of the loss from the run so far, kept if they fit: others would change its last
+            bits. With --shard, the same sum finds them again.
     """
     started = time.perf_counter()
     raw_model: Any = next(module for module in model.modules() if hasattr(type(module), "loss_chunks"))

@@ -86,8 +86,8 @@ class World:
     def require_same(self, **settings: object) -> None:
         """Raises InputError unless every process has the same settings."""
         everyone = self.from_all(settings)
-        for name in settings:
-            values = [of[name] for of in everyone]
+        for name in dict.fromkeys(name for of in everyone for name in of):
+            values = [of.get(name) for of in everyone]
             if values.count(values[0]) < len(values):
                 raise InputError(f"the processes differ in {name}: {', '.join(map(str, values))}")
 

@@ -91,6 +91,7 @@ def rehearse(config: "TrainConfig", get_lr: Callable[[int, "TrainConfig"], float
 def measure(config: "TrainConfig", folder: Path) -> None:
     """Write what the machine is and can do to machine.json in `folder`."""
     world = start_processes(config.device, config.timeout_minutes)
+    world.require_same(**config.common_fields())  # of the real run: the children's lengths are the same
     machine = measure_machine(world, config.log_dir, folder)
     if world.is_main:
         (folder / "machine.json").write_text(to_json(machine), encoding="utf-8")

@@ -127,7 +127,7 @@ class Findings:
                 f"{file_size(free)} free: choose another --log_dir, or a larger --keep_every"
             )
         memory, copy = processes[0]["host_memory"], 2 * self.checkpoint_bytes
-        if memory and memory < copy and config.checkpoint_every:
+        if memory and memory < copy and config.checkpoint_every and not config.shard:
             found.append(
                 f"training will wait for every checkpoint: {file_size(memory)} of host memory is free, "
                 f"{file_size(copy)} are needed for a copy"

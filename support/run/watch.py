@@ -101,6 +101,8 @@ class Watcher:
         silence = max(0.0, time.time() - seen)  # the clocks of two machines may differ
         if status.get("ended"):
             return "stopped", f"stopped {duration(silence)} ago; --resume continues it"
+        if status.get("task") == "starting":
+            return "starting", f"started again {duration(silence)} ago, not in its first step yet"
         ago = f"last sign of life {duration(silence)} ago"
         if silence > max(SILENCE, 3 * status.get("step_seconds", 0)):
             return "silent", f"silent, {ago}: the run is dead, or this is an old copy"
