@@ -21,7 +21,7 @@ import platform
 import re
 import sys
 
-VERSION = "1.1"  # the project's version, defined only here
+VERSION = "1.2"  # the project's version, defined only here
 
 if "OMP_WAIT_POLICY" not in os.environ:  # it sets the same
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")

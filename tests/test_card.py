@@ -89,7 +89,7 @@ def test_a_checkpoints_card_says_what_was_measured_of_it(finished):
         "from scratch on a rhyme: 3,072 tokens in 12 steps.",
         "| 12 | 3,072 |",
         "| recipe | `--recipe tutorial`",
-        "| optimizer | AdamW; weight decay 0.1,",
+        "| optimizer | AdamW, beta1 0.9; weight decay 0.1,",
         "| hardware | cpu",
         "](loss.png)",
         " of training, ",
@@ -157,7 +157,8 @@ def test_a_full_run_on_fineweb_edu():
     assert "is under ODC-By 1.0" in text
     assert "NVIDIA A100-SXM4-80GB; 8 processes (of the part after the last interruption)" in text
     assert (
-        "| learning rate | cosine, at most 0.0006, warm-up until step 715, planned for 19,073 steps |" in text
+        "| learning rate | a warm-up to 0.0006 until step 715, then a cosine down to a tenth at step 19,073 |"
+        in text
     )
     assert "2 h 00 min of training, 10 min of evaluation" in text
     assert "    Hello\n    world\n    --------------------\n    ```\n    \n    {name}\n" in text
@@ -176,8 +177,10 @@ ONLY_WHAT_IS_KNOWN = [  # facts, what the card must not say, what it must
     ({"init_from": "mine"}, ["base_model", "mine"], ["of an earlier run"]),
     ({"step": 19_073 * 3, "max_steps": 19_073 * 4}, [], ["read its training text 3.0 times", "until step"]),
     ({"grad_clip": 0.0}, ["clipped"], ["no clipping"]),
-    ({"optimizer": "AdamW"}, ["Muon", "word for word"], ["| AdamW; "]),
-    ({"optimizer": "Muon"}, [], ["| Muon for the blocks' matrices, AdamW for the rest; "]),
+    ({"optimizer": "AdamW", "momentum": 0.8}, ["Muon", "word for word"], ["| AdamW, beta1 0.8; "]),
+    ({"optimizer": "Muon"}, [], ["matrices, momentum 0.95; AdamW for the rest, at 2 times the rate; "]),
+    ({"schedule": "trapezoid", "cooldown": 0.4}, ["cosine"], ["then constant until step 11,444, then down"]),
+    ({"shuffle": False}, [], ["times in file order; "]),
     ({"optimizer": "SGD"}, ["AdamW", "Muon"], ["| SGD; "]),
 ]
 
@@ -235,6 +238,10 @@ def test_losses_on_other_tokens_do_not_compare():
     text = run_card(facts_of() | {"val_since": 5000}, 19073, SPENT, events, samples=None, picture=True)
     assert "1.5000" not in text
     assert "The lowest was 3.0581, at step 19,073, that of this checkpoint." in text
+    facts = facts_of() | {"hella_since": 5000}  # so was --hellaswag_limit
+    text = run_card(facts, 19073, SPENT, EVENTS, samples=None, picture=True)
+    assert "0.2501" not in text
+    assert "0.3052" in text
 
 
 def test_a_mix_is_read_as_often_as_its_parts():
@@ -245,6 +252,7 @@ def test_a_mix_is_read_as_often_as_its_parts():
     text = run_card(facts, 19073, SPENT, EVENTS, samples=None, picture=True)
     assert "9,853,989,344 training tokens, read at most 6.00 times;" in text
     assert "It has read some of its training text 6.0 times, and may" in text
+    assert "The validation loss is the mean of the parts' losses by their shares, on 10,485,760 " in text
 
 
 def test_a_model_saved_outside_a_run_has_a_short_card(tmp_path):

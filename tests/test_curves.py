@@ -209,6 +209,19 @@ def test_a_run_beside_one_of_the_tutorials_is_drawn_over_steps(tmp_path, draw):
     assert notes == ["the curves are over steps, since not every run records how many tokens a step has"]
 
 
+def test_scores_on_other_items_have_no_band(tmp_path, draw):
+    """--hellaswag_limit was changed at step 25: the standard error of the score before that is not known."""
+    folder = make_run(tmp_path / "a_run")
+    for since, first in ((0, 0), (25, 25 * BATCH)):
+        facts = json.loads((folder / "run.json").read_text()) | {"hella_since": since}
+        (folder / "run.json").write_text(json.dumps(facts))
+        panels, _ = draw(folder)
+        (band,) = panels[HELLA].collections
+        assert band.get_paths()[0].vertices[:, 0].min() == first
+        (line,) = [line for line in panels[HELLA].lines if line.get_marker() == "o"]
+        assert len(line.get_xdata()) == 3
+
+
 def test_the_axis_fits_what_follows_the_first_fall(tmp_path, draw):
     """...of 2% of the run."""
     losses = [b"%d train %d" % (step, 9 if step < 2 else 4 - (step > 40)) for step in range(101)]

@@ -322,8 +322,8 @@ HARNESS = {
 
 
 def test_the_harness_protocol_by_hand(files, model):
-    """Its own text, cleaned; losses divided by the ending's characters. What lm_eval itself says of real
-    items was compared once; see the README."""
+    """Its own text, cleaned; losses divided by the ending's characters. `test_the_harness_scores_as_we_do`
+    asks the harness itself."""
     item = hellaswag.to_item({**GOOD, **HARNESS}, "")
     context = "Making tea: How to make tea. Boil water. The cat"
     assert item.harness_ctx == "Making tea:  How to make tea. Boil water. The cat".replace("  ", " ")

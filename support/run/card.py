@@ -47,7 +47,7 @@ def run_card(
     block_size = facts["model_config"]["block_size"]
     dataset, commit = facts["data"]["dataset"], facts["versions"]["commit"]
     tokens = step * config["total_batch_size"]
-    epochs, mixed = curves.epochs(facts, tokens), len(facts["data"].get("parts", {})) > 1
+    epochs, mixed = curves.epochs(facts, tokens), is_mix(facts)
     base, origin = None, "from scratch"
     if (start := config["init_from"]) is not None:  # a folder's name means nothing elsewhere
         name = start if "/" in start else f"openai-community/{start}"
@@ -63,7 +63,12 @@ def run_card(
         "language": language,
         "eval_results": measured_at(step, facts, events),
     }
-    muon = facts["optimizer"] == "Muon"
+    momentum = config["momentum"]
+    optimizers = {
+        "Muon": f"Muon for the blocks' matrices, momentum {0.95 if momentum is None else momentum:g}; AdamW "
+        f"for the rest, at {config['adamw_lr_ratio']:g} times the rate",
+        "AdamW": f"AdamW, beta1 {0.9 if momentum is None else momentum:g}",
+    }
     computed = {
         "metadata": metadata(loadable=not changed, **known),
         "name": name,
@@ -76,7 +81,9 @@ def run_card(
         "rest": f" Training was to go on until step {config['max_steps']:,}." * (step < config["max_steps"]),
         "results": results_section(step, facts, events, picture),
         "read": f"{'at most ' if mixed else ''}{epochs:.2f} times",
-        "optimizer": "Muon for the blocks' matrices, AdamW for the rest" if muon else facts["optimizer"],
+        "optimizer": optimizers.get(facts["optimizer"], facts["optimizer"]),
+        "schedule": curves.plan_of(config),
+        "order": "" if config["shuffle"] else " in file order",
         "clipping": f"gradients clipped at {config['grad_clip']:g}" if config["grad_clip"] else "no clipping",
         "processes": plural(facts["world_size"], "process"),
         "precision": facts["precision"].partition(": it failed")[0],  # the compiler's words may have paths
@@ -92,6 +99,11 @@ def run_card(
     }
     template = Path(__file__).with_name("card.md").read_text(encoding="utf-8")
     return template.format_map(facts | computed)
+
+
+def is_mix(facts: dict[str, Any]) -> bool:
+    """Whether a run trains on several data sets."""
+    return len(facts["data"].get("parts", {})) > 1
 
 
 def is_on_hub(name: str | None) -> bool:
@@ -133,7 +145,7 @@ def measured_at(step: int, facts: dict[str, Any], events: dict[str, curves.Point
 def results_section(at: int, facts: dict[str, Any], events: dict[str, curves.Points], picture: bool) -> str:
     """The run's evaluations as a table, evenly picked, beside published values; and the picture. `at` is the
     checkpoint's step."""
-    losses, scores = curves.comparable_losses(facts, events), dict(events["hella"])
+    losses, scores = (curves.measured_alike(facts, events, kind) for kind in ("val", "hella"))
     steps = sorted(losses | scores)
     if not steps:
         return ""
@@ -152,7 +164,8 @@ def results_section(at: int, facts: dict[str, Any], events: dict[str, curves.Poi
         rows.append([curves.GPT2, "", *published])
     table = "\n".join(f"| {' | '.join(row if scores else row[:3])} |" for row in rows)
     image = f"![The losses of the run, by tokens trained on]({PICTURE})\n\n" if picture else ""
-    notes = f"The validation loss is the mean over {facts['val_tokens']:,} tokens held out from training."
+    mean = "mean of the parts' losses by their shares, on" if is_mix(facts) else "mean over"
+    notes = f"The validation loss is the {mean} {facts['val_tokens']:,} tokens held out from training."
     if losses:
         best = min(losses, key=lambda step: losses[step])
         here = ", that of this checkpoint" if best == at else ""

@@ -113,11 +113,11 @@ def epochs(run: dict[str, Any], tokens: float) -> float:
     return tokens * max(parts.values(), default=1 / run["data"]["train_tokens"])
 
 
-def comparable_losses(run: dict[str, Any], events: dict[str, Points]) -> dict[int, float]:
-    """The validation losses of a log by step, without those before --val_tokens was changed. `run` is a
-    run.json."""
-    since = run.get("val_since", 0)
-    return {step: loss for step, loss in events["val"] if step >= since}
+def measured_alike(run: dict[str, Any], events: dict[str, Points], kind: str) -> dict[int, float]:
+    """The values of a log's "val" or "hella" by step, without those before --val_tokens or --hellaswag_limit
+    was changed. `run` is a run.json."""
+    since = run.get(f"{kind}_since", 0)
+    return {step: value for step, value in events[kind] if step >= since}
 
 
 def unit_of(run: dict[str, Any]) -> str:
@@ -313,6 +313,8 @@ def draw_curve(axis: "Axes", run: DrawnRun, kind: str) -> None:
         smoothed = smooth(values, len(values) // 80)
         axis.plot(tokens, smoothed, color=run.color, linewidth=2, alpha=0.7, label=label, marker=marker)
     if n:
+        alike = len(measured_alike(run.facts, run.events, kind))
+        tokens, values = tokens[len(tokens) - alike :], values[len(values) - alike :]
         low, high = ([value + sign * standard_error(value, n) for value in values] for sign in (-1, 1))
         axis.fill_between(tokens, low, high, color=run.color, alpha=0.15, linewidth=0)
 

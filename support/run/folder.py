@@ -50,7 +50,7 @@ from support.machine.processes import World
 from support.machine.sharding import collect, is_sharded, shard_states
 from support.model.huggingface import CARD, list_checkpoints, step_of
 from support.run.card import PICTURE, run_card
-from support.run.curves import comparable_losses, draw_runs, read_event, read_log, read_run, read_status
+from support.run.curves import draw_runs, measured_alike, read_event, read_log, read_run, read_status
 
 import safetensors
 import torch
@@ -464,7 +464,7 @@ class RunFolder:
         """The checkpoint at whose step the log has the lowest validation loss, of those on as many tokens as
         now, and that loss; None and nan without one."""
         folders = list_checkpoints(self.path)
-        losses = comparable_losses(self.facts, read_log(self.path / "log.txt")) if folders else {}
+        losses = measured_alike(self.facts, read_log(self.path / "log.txt"), "val") if folders else {}
         measured = [folder for folder in folders if step_of(folder) in losses]
         best = min(measured, key=lambda folder: losses[step_of(folder)], default=None)
         return best, losses[step_of(best)] if best else math.nan

@@ -75,7 +75,10 @@ def facts_of(
     grad_accum_steps = config.total_batch_size // (config.sequence_length * fit.rows * world.size)
     padding = raw_model.transformer.wte.weight.size(0) - shape.vocab_size  # rows without a token
     val_tokens, before = sum(loader.n_windows for loader in val_loaders) * config.sequence_length, run.before
-    same_tokens = before.get("val_tokens", val_tokens) == val_tokens
+    since = {  # from which step on values are measured on as many tokens, or items
+        f"{kind}_since": before.get(f"{kind}_since", 0) if before.get(name, n) == n else run.first_step
+        for kind, name, n in (("val", "val_tokens", val_tokens), ("hella", "hellaswag_items", n_items))
+    }
     return {
         "train_config": asdict(config),
         "model_config": asdict(shape),
@@ -84,8 +87,8 @@ def facts_of(
         "changed": raw_model.change_from_gpt2(),
         "flops_per_token": shape.flops_per_token(config.sequence_length),
         "val_tokens": val_tokens,
-        "val_since": before.get("val_since", 0) if same_tokens else run.first_step,  # on so many tokens
         "hellaswag_items": n_items,
+        **since,
         "encoding": shards.encoding,
         "data": {
             "dataset": shards.source.get("dataset"),
