@@ -55,6 +55,7 @@ ROOT = Path(__file__).parent.parent
 LONGEST = 400  # seconds; a measurement of part b or c without a result by then has failed
 START_UP = 120  # seconds of part d that its steps don't get: compilation, validation, saving
 TO_SAVE = 40  # seconds between part d's SIGTERM and the end
+LEAST_STEPS = 40.0  # seconds that part d's steps get at least
 
 
 @dataclass(frozen=True)
@@ -284,16 +285,19 @@ def tail(text: str, lines: int = 40) -> list[str]:
     return text.replace("\r", "\n").splitlines()[-lines:]
 
 
-def run_tests(seconds: float) -> dict[str, Any]:
-    """Part a: pytest on the files with tests marked `cuda`."""
+def run_tests(seconds: float) -> dict[str, Any] | None:
+    """Part a: pytest on the files with tests marked `cuda`; None if it takes longer than `seconds`."""
     files = [str(f) for f in sorted(ROOT.glob("tests/*.py")) if "mark.cuda" in f.read_text(encoding="utf-8")]
     command = [sys.executable, "-m", "pytest", "-v", "-rs", "-o", "addopts=", "-p", "no:cacheprovider",
                "-m", "cuda", *files]  # fmt: skip
+    end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         status, text = run_program(command, Path(folder) / "output", seconds)
     counts = Counter(re.findall(r"^\S+::.* (PASSED|FAILED|ERROR|SKIPPED)\b.*\[", text, re.MULTILINE))
     result = {"passed": counts["PASSED"], "failed": counts["FAILED"], "errors": counts["ERROR"],
               "skipped": counts["SKIPPED"], "exit_status": status, "output": tail(text)}  # fmt: skip
+    if status < 0 and time.monotonic() >= end:
+        return None
     if status not in (0, 1) or not counts:
         result["error"] = f"pytest ended with exit status {status}"
     return result
@@ -309,7 +313,7 @@ def flags_of_run(config: Config, scale: Scale, rate: float | None, seconds: floa
                   f"--total_batch_size={scale.total_batch_size}"]  # fmt: skip
     every = 250
     if rate is not None:
-        for_steps = max(40.0, 0.85 * (seconds - TO_SAVE - START_UP))  # seconds
+        for_steps = max(LEAST_STEPS, 0.85 * (seconds - TO_SAVE - START_UP))  # seconds
         steps = 4 if config.tiny else math.ceil(for_steps * rate / scale.total_batch_size)
         every = max(1, steps // 4)
         flags += [f"--max_steps={steps}", f"--warmup_steps={max(1, steps // 20)}"]
@@ -390,14 +394,16 @@ def measure_part(
     """Measure what a part lacks, one by one, until the deadline on the clock of time.monotonic."""
     done = record["parts"].setdefault(part, {})
     if config.retry:
-        for name in [name for name, result in done.items() if "error" in result]:
+        for name in [name for name, of in done.items() if "error" in of or of.get("finished") is False]:
             del done[name]
     if done and not plan(part, record, scale, config):
         print(f"part {part}: measured before, nothing to do")
+    if (todo := plan(part, record, scale, config)) and not any(config.only in one.name for one in todo):
+        print(f"part {part}: nothing matches --only {config.only!r} before {todo[-1].name} is measured")
     while todo := [one for one in plan(part, record, scale, config) if config.only in one.name]:
         one, left = todo[0], deadline - time.monotonic()
         result = None
-        if left > (2 * TO_SAVE if part == "d" else 0):
+        if left > (TO_SAVE + START_UP + LEAST_STEPS if part == "d" else 0):
             print(f"part {part}: {one.name} ...", flush=True)
             if part in "ad":
                 result = one.function(**one.arguments, seconds=left)

@@ -57,6 +57,8 @@ def measure(config: Config, rows: int, way: str, pipe: Any) -> None:
     if device.type == "cuda":
         step()
         model.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()  # compilation may have taken more than a step does
+        torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     step()
     seconds = time.perf_counter() - start

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support.machine.device import choose_device, device_name
+from support.machine.device import choose_compile, choose_device, device_name
 from train_gpt2 import GPT, GPTConfig
 
 import torch
@@ -61,7 +61,7 @@ def measure(config: Config) -> dict[str, Any]:
         prompt = torch.randint(0, 50257, (batch_size, 16), device=device)
         write = functools.partial(GPT.generate, idx=prompt, max_new_tokens=config.new_tokens, temperature=0)
         ways = {"generate": functools.partial(write, model)}
-        if device.type != "cpu":
+        if choose_compile(True, device)[0]:
             ways["compiled"] = functools.partial(write, model, compile=True)
         options = {"max_new_tokens": config.new_tokens, "do_sample": False, "use_cache": True}
         ways["transformers"] = functools.partial(theirs.generate, prompt, **options)
@@ -96,6 +96,7 @@ def measure(config: Config) -> dict[str, Any]:
         "dtype": config.dtype,
         "n": config.n,
         "new_tokens": config.new_tokens,
+        "cudagraph_skips": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
         "by_batch_size": results,
     }
 

@@ -155,7 +155,9 @@ def measure(way: str, config: Config, seconds: float) -> dict[str, Any]:
     step(), step()
     warm_up = time.perf_counter() - start
     if config.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()  # compilation may have taken more than training does
+        torch.cuda.empty_cache()  # compilation may have taken more than training does
+        torch.cuda.reset_peak_memory_stats()
+        step()
     times: list[float] = []
     value = 0.0
     while len(times) < config.n and (len(times) < 3 or sum(times) < seconds):
@@ -239,6 +241,7 @@ def main(config: Config) -> None:
     for way in (*config.ways, "matmul"):
         pipes[way], end = context.Pipe()
         context.Process(target=worker, args=(way, config, end), daemon=True).start()
+        end.close()  # so that a worker's death ends the wait
         cold[way] = pipes[way].recv()
     rates: dict[str, list[float]] = {way: [] for way in (*config.ways, *config.peer, "matmul")}
     steps: dict[str, list[float]] = {way: [] for way in config.ways}

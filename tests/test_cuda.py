@@ -44,6 +44,8 @@ def test_losses_are_those_of_the_cpu(flags, tolerance, text_shards, tmp_path):
             assert step == other_step
             assert a == pytest.approx(b, abs=tolerance)
     assert torch.cuda.get_device_name() in done.stdout
+    assert ("torch.compile on" in done.stdout) == ("--compile" in flags)
+    assert "torch.compile failed" not in done.stdout
 
 
 def test_a_run_on_the_gpu_resumes(text_shards, tmp_path):
@@ -58,13 +60,15 @@ def test_a_run_on_the_gpu_resumes(text_shards, tmp_path):
 
 
 @pytest.mark.parametrize("compile", [False, True])
-def test_sampling_never_waits_and_a_graph_writes_the_same_text(compile):
+def test_sampling_never_waits_and_a_graph_writes_the_same_text(compile, capsys):
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=256, vocab_size=300, n_layer=2, n_head=2, n_embd=64)).to("cuda")
     idx = torch.randint(0, 300, (3, 9), device="cuda")
     expected = model.generate(idx, 100, temperature=0)
     for _ in range(2):  # the second text replays the first one's graph
         assert torch.equal(model.generate(idx, 100, temperature=0, compile=compile), expected)
+    assert "torch.compile" not in capsys.readouterr().err  # neither refused nor failed
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
     torch.cuda.set_sync_debug_mode("error")
     try:
         list(stream(model, idx, 300, seed=1, top_p=0.9))

@@ -145,7 +145,9 @@ def stream(
     tokens = unread = idx[:, -block_size:]
     length = min(tokens.size(1) + max_new_tokens, block_size)
     enough = length - tokens.size(1) >= COMPILE_FROM
-    compiled, _ = choose_compile(compile and enough, idx.device)
+    compiled, why = choose_compile(compile and enough, idx.device)
+    if compile and enough and not compiled and idx.device.type == "cuda":
+        print(f"note: sampling goes on without torch.compile ({why})", file=sys.stderr)
     caches, step = model.new_caches(length), None
     with contextlib.ExitStack() as at_the_end:
         for n in range(max_new_tokens):
