@@ -62,7 +62,7 @@ def test_a_value_is_one_call(change, flags, tmp_path, monkeypatch):
     """It is in log.txt, status.json, the tracker, the picture and the page, and survives --resume."""
     logged = []
     wandb = types.ModuleType("wandb", "")
-    wandb.__spec__ = types.SimpleNamespace(name="wandb")
+    wandb.__spec__ = types.SimpleNamespace(name="wandb", origin="wandb.py")
     wandb.init = lambda **_: None
     wandb.finish = lambda: None
     wandb.log = lambda values, step: logged.append((step, values))
