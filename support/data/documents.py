@@ -148,8 +148,7 @@ def files_in(path: Path, output_dir: Path | None, left_out: Counter[str]) -> lis
 
     Counts in `left_out` what else is there: hidden files, files of other kinds, records of a data set and,
     beside a train split, the other splits; and what lies in `output_dir`, except documents that are named
-    there. Raises OSError for a folder that
-    can't be read.
+    there. Raises OSError for a folder that can't be read.
     """
 
     def fail(error: OSError) -> None:

@@ -75,8 +75,8 @@ def facts_of(
     grad_accum_steps = config.total_batch_size // (config.sequence_length * fit.rows * world.size)
     padding = raw_model.transformer.wte.weight.size(0) - shape.vocab_size  # rows without a token
     val_tokens, before = sum(loader.n_windows for loader in val_loaders) * config.sequence_length, run.before
-    since = {  # from which step on values are measured on as many tokens, or items
-        f"{kind}_since": before.get(f"{kind}_since", 0) if before.get(name, n) == n else run.first_step
+    since = {  # from which step on values are measured on as many tokens, or items; without items, as before
+        f"{kind}_since": run.first_step if n and before.get(name, n) != n else before.get(f"{kind}_since", 0)
         for kind, name, n in (("val", "val_tokens", val_tokens), ("hella", "hellaswag_items", n_items))
     }
     return {
